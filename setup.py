@@ -1,0 +1,29 @@
+"""Package definition. Bounds: the major versions tested together; constraints.txt holds the exact ones."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dar-hf",
+    version="0.1.0",
+    description="D-AR (Diffusion via Autoregressive Models) as a Hugging Face package",
+    license="MIT",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",  # v5 configurations (rope_parameters, strict dataclasses)
+        "diffusers>=0.42,<0.43",  # registers with the loader's own tables, which change between minor versions
+        "datasets>=5.0",
+        "accelerate>=1.10",
+        "huggingface-hub>=2.0",
+        "safetensors>=0.5",
+        "evaluate>=0.4.5",
+        "pillow>=11",
+    ],
+    extras_require={
+        "train": ["matplotlib>=3.9"],  # loss curves
+        "demo": ["matplotlib>=3.9", "scikit-learn>=1.5"],  # digits and the classifier that judges them
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "matplotlib>=3.9", "scikit-learn>=1.5"],
+    },
+)

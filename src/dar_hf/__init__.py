@@ -1,0 +1,46 @@
+"""D-AR, "Diffusion via Autoregressive Models" (arXiv 2505.23660), for Hugging Face.
+
+Two generators, composed: `DARForCausalLM.stream_codes` yields groups of codes, `DARTokenizer.decode_stream` turns each
+group into one denoising step and a preview, and `DARPipeline.stream` is their composition.
+
+The five model files (``configuration_dar``, ``modeling_dar``, ``tokenizer_dar``, ``scheduling_dar``, ``pipeline_dar``)
+stand flat and import nothing but their siblings, because a Hub repository that carries its own code needs each
+component as one file. Importing this package registers the classes with transformers' Auto classes and diffusers'
+pipeline loader; without that neither finds them.
+"""
+
+from diffusers.pipelines import pipeline_loading_utils
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_dar import DARConfig
+from .modeling_dar import DARForCausalLM, DARModel
+from .pipeline_dar import DARPipeline, DARPipelineOutput
+from .scheduling_dar import FlowMatchAdamsBashforthScheduler
+from .tokenizer_dar import DARPreview, DARTokenizer, DARTokenizerEncoderOutput, DARTokenizerOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DARConfig",
+    "DARForCausalLM",
+    "DARModel",
+    "DARPipeline",
+    "DARPipelineOutput",
+    "DARPreview",
+    "DARTokenizer",
+    "DARTokenizerEncoderOutput",
+    "DARTokenizerOutput",
+    "FlowMatchAdamsBashforthScheduler",
+]
+
+AutoConfig.register("dar", DARConfig, exist_ok=True)
+AutoModel.register(DARConfig, DARModel, exist_ok=True)
+AutoModelForCausalLM.register(DARConfig, DARForCausalLM, exist_ok=True)
+
+# diffusers 0.42 loads pipeline components only from libraries it knows, by the name that model_index.json gives
+_LOADABLE = {
+    name: ["save_pretrained", "from_pretrained"]
+    for name in ("DARTokenizer", "DARForCausalLM", "FlowMatchAdamsBashforthScheduler", "DARPipeline")
+}
+pipeline_loading_utils.LOADABLE_CLASSES["dar_hf"] = _LOADABLE
+pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(_LOADABLE)

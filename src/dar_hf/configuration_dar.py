@@ -1,0 +1,81 @@
+"""Configuration of the D-AR language model: a Llama whose vocabulary is image codes, class tokens and one null class."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+
+@strict
+class DARConfig(LlamaConfig):
+    """Llama's own options beside those of D-AR (arXiv 2505.23660, section 3.3; sizes as in LlamaGen).
+
+    Input vocabulary: ``codebook_size`` image codes, then ``num_classes`` class tokens, then one null class token.
+    Output vocabulary: the image codes. A sequence is ``[codebook_size + class, code, code, ...]``.
+
+    Args:
+        codebook_size: number of image codes.
+        num_classes: number of classes, without the null class.
+        num_image_tokens: codes of one image (N).
+        tokens_per_group: codes of one group, the unit in which `DARForCausalLM.stream_codes` yields.
+        token_dropout: dropout on the input embeddings, class token included.
+        resid_dropout: dropout after every attention's output projection.
+        ffn_dropout: dropout after every mlp.
+        class_dropout: how often training replaces the class by the null class.
+
+    Raises:
+        ValueError: for sizes below 1, rates outside [0, 1), or tied embeddings (the vocabularies differ).
+    """
+
+    model_type = "dar"
+
+    codebook_size: int = 16384
+    num_classes: int = 1000
+    num_image_tokens: int = 256
+    tokens_per_group: int = 32
+    resid_dropout: float | int = 0.1
+    ffn_dropout: float | int = 0.1
+    token_dropout: float | int = 0.1
+    class_dropout: float | int = 0.1
+
+    # Llama's fields that are different here; LlamaGen's L size
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int | None = None  # type: ignore[assignment]
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.vocab_size = self.codebook_size + self.num_classes + 1
+        self.max_position_embeddings = self.num_image_tokens + 1
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of ``@strict`` validation: sizes and rates that make no model are refused by name."""
+        super().validate_architecture()
+        for name in ("codebook_size", "num_classes", "num_image_tokens", "tokens_per_group"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("resid_dropout", "ffn_dropout", "token_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
+        if not 0 <= self.class_dropout <= 1:
+            raise ValueError(f"class_dropout must lie in [0, 1], got {self.class_dropout}.")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings=True is impossible: input and output vocabularies differ.")
+
+    @property
+    def null_token_id(self) -> int:
+        """Input token of the null class, for guidance."""
+        return self.codebook_size + self.num_classes
+
+    def class_token_id(self, label: int) -> int:
+        """Input token of class ``label``.
+
+        Raises:
+            ValueError: for a label outside [0, num_classes).
+        """
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.num_classes:
+            raise ValueError(f"class label must be an integer in [0, {self.num_classes}), got {label!r}.")
+        return self.codebook_size + label

@@ -1,0 +1,438 @@
+"""The D-AR language model: transformers' Llama over image codes, with batched classifier-free guidance.
+
+Body and numerics are Llama's own parts (the original is LlamaGen's Llama). Ours are three dropouts, the split
+vocabulary, guidance in one doubled forward pass, and `stream_codes`, which yields every group of codes as soon as it
+is there. Pure functions on tensors first, then the layers, then the models.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_dar import DARConfig
+
+GuidanceScale = float | tuple[float, float] | list[float] | None
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def guidance_schedule(scale: GuidanceScale, num_image_tokens: int) -> list[float] | None:
+    """One guidance scale for each image token: constant, or linear from start to end, both included.
+
+    Args:
+        scale: a number, a pair (start, end), or None for no guidance.
+        num_image_tokens: N; the schedule always spans the whole sequence, however many codes are generated.
+
+    Returns:
+        N scales, or None where every scale is 1, so that one unguided pass does.
+
+    Raises:
+        ValueError: for anything but a finite number >= 0 or a pair of them.
+    """
+    if scale is None:
+        return None
+    ends = (scale, scale) if isinstance(scale, Real) else tuple(scale)
+    if len(ends) != 2:
+        raise ValueError(f"guidance_scale must be a number or a pair (start, end), got {len(ends)} values: {scale!r}.")
+    if not all(isinstance(end, Real) and math.isfinite(end) and end >= 0 for end in ends):
+        raise ValueError(f"guidance scales must be finite numbers >= 0, got {scale!r}.")
+    start, end = (float(x) for x in ends)
+    if start == end == 1.0:
+        return None
+    return [start + (end - start) * i / max(num_image_tokens - 1, 1) for i in range(num_image_tokens)]
+
+
+def apply_guidance(logits: torch.Tensor, scale: float) -> torch.Tensor:
+    """Merge logits ``(2B, V)``, class rows then null-class rows, to ``uncond + scale * (cond - uncond)``, ``(B, V)``."""
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def draw(scores: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    """Sample one index per row of unnormalised log-probabilities ``(B, V)``; ``(B,)`` long.
+
+    An exponential race instead of ``torch.multinomial``: no host sync, and with a list of generators row i uses only
+    the i-th, so an image does not depend on its neighbours in the batch.
+    """
+    shape = scores.shape
+    if generator is None or isinstance(generator, torch.Generator):
+        device = scores.device if generator is None else generator.device
+        race = torch.empty(shape, device=device).exponential_(generator=generator)
+    else:
+        race = torch.stack([torch.empty(shape[1:], device=g.device).exponential_(generator=g) for g in generator])
+    return (scores.float().softmax(dim=-1) / race.to(scores.device)).argmax(dim=-1)
+
+
+def check_generators(generator: Generators, batch_size: int) -> None:
+    """Raises ValueError for a list of generators of another length than the batch."""
+    if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+        raise ValueError(f"got {len(generator)} generators for a batch of {batch_size}.")
+
+
+class ClassifierFreeGuidance(LogitsProcessor):
+    """Merges the doubled rows of a guided step; stands first among the processors of `generate`."""
+
+    def __init__(self, schedule: list[float]):
+        self.schedule = schedule
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        position = min(input_ids.shape[1], len(self.schedule)) - 1
+        return apply_guidance(scores, self.schedule[position])
+
+
+class GeneratorSampling(LogitsProcessor):
+    """Samples with the caller's generator; stands last, and `generate` then picks the only finite score."""
+
+    def __init__(self, generator: Generators):
+        self.generator = generator
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        check_generators(self.generator, len(scores))
+        chosen = draw(scores, self.generator)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+class DARAttention(LlamaAttention):
+    """Llama attention with dropout after the output projection."""
+
+    def forward(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        output, weights = super().forward(*args, **kwargs)
+        return F.dropout(output, self.config.resid_dropout, self.training), weights
+
+
+class DARMLP(LlamaMLP):
+    """Llama mlp with dropout after it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x), self.config.ffn_dropout, self.training)
+
+
+class DARDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: DARConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = DARAttention(config, layer_idx)
+        self.mlp = DARMLP(config)
+
+
+class DARPreTrainedModel(LlamaPreTrainedModel):
+    config: DARConfig
+    config_class = DARConfig
+    _no_split_modules = ["DARDecoderLayer"]
+    _can_record_outputs = {"hidden_states": DARDecoderLayer, "attentions": DARAttention}
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Refused: the vocabulary is laid out by the codebook and the classes."""
+        raise ValueError(
+            "the vocabulary of a D-AR model is its codebook and classes and cannot be resized; "
+            "make a new DARConfig with other codebook_size or num_classes."
+        )
+
+
+class DARModel(DARPreTrainedModel, LlamaModel):
+    """The Llama body. Training mode drops classes (`class_dropout`) and input embeddings (`token_dropout`)."""
+
+    def __init__(self, config: DARConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList([DARDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        drop_class: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Llama's forward. ``drop_class (B,)`` bool says which rows lose their class; drawn in training if missing."""
+        if input_ids is not None:
+            if drop_class is None and self.training and self.config.class_dropout > 0:
+                drop_class = torch.rand(len(input_ids), device=input_ids.device) < self.config.class_dropout
+            if drop_class is not None:
+                input_ids = torch.where(drop_class[:, None], self.without_class(input_ids), input_ids)
+            if inputs_embeds is None:
+                inputs_embeds = self.embed_tokens(input_ids)
+                input_ids = None
+        if inputs_embeds is not None:
+            inputs_embeds = F.dropout(inputs_embeds, self.config.token_dropout, self.training)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def without_class(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """The same tokens with every class replaced by the null class."""
+        return torch.where(input_ids >= self.config.codebook_size, self.config.null_token_id, input_ids)
+
+
+class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
+    """Predicts the codes of an image from its class. See `DARConfig` for the vocabulary and the sequence.
+
+    ``labels`` work as for any causal language model (shifted inside; the class token is never a target).
+    """
+
+    _tied_weights_keys = None
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: DARConfig):
+        super().__init__(config)
+        self.model = DARModel(config)
+        self.vocab_size = config.codebook_size
+        self.lm_head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is getattr(self, "lm_head", None):
+            init.zeros_(module.weight)  # the first prediction is uniform, as in LlamaGen
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        drop_class: torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``(B, L, codebook_size)`` of the code that follows each position, and the loss if labels are given."""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            drop_class=drop_class,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.codebook_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    # transformers' generate, with batched guidance and the caller's generator
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config=None,
+        *,
+        generator: Generators = None,
+        **kwargs,
+    ):
+        """transformers' ``generate`` over ``input_ids`` that begin with a class token.
+
+        Args:
+            guidance_scale: a number, or a pair (start, end) for a scale linear over the image tokens; both halves
+                run in one doubled pass. Missing, the generation configuration's.
+            generator: source of the samples, one or one per returned sequence; the global one is left untouched.
+
+        Raises:
+            ValueError: for guidance with beam search, or scales of the wrong form.
+        """
+        base = generation_config if generation_config is not None else self.generation_config
+        scale = kwargs.pop("guidance_scale", None)
+        scale = scale if scale is not None else base.guidance_scale
+        guidance = guidance_schedule(scale, self.config.num_image_tokens)
+        if guidance and (kwargs.get("num_beams") or base.num_beams or 1) > 1:
+            raise ValueError("guidance_scale with num_beams > 1 is not supported: sample or decode greedily.")
+        # defaults of the paper where nobody says otherwise: one whole image, from the whole distribution
+        if all(x is None for x in (kwargs.get("max_new_tokens"), kwargs.get("max_length"), base.max_new_tokens)):
+            kwargs["max_length"] = self.config.num_image_tokens + 1
+        if kwargs.get("do_sample", base.do_sample) and base.top_k is None:
+            kwargs.setdefault("top_k", 0)
+        return super().generate(
+            inputs, generation_config, guidance=guidance, generator=generator, guidance_scale=1.0, **kwargs
+        )
+
+    def _get_logits_processor(self, generation_config, *args, model_kwargs=None, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
+        options = model_kwargs or {}
+        if options.get("guidance") is not None:
+            processors.insert(0, ClassifierFreeGuidance(options["guidance"]))
+        if options.get("generator") is not None and generation_config.do_sample:
+            processors.append(GeneratorSampling(options["generator"]))
+            generation_config.do_sample = False  # sampled already; argmax draws nothing from the global generator
+        return processors
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        guidance: list[float] | None = None,
+        generator: Generators = None,
+        **kwargs,
+    ) -> dict:
+        if guidance is not None:
+            input_ids = self._with_null_rows(input_ids)
+            attention_mask = None if attention_mask is None else torch.cat([attention_mask] * 2)
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = torch.cat([kwargs["position_ids"]] * 2)
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _with_null_rows(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """``(2B, L)``: the rows, then the same rows under the null class."""
+        return torch.cat([input_ids, self.model.without_class(input_ids)])
+
+    # The stream of codes that the pipeline composes with the tokenizer's
+
+    def stream_codes(
+        self,
+        class_labels: torch.LongTensor | Sequence[int] | int,
+        *,
+        guidance_scale: GuidanceScale = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: Generators = None,
+        prefix_codes: torch.LongTensor | None = None,
+        num_tokens: int | None = None,
+        group_size: int | None = None,
+    ) -> Iterator[torch.LongTensor]:
+        """Generate codes and yield each group ``(B, group_size)`` as soon as it is complete.
+
+        Every code is one forward pass over a key-value cache; the prefix is never computed again.
+
+        Args:
+            class_labels: one label per image, in [0, num_classes).
+            guidance_scale: a number or a pair (start, end), linear over the image's tokens; None takes the generation
+                configuration's, 1.0 switches it off.
+            temperature: divides the logits; 0 takes the most probable code.
+            top_k, top_p: 0 and 1.0 keep the whole distribution.
+            generator: one, or one per image.
+            prefix_codes: ``(B or 1, n)`` codes to start from; they come back first in the stream.
+            num_tokens: stop after this many codes, prefix included; default the whole image.
+            group_size: codes per yield; default the configuration's. The last group may be shorter.
+
+        Raises:
+            ValueError: for labels, codes or sampling options out of range, before anything is generated.
+        """
+        config = self.config
+        num_tokens = config.num_image_tokens if num_tokens is None else num_tokens
+        group_size = config.tokens_per_group if group_size is None else group_size
+        if not 1 <= num_tokens <= config.num_image_tokens:
+            raise ValueError(f"num_tokens must lie in [1, {config.num_image_tokens}], got {num_tokens}.")
+        if group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {group_size}.")
+        if isinstance(class_labels, int):
+            class_labels = [class_labels]
+        labels = class_labels.tolist() if isinstance(class_labels, torch.Tensor) else list(class_labels)
+        if not labels:
+            raise ValueError("class_labels is empty: nothing to generate.")
+        tokens = torch.tensor([[config.class_token_id(label)] for label in labels], device=self.device)
+        check_generators(generator, len(labels))
+        if prefix_codes is not None:
+            prefix_codes = self._check_prefix(prefix_codes, len(labels), num_tokens)
+            tokens = torch.cat([tokens, prefix_codes], dim=1)
+        if guidance_scale is None:
+            guidance_scale = self.generation_config.guidance_scale
+        schedule = guidance_schedule(guidance_scale, config.num_image_tokens)
+        warpers = sampling_warpers(temperature, top_k, top_p)
+        return self._stream_groups(tokens, schedule, warpers, generator, num_tokens, group_size)
+
+    def _check_prefix(self, codes: torch.Tensor, batch_size: int, num_tokens: int) -> torch.LongTensor:
+        if codes.ndim != 2 or codes.is_floating_point() or len(codes) not in (1, batch_size):
+            raise ValueError(
+                f"prefix_codes must be integers of shape (1 or {batch_size}, n), got {codes.dtype} of "
+                f"{tuple(codes.shape)}."
+            )
+        if codes.shape[1] > num_tokens:
+            raise ValueError(f"a prefix of {codes.shape[1]} codes is longer than the {num_tokens} to generate.")
+        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.config.codebook_size):
+            raise ValueError(f"prefix_codes must lie in [0, {self.config.codebook_size}).")
+        return codes.to(self.device, torch.long).expand(batch_size, -1)
+
+    @torch.no_grad()
+    def _stream_groups(
+        self,
+        tokens: torch.LongTensor,
+        schedule: list[float] | None,
+        warpers: LogitsProcessorList | None,
+        generator: Generators,
+        num_tokens: int,
+        group_size: int,
+    ) -> Iterator[torch.LongTensor]:
+        """``tokens`` are the class tokens and the prefix; ``warpers`` None decodes greedily."""
+        codes = tokens[:, 1:]
+        cache = DynamicCache(config=self.config)
+        yielded = 0
+        while yielded < num_tokens:
+            stop = min(yielded + group_size, num_tokens)
+            while codes.shape[1] < stop:
+                inputs = tokens if schedule is None else self._with_null_rows(tokens)
+                logits = self(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+                if schedule is not None:
+                    logits = apply_guidance(logits, schedule[codes.shape[1]])
+                if warpers is None:
+                    tokens = logits.argmax(dim=-1, keepdim=True)
+                else:
+                    tokens = draw(warpers(None, logits), generator)[:, None]
+                codes = torch.cat([codes, tokens], dim=1)
+            yield codes[:, yielded:stop]
+            yielded = stop
+
+
+def sampling_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList | None:
+    """transformers' own warpers for these options; None stands for greedy decoding (temperature 0).
+
+    Raises:
+        ValueError: for a negative temperature or top_k, or top_p outside (0, 1].
+    """
+    if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be a finite number >= 0, got {temperature!r}.")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k must be an integer >= 0 (0 keeps every code), got {top_k!r}.")
+    if not (isinstance(top_p, Real) and 0 < top_p <= 1):
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p!r}.")
+    if temperature == 0:
+        return None
+    warpers = LogitsProcessorList()
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(float(top_p)))
+    return warpers

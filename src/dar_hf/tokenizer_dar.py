@@ -1,0 +1,915 @@
+"""The sequential diffusion tokenizer of D-AR (arXiv 2505.23660, section 3; original code: showlab/D-AR).
+
+An encoder turns an image into N discrete codes in K groups; group k conditions the k-th denoising step of a pixel-space
+flow-matching decoder. So decoding codes *is* sampling a diffusion model, and every finished group gives a preview.
+Reads downward: attention and its cache, blocks, quantizer, denoiser, outputs, and the public `DARTokenizer` last.
+
+What departs from the original code: attention keeps no map, the causal blocks keep a cache while codes stream in, and
+the quantizer, time, rotary positions and solver state are float32 whatever the dtype of the model. Values are the same.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from .scheduling_dar import FlowMatchAdamsBashforthScheduler, shift_time
+
+NORM_EPS = 1e-6  # every LayerNorm of the tokenizer
+NUM_REPA_ROWS = 16  # rows of the feature grid that REPA compares: DINOv2 at 224 pixels has 16
+
+
+def layer_norm(x: torch.Tensor) -> torch.Tensor:
+    """LayerNorm over the last axis without affine parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def rotary_table(height: int, width: int, head_dim: int, theta: float) -> torch.Tensor:
+    """Cosines and sines of the two-axis rotary embedding of a ``height x width`` grid.
+
+    The first half of the head dimension rotates with the row, the second with the column; angles are computed in
+    float64 and stored in float32, as the original code does.
+
+    Returns:
+        ``(2, height * width, 1, head_dim / 2)`` float32.
+    """
+    per_axis = head_dim // 2
+    frequencies = theta ** (-torch.arange(0, per_axis, 2, dtype=torch.float64) / per_axis)
+    rows = torch.arange(height, dtype=torch.float64)[:, None, None] * frequencies
+    columns = torch.arange(width, dtype=torch.float64)[None, :, None] * frequencies
+    angles = torch.cat([rows.expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1)
+    angles = angles.reshape(height * width, 1, per_axis)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def apply_rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotate interleaved pairs of ``x (B, L, heads, head_dim)`` by ``table (2, L, 1, head_dim / 2)`` in float32."""
+    cos, sin = table
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class CausalCache:
+    """Keys and values of the causal blocks for the codes seen so far, one pair ``(B, L, heads, head_dim)`` a block."""
+
+    def __init__(self, num_blocks: int):
+        self.entries: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_blocks
+
+    @property
+    def length(self) -> int:
+        """How many codes are held."""
+        entry = self.entries[0] if self.entries else None
+        return 0 if entry is None else entry[0].shape[1]
+
+    def update(self, block: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new keys and values of a block and return all of them."""
+        entry = self.entries[block]
+        if entry is not None:
+            key, value = torch.cat([entry[0], key], dim=1), torch.cat([entry[1], value], dim=1)
+        self.entries[block] = (key, value)
+        return key, value
+
+
+class DARAttnProcessor:
+    """Runs `DARAttention` through diffusers' dispatcher, so that ``set_attention_backend`` works."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "DARAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary: torch.Tensor | None = None,
+        rotate_keys: bool = True,
+        cache: tuple[CausalCache, int] | None = None,
+    ) -> torch.Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, attn.head_dim))
+            for projection, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if rotary is not None:
+            query = apply_rotary(query, rotary)
+            key = apply_rotary(key, rotary) if rotate_keys else key
+        query, key = query.to(value.dtype), key.to(value.dtype)  # autocast norms in float32
+        if cache is not None:
+            key, value = cache[0].update(cache[1], key, value)
+        output = dispatch_attention_fn(
+            query, key, value, attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out(output.flatten(2).to(query.dtype))
+
+
+class DARAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention with biases and an affine LayerNorm on every head's queries and keys."""
+
+    _default_processor_cls = DARAttnProcessor
+    _available_processors = [DARAttnProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, dim: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.norm_q = nn.LayerNorm(head_dim, eps=NORM_EPS)
+        self.norm_k = nn.LayerNorm(head_dim, eps=NORM_EPS)
+        self.to_out = nn.Linear(dim, dim)
+        self.set_processor(DARAttnProcessor())
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.processor(self, hidden_states, **kwargs)
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers around a SiLU, four times as wide inside."""
+
+    def __init__(self, dim: int):
+        super().__init__(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+
+
+class GatedBlock(nn.Module):
+    """Pre-norm transformer block whose two branches are scaled by learned per-channel gates (zero at the start)."""
+
+    def __init__(self, dim: int, head_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = DARAttention(dim, head_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = FeedForward(dim)
+        self.gate1 = nn.Parameter(torch.zeros(dim))
+        self.gate2 = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor, attention: dict) -> torch.Tensor:
+        x = x + self.gate1 * self.attn(self.norm1(x), **attention)
+        return x + self.gate2 * self.mlp(self.norm2(x))
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoidal embedding of ``1000 t`` (cosines first), then Linear-SiLU-Linear."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        half = self.dim // 2
+        exponents = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
+        angles = 1000.0 * timestep.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class DiffusionBlock(nn.Module):
+    """Decoder block: cross-attention to the group's conditions sets shift, scale and gate of every position (adaLN)."""
+
+    def __init__(self, dim: int, head_dim: int, own_time_embedding: bool):
+        super().__init__()
+        self.time_embed = TimestepEmbedding(dim) if own_time_embedding else None
+        self.condition_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.cross_attn = DARAttention(dim, head_dim)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.attn = DARAttention(dim, head_dim)
+        self.mlp = FeedForward(dim)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        condition: torch.Tensor,
+        timestep: torch.Tensor,
+        shared_time: torch.Tensor | None,
+        rotary: torch.Tensor,
+    ) -> torch.Tensor:
+        time = self.time_embed(timestep) if self.time_embed is not None else shared_time
+        normed = layer_norm(x)
+        attended = self.cross_attn(
+            normed,
+            encoder_hidden_states=layer_norm(self.condition_embed(condition)),
+            rotary=rotary,
+            rotate_keys=False,  # the conditions have no place in the picture
+        )
+        modulation = self.modulation(F.silu(time[:, None] + attended))
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+        x = x + gate1 * self.attn(normed * (1 + scale1) + shift1, rotary=rotary)
+        return x + gate2 * self.mlp(layer_norm(x) * (1 + scale2) + shift2)
+
+
+class AdaptiveHead(nn.Module):
+    """DiT-style final layer: LayerNorm, shift and scale from the time embedding, Linear (``mlp_head`` originally)."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.linear = nn.Linear(dim, out_dim)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.modulation(F.silu(time))[:, None].chunk(2, dim=-1)
+        return self.linear(layer_norm(x) * (1 + scale) + shift)
+
+
+class RepaHead(nn.Sequential):
+    """Projects decoder features to those of a frozen image encoder (training only)."""
+
+    def __init__(self, dim: int, out_dim: int, hidden: int = 2048):
+        super().__init__(
+            nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_dim)
+        )
+
+
+class Denoiser(nn.Module):
+    """Pixel-space transformer that predicts the velocity of a noisy image under one group's conditions."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim, head_dim = config.diffusion_dim, config.attention_head_dim
+        self.patch_size = config.diffusion_patch_size
+        self.repa_layer = config.repa_layer
+        patch_dim = config.in_channels * self.patch_size**2
+        self.proj_in = nn.Linear(patch_dim, dim)
+        self.condition_proj = nn.Linear(config.condition_dim, dim)
+        self.time_embed = TimestepEmbedding(dim) if config.share_time_embedding else None
+        self.blocks = nn.ModuleList(
+            DiffusionBlock(dim, head_dim, not config.share_time_embedding) for _ in range(config.diffusion_depth)
+        )
+        self.adaptive_head = AdaptiveHead(dim, patch_dim) if config.adaptive_head else None
+        self.proj_out = None if config.adaptive_head else nn.Linear(dim, patch_dim)
+        self.repa_head = None if config.repa_layer is None else RepaHead(dim, config.repa_dim)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: torch.Tensor,
+        rotary: torch.Tensor,
+        output_repa: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = sample.shape[-2] // self.patch_size
+        # pixel-unshuffle keeps (channel, row, column) order inside the patch, as the original code does
+        x = self.proj_in(F.pixel_unshuffle(sample, self.patch_size).flatten(2).transpose(1, 2))
+        condition = layer_norm(self.condition_proj(condition))
+        time = self.time_embed(timestep) if self.time_embed is not None else None
+        repa_features = None
+        for index, block in enumerate(self.blocks):
+            if output_repa and index == self.repa_layer:
+                repa_features = self._repa_features(x, rows)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, condition, timestep, time, rotary)
+            else:
+                x = block(x, condition, timestep, time, rotary)
+        x = layer_norm(x)
+        x = self.proj_out(x) if self.adaptive_head is None else self.adaptive_head(x, time)
+        velocity = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, -1)), self.patch_size)
+        return velocity, repa_features
+
+    def _repa_features(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        grid = x.transpose(1, 2).unflatten(2, (rows, -1))
+        pooled = F.avg_pool2d(grid, max(1, rows // NUM_REPA_ROWS))
+        return self.repa_head(pooled.flatten(2).transpose(1, 2))
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest of the l2-normalised codebook rows. Stored rows have any length; their direction is the code."""
+
+    def __init__(self, codebook_size: int, codebook_dim: int):
+        super().__init__()
+        self.codebook = nn.Embedding(codebook_size, codebook_dim)
+        self.codebook.weight.data.uniform_(-1.0 / codebook_size, 1.0 / codebook_size)
+
+    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
+        """Codes ``(...)`` of l2-normalised latents ``(..., codebook_dim)``."""
+        codebook = F.normalize(self.codebook.weight.float(), dim=-1)
+        return (latents @ codebook.T).argmax(dim=-1)
+
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        """l2-normalised float32 code vectors ``(..., codebook_dim)``."""
+        return F.normalize(self.codebook(codes).float(), dim=-1)
+
+
+@dataclass
+class DARTokenizerEncoderOutput(BaseOutput):
+    """Attributes:
+    codes: ``(B, num_tokens)`` long, in [0, codebook_size).
+    latents: ``(B, num_tokens, codebook_dim)`` float32, l2-normalised, before quantization.
+    """
+
+    codes: torch.Tensor
+    latents: torch.Tensor
+
+
+@dataclass
+class DARPreview(BaseOutput):
+    """One denoising step of `DARTokenizer.decode_stream`.
+
+    Attributes:
+        step, num_steps: this step, counted from 1, and how many there are.
+        num_tokens: how many codes the picture depends on so far.
+        sample: ``(B, C, H, W)`` float32, in the range of images, not clamped: this step taken straight to t = 1.
+        timestep: the shifted time at which the step began, in [0, 1).
+        latents: ``(B, C, H, W)`` float32, the solver's noisy state after the step.
+    """
+
+    step: int
+    num_steps: int
+    num_tokens: int
+    sample: torch.Tensor
+    timestep: float
+    latents: torch.Tensor
+
+
+@dataclass
+class DARTokenizerOutput(BaseOutput):
+    """Everything the losses of stage 1 need, float32.
+
+    Attributes:
+        velocity, target: predicted and true velocity, ``(B, C, H, W)``, in units of ``data_std`` times the image.
+        pred_original_sample: jump estimate of the clean image, ``(B, C, H, W)``, in the range of images.
+        codes: ``(B, N)``; latents, quantized: ``(B, N, codebook_dim)``, both l2-normalised.
+        token_mask: ``(B, N)``, 1.0 up to the last token of the image's group, 0.0 after it.
+        timesteps: ``(B,)`` shifted times.
+        repa_features: ``(B, tokens, repa_dim)``, where asked for.
+    """
+
+    velocity: torch.Tensor
+    target: torch.Tensor
+    pred_original_sample: torch.Tensor
+    codes: torch.Tensor
+    latents: torch.Tensor
+    quantized: torch.Tensor
+    token_mask: torch.Tensor
+    timesteps: torch.Tensor
+    repa_features: torch.Tensor | None = None
+
+
+class DARTokenizer(ModelMixin, ConfigMixin):
+    """Image to codes and back: encoder, quantizer, causal condition blocks and diffusion decoder.
+
+    The defaults are the ImageNet 256x256 tokenizer "v1".
+
+    Args:
+        sample_size: image size in pixels, an int or (height, width).
+        strict_sample_size: refuse other sizes than ``sample_size``. A model trained at one size gives wrong pictures
+            at others without any sign of it; False allows every multiple of both patch sizes, as the original code.
+        in_channels: image channels.
+        encoder_patch_size, encoder_dim, num_encoder_layers: the encoder.
+        decoder_dim, num_decoder_layers: the causal blocks that turn codes into conditions.
+        codebook_size, codebook_dim: the quantizer.
+        num_tokens, num_groups, tokens_per_group: N codes in K groups; the last defaults to N / K.
+        num_inference_steps: denoising steps of `decode` unless the call says otherwise; defaults to ``num_groups``.
+        diffusion_dim, diffusion_patch_size, diffusion_depth: the denoiser.
+        condition_dim: width of the conditions that enter the denoiser; must be ``decoder_dim`` (its default).
+        attention_head_dim: width of one head; every width must be a multiple of it.
+        rope_theta: base of the rotary frequencies.
+        low_rank_queries: learned queries through a bottleneck of ``query_rank`` instead of full width.
+        share_time_embedding: one time embedding for all denoiser blocks instead of one each.
+        adaptive_head: DiT-style final layer; needs ``share_time_embedding``.
+        data_std: images are multiplied by this before diffusion (0.6), so that their variance is near that of noise.
+        time_shift: beta of the time shift.
+        repa_layer: index of the denoiser block whose input the REPA head reads; None for no head. Training only.
+        repa_dim: width of the features REPA compares with.
+        max_num_tokens: rows of the query and token tables (1024 in released weights; the first N are used).
+
+    Raises:
+        ValueError: for sizes that do not fit together; the message names them.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["GatedBlock", "DiffusionBlock"]
+    _repeated_blocks = ["GatedBlock", "DiffusionBlock"]
+    _keep_in_fp32_modules = ["quantizer"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 256,
+        in_channels: int = 3,
+        encoder_patch_size: int = 16,
+        encoder_dim: int = 768,
+        num_encoder_layers: int = 8,
+        decoder_dim: int = 768,
+        num_decoder_layers: int = 8,
+        codebook_size: int = 16384,
+        codebook_dim: int = 8,
+        num_tokens: int = 256,
+        num_groups: int = 8,
+        tokens_per_group: int | None = None,
+        num_inference_steps: int | None = None,
+        diffusion_dim: int = 768,
+        diffusion_patch_size: int = 8,
+        diffusion_depth: int = 12,
+        condition_dim: int | None = None,
+        attention_head_dim: int = 64,
+        rope_theta: float = 10000.0,
+        low_rank_queries: bool = True,
+        share_time_embedding: bool = False,
+        adaptive_head: bool = False,
+        data_std: float = 0.6,
+        time_shift: float = 2.0,
+        repa_layer: int | None = 8,
+        repa_dim: int = 768,
+        max_num_tokens: int = 1024,
+        query_rank: int = 8,
+        strict_sample_size: bool = True,
+    ):
+        super().__init__()
+        self.register_to_config(
+            tokens_per_group=tokens_per_group or num_tokens // num_groups,
+            num_inference_steps=num_inference_steps or num_groups,
+            condition_dim=condition_dim or decoder_dim,
+        )
+        config = self.config
+        _check_config(config)
+        head_dim = attention_head_dim
+
+        self.patch_embed = nn.Conv2d(in_channels, encoder_dim, encoder_patch_size, stride=encoder_patch_size)
+        self.query_embed = nn.Embedding(max_num_tokens, query_rank if low_rank_queries else encoder_dim)
+        self.query_proj = nn.Linear(query_rank, encoder_dim) if low_rank_queries else None
+        self.encoder_blocks = nn.ModuleList(GatedBlock(encoder_dim, head_dim) for _ in range(num_encoder_layers))
+        self.quant_proj = nn.Linear(encoder_dim, codebook_dim, bias=False)
+        self.quantizer = VectorQuantizer(codebook_size, codebook_dim)
+        self.post_quant_proj = nn.Linear(codebook_dim, decoder_dim, bias=False)
+        self.token_embed = nn.Embedding(max_num_tokens, decoder_dim)
+        self.causal_blocks = nn.ModuleList(GatedBlock(decoder_dim, head_dim) for _ in range(num_decoder_layers))
+        self.denoiser = Denoiser(config)
+        self.gradient_checkpointing = False
+        self._tables: dict = {}  # rotary tables and masks by size, dtype and device; not parameters, not saved
+        self.reset_parameters()
+
+    def reset_parameters(
+        self, gate: float = 0.0, modulation_std: float = 0.0, output_std: float = 0.0, post_quant_std: float = 0.0
+    ) -> None:
+        """Set the start values that decide whether codes come into use; everything else keeps torch's own.
+
+        Args:
+            gate: gates of the encoder and causal blocks (0 in the paper: every block starts as the identity).
+            modulation_std, output_std: adaLN and output layers of the denoiser, N(0, std) (0 in the paper).
+            post_quant_std: the projection after the quantizer, N(0, std); 0 leaves torch's default.
+        """
+        for block in (*self.encoder_blocks, *self.causal_blocks):
+            nn.init.constant_(block.gate1, gate)
+            nn.init.constant_(block.gate2, gate)
+        head = self.denoiser.adaptive_head
+        modulations = [block.modulation for block in self.denoiser.blocks] + ([head.modulation] if head else [])
+        for layer, std in [(layer, modulation_std) for layer in modulations] + [
+            (head.linear if head else self.denoiser.proj_out, output_std)
+        ]:
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+        if post_quant_std:
+            nn.init.normal_(self.post_quant_proj.weight, std=post_quant_std)
+        for embedding in (self.query_embed, self.token_embed):
+            nn.init.normal_(embedding.weight, std=0.02 if embedding is self.token_embed else 1.0)
+
+    # Sizes, tables and checks
+
+    def _cached(self, key: tuple, make) -> torch.Tensor:
+        if key not in self._tables:
+            self._tables[key] = make().to(key[-1])
+        return self._tables[key]
+
+    def _rotary(self, height: int, width: int, device: torch.device) -> torch.Tensor:
+        head_dim, theta = self.config.attention_head_dim, self.config.rope_theta
+        return self._cached(
+            ("rotary", height, width, device), lambda: rotary_table(height, width, head_dim, theta)
+        )
+
+    def _encoder_tables(self, height: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Rotary table (identity for the queries) and mask of the encoder's sequence [patches, queries]."""
+        num_tokens, num_patches = self.config.num_tokens, height * width
+
+        def rotary() -> torch.Tensor:
+            table = rotary_table(height, width, self.config.attention_head_dim, self.config.rope_theta)
+            identity = torch.stack([torch.ones_like(table[0, :1]), torch.zeros_like(table[0, :1])])
+            return torch.cat([table, identity.expand(-1, num_tokens, -1, -1)], dim=1)
+
+        def mask() -> torch.Tensor:
+            length = num_patches + num_tokens
+            allowed = torch.ones(length, length, dtype=torch.bool).tril()
+            allowed[:, :num_patches] = True
+            return allowed
+
+        return {
+            "rotary": self._cached(("encoder rotary", height, width, device), rotary),
+            "attention_mask": self._cached(("encoder mask", height, width, device), mask),
+        }
+
+    def _check_size(self, height: int, width: int) -> None:
+        expected = _pair(self.config.sample_size)
+        for patch in (self.config.encoder_patch_size, self.config.diffusion_patch_size):
+            if height < patch or width < patch or height % patch or width % patch:
+                raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {patch}.")
+        if self.config.strict_sample_size and (height, width) != expected:
+            raise ValueError(
+                f"image size {height}x{width} is not the {expected[0]}x{expected[1]} this tokenizer was made for; "
+                "resize the image, or set strict_sample_size=False in the configuration."
+            )
+
+    def _check_images(self, pixel_values: torch.Tensor) -> None:
+        channels = self.config.in_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be floating point of shape (batch, {channels}, height, width), "
+                f"got {pixel_values.dtype} of shape {tuple(pixel_values.shape)}."
+            )
+        self._check_size(*pixel_values.shape[2:])
+
+    def _check_codes(self, codes: torch.Tensor) -> None:
+        if codes.ndim != 2 or codes.is_floating_point():
+            raise ValueError(
+                f"codes must be integers of shape (batch, tokens), got {codes.dtype} of {tuple(codes.shape)}."
+            )
+        if not 0 < codes.shape[1] <= self.config.num_tokens:
+            raise ValueError(f"a sequence has 1 to {self.config.num_tokens} codes, got {codes.shape[1]}.")
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.config.codebook_size):
+            raise ValueError(
+                f"codes must lie in [0, {self.config.codebook_size}), got {int(codes.min())} to {int(codes.max())}."
+            )
+
+    def group_start(self, u: torch.Tensor) -> torch.Tensor:
+        """First token of the group that a step at *unshifted* time ``u`` in [0, 1] sees.
+
+        Rounds as the original code does (the paper says ceil): in training group 0 gets 1 / 2K of the times and the
+        last group 3 / 2K.
+        """
+        config = self.config
+        group = torch.floor(u.double() * config.num_groups + 0.5).long()
+        start = group * (config.num_tokens // config.num_groups)
+        return start.clamp(max=config.num_tokens - config.tokens_per_group)
+
+    def step_windows(self, num_inference_steps: int) -> list[tuple[int, int]]:
+        """Tokens [start, stop) that each of ``num_inference_steps`` steps is conditioned on."""
+        starts = self.group_start(torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps)
+        return [(start, start + self.config.tokens_per_group) for start in starts.tolist()]
+
+    # Image to codes
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """l2-normalised float32 latents ``(B, N, codebook_dim)``."""
+        num_tokens = self.config.num_tokens
+        patches = self.patch_embed(pixel_values.to(self.dtype))
+        tables = self._encoder_tables(*patches.shape[2:], patches.device)
+        queries = self.query_embed.weight[:num_tokens]
+        queries = queries if self.query_proj is None else self.query_proj(queries)
+        patches = layer_norm(patches.flatten(2).transpose(1, 2))
+        x = torch.cat([patches, queries.to(patches.dtype).expand(len(patches), -1, -1)], dim=1)
+        x = self._run_blocks(self.encoder_blocks, x, tables)
+        latents = self.quant_proj(layer_norm(x[:, -num_tokens:]))
+        return F.normalize(latents.float(), dim=-1)
+
+    def _run_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, attention: dict) -> torch.Tensor:
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, attention)
+            else:
+                x = block(x, attention)
+        return x
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> DARTokenizerEncoderOutput | tuple:
+        """Tokenize images.
+
+        Args:
+            pixel_values: ``(B, C, H, W)`` floating point in [-1, 1], of the model's size.
+
+        Raises:
+            ValueError: for another shape, size or range.
+        """
+        self._check_images(pixel_values)
+        low, high = (float(x) for x in pixel_values.aminmax()) if pixel_values.numel() else (0.0, 0.0)
+        if not (low >= -1.001 and high <= 1.001):  # also catches NaN
+            raise ValueError(f"pixel_values must lie in [-1, 1], got values from {low:.4g} to {high:.4g}.")
+        latents = self._encode(pixel_values)
+        with torch.autocast(latents.device.type, enabled=False):
+            codes = self.quantizer.nearest(latents)
+        return DARTokenizerEncoderOutput(codes, latents) if return_dict else (codes, latents)
+
+    # Codes to conditions
+
+    def _condition(self, quantized: torch.Tensor, cache: CausalCache | None = None) -> torch.Tensor:
+        """Conditions of code vectors ``(B, n, codebook_dim)`` that follow those in the cache."""
+        start, length = (cache.length if cache else 0), quantized.shape[1]
+        x = self.post_quant_proj(quantized.to(self.post_quant_proj.weight.dtype))
+        x = x + self.token_embed.weight[start : start + length]
+        if start == 0:
+            mask = self._causal_mask(length, quantized.device)
+        else:
+            mask = self._causal_mask(start + length, quantized.device)[start:]
+        if cache is None:
+            x = self._run_blocks(self.causal_blocks, x, {"attention_mask": mask})
+        else:
+            for index, block in enumerate(self.causal_blocks):
+                x = block(x, {"attention_mask": mask, "cache": (cache, index)})
+        return layer_norm(x)
+
+    def _causal_mask(self, length: int, device: torch.device) -> torch.Tensor:
+        mask = self._cached(
+            ("causal", device),
+            lambda: torch.ones(self.config.num_tokens, self.config.num_tokens, dtype=torch.bool).tril(),
+        )
+        return mask[:length, :length]
+
+    def condition(self, codes: torch.Tensor, cache: CausalCache | None = None) -> torch.Tensor:
+        """Conditions ``(B, n, decoder_dim)`` of a sequence of codes ``(B, n)``, for any n up to N.
+
+        Causal: the conditions of a prefix never change when more codes follow. With a `CausalCache` the codes follow
+        those the cache has seen.
+
+        Raises:
+            ValueError: for codes of the wrong type, shape or range.
+        """
+        self._check_codes(codes)
+        if cache is not None and cache.length + codes.shape[1] > self.config.num_tokens:
+            raise ValueError(f"{cache.length} + {codes.shape[1]} codes are more than {self.config.num_tokens}.")
+        return self._condition(self.quantizer.embed(codes), cache)
+
+    def _condition_stream(self, groups: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Conditions so far, each time a group is complete, however the codes arrive.
+
+        Codes are cut where groups end, so that the same arithmetic runs for one long sequence and for a slow stream.
+        """
+        config, cache = self.config, CausalCache(len(self.causal_blocks))
+        stride = config.num_tokens // config.num_groups
+        last = config.num_tokens - config.tokens_per_group
+        ends = sorted({min(k * stride, last) + config.tokens_per_group for k in range(config.num_groups)})
+        pending: torch.Tensor | None = None
+        conditions: torch.Tensor | None = None
+        for codes in groups:
+            self._check_codes(codes)
+            pending = codes.to(self.device) if pending is None else torch.cat([pending, codes.to(self.device)], dim=1)
+            if cache.length + pending.shape[1] > config.num_tokens:
+                raise ValueError(f"a sequence has {config.num_tokens} codes, got {cache.length + pending.shape[1]}.")
+            while ends and cache.length + pending.shape[1] >= ends[0]:
+                size = ends.pop(0) - cache.length
+                new = self._condition(self.quantizer.embed(pending[:, :size]), cache)
+                pending = pending[:, size:]
+                conditions = new if conditions is None else torch.cat([conditions, new], dim=1)
+                yield conditions
+
+    # Conditions to image
+
+    def velocity(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        condition: torch.Tensor,
+    ) -> torch.Tensor:
+        """The denoiser: velocity ``x_1 - x_0`` at a noisy sample.
+
+        Args:
+            sample: ``(B, C, H, W)``, ``t * data_std * image + (1 - t) * noise``.
+            timestep: *shifted* time in [0, 1], a scalar or ``(B,)``.
+            condition: ``(B, tokens_per_group, condition_dim)``, the conditions of one group.
+
+        Returns:
+            A tensor like ``sample``.
+        """
+        self._check_images(sample)
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(len(sample))
+        return self._velocity(sample, timestep, condition)[0].to(sample.dtype)
+
+    def _velocity(
+        self, sample: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor, output_repa: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        patch = self.config.diffusion_patch_size
+        rotary = self._rotary(sample.shape[2] // patch, sample.shape[3] // patch, sample.device)
+        return self.denoiser(sample.to(self.dtype), timestep, condition, rotary, output_repa)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        codes: torch.Tensor,
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        scheduler: FlowMatchAdamsBashforthScheduler | None = None,
+        return_dict: bool = True,
+    ) -> DecoderOutput | tuple:
+        """Images of codes ``(B, n)``; with n < N the preview of that prefix. See `decode_stream` for the arguments.
+
+        Returns:
+            ``sample (B, C, H, W)`` float32, not clamped.
+        """
+        self._check_codes(codes)
+        sample = None
+        for preview in self.decode_stream(
+            [codes],
+            generator=generator,
+            noise=noise,
+            num_inference_steps=num_inference_steps,
+            height=height,
+            width=width,
+            scheduler=scheduler,
+        ):
+            sample = preview.sample
+        if sample is None:
+            raise ValueError(
+                f"{codes.shape[1]} codes complete no group of {self.config.tokens_per_group}: nothing to decode."
+            )
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def decode_stream(
+        self,
+        groups: Iterable[torch.Tensor],
+        *,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        scheduler: FlowMatchAdamsBashforthScheduler | None = None,
+        start_step: int = 0,
+    ) -> Iterator[DARPreview]:
+        """Denoise while codes arrive: one `DARPreview` a step, each as soon as the codes it depends on are there.
+
+        The last one is the image; the one after k groups equals ``decode`` of those k groups, value for value.
+
+        Args:
+            groups: pieces ``(B, any length)`` of one sequence of codes, at most N in all.
+            generator: source of the start noise, one or one per image.
+            noise: start noise ``(B, C, H, W)`` instead; with ``start_step`` the noisy sample of that step.
+            num_inference_steps: number of steps, any; neighbouring steps share a group where there are more than
+                groups. Defaults to the configuration's.
+            height, width: size in pixels; default the configuration's, or that of ``noise``.
+            scheduler: solver, copied and so left untouched; default one with the configuration's ``time_shift``.
+            start_step: steps to skip (image-to-image).
+
+        Raises:
+            ValueError: for wrong sizes, steps or codes.
+        """
+        num_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_inference_steps must be a positive integer, got {num_steps}.")
+        if not 0 <= start_step < num_steps:
+            raise ValueError(f"start_step must lie in [0, {num_steps}), got {start_step}.")
+        if noise is not None:
+            self._check_images(noise)
+            height, width = height or noise.shape[2], width or noise.shape[3]
+            if (height, width) != tuple(noise.shape[2:]):
+                raise ValueError(f"noise of size {tuple(noise.shape[2:])} does not fit height={height}, width={width}.")
+        default = _pair(self.config.sample_size)
+        height, width = height or default[0], width or default[1]
+        self._check_size(height, width)
+        # a copy, so that two streams can run at once on one pipeline
+        scheduler = (
+            FlowMatchAdamsBashforthScheduler(shift=self.config.time_shift)
+            if scheduler is None
+            else copy.deepcopy(scheduler)
+        )
+        scheduler.set_timesteps(num_steps)
+        return self._denoise(groups, generator, noise, (height, width), scheduler, start_step)
+
+    @torch.no_grad()
+    def _denoise(self, groups, generator, noise, size, scheduler, start_step) -> Iterator[DARPreview]:
+        num_steps, step, sample = scheduler.num_inference_steps, start_step, noise
+        windows = self.step_windows(num_steps)
+        for conditions in self._condition_stream(groups):
+            batch_size = len(conditions)
+            if sample is None:
+                shape = (batch_size, self.config.in_channels, *size)
+                sample = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+            elif len(sample) != batch_size:
+                raise ValueError(f"noise for {len(sample)} images does not fit codes of {batch_size}.")
+            sample = sample.to(self.device)
+            while step < num_steps and windows[step][1] <= conditions.shape[1]:
+                start, stop = windows[step]
+                timestep = scheduler.timesteps[step]
+                velocity, _ = self._velocity(
+                    sample, timestep.to(self.device).expand(batch_size), conditions[:, start:stop]
+                )
+                preview = scheduler.preview(velocity, timestep, sample)
+                sample = scheduler.step(velocity, timestep, sample).prev_sample
+                step += 1
+                yield DARPreview(
+                    step=step,
+                    num_steps=num_steps,
+                    num_tokens=stop,
+                    sample=preview / self.config.data_std,
+                    timestep=float(timestep),
+                    latents=sample,
+                )
+            if step == num_steps:
+                return  # with fewer steps than groups the last codes change nothing: do not wait for them
+
+    # Training
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        *,
+        timesteps: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        quantize: bool = True,
+        output_repa: bool = False,
+    ) -> DARTokenizerOutput:
+        """One training pass: encode, quantize, and denoise each image at one random time under its group's codes.
+
+        Args:
+            pixel_values: ``(B, C, H, W)`` in [-1, 1].
+            timesteps: *unshifted* uniform times ``(B,)`` in [0, 1], which pick the shifted time and the group; drawn
+                where missing.
+            noise: ``(B, C, H, W)``; drawn where missing.
+            generator: source of both draws.
+            quantize: False feeds the normalised latents on without quantizing (continuous warm-up); ``quantized``
+                still holds the nearest codes.
+            output_repa: also return the features of the REPA head.
+
+        Raises:
+            ValueError: for wrong shapes or sizes, or REPA features of a model without that head.
+        """
+        self._check_images(pixel_values)
+        if output_repa and self.config.repa_layer is None:
+            raise ValueError("this tokenizer has no REPA head: repa_layer is None in its configuration.")
+        device, batch_size = pixel_values.device, len(pixel_values)
+        if timesteps is None:
+            timesteps = rand_tensor(batch_size, generator, device)
+        if noise is None:
+            noise = randn_tensor(pixel_values.shape, generator=generator, device=device, dtype=torch.float32)
+        config = self.config
+        start = self.group_start(timesteps)
+        times = shift_time(timesteps.float(), config.time_shift)
+
+        latents = self._encode(pixel_values)
+        with torch.autocast(device.type, enabled=False):
+            with torch.no_grad():
+                codes = self.quantizer.nearest(latents)
+            quantized = self.quantizer.embed(codes)
+        passed_on = latents + (quantized - latents).detach() if quantize else latents
+        window = start[:, None] + torch.arange(config.tokens_per_group, device=device)
+        conditions = self._condition(passed_on)
+        conditions = conditions.gather(1, window[..., None].expand(-1, -1, conditions.shape[-1]))
+
+        clean, noise = pixel_values.float() * config.data_std, noise.float()
+        weight = times[:, None, None, None]
+        noisy = weight * clean + (1 - weight) * noise
+        velocity, repa_features = self._velocity(noisy, times, conditions, output_repa)
+        velocity = velocity.float()
+        positions = torch.arange(config.num_tokens, device=device)
+        return DARTokenizerOutput(
+            velocity=velocity,
+            target=clean - noise,
+            pred_original_sample=(noisy + (1 - weight) * velocity) / config.data_std,
+            codes=codes,
+            latents=latents,
+            quantized=quantized,
+            token_mask=(positions < start[:, None] + config.tokens_per_group).float(),
+            timesteps=times,
+            repa_features=repa_features,
+        )
+
+
+def rand_tensor(size: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    """Uniform draws on the generator's device, moved to ``device``."""
+    source = device if generator is None else generator.device
+    return torch.rand(size, generator=generator, device=source).to(device)
+
+
+def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def _check_config(config) -> None:
+    for name in ("encoder_dim", "decoder_dim", "diffusion_dim"):
+        if config[name] % config.attention_head_dim:
+            raise ValueError(f"{name}={config[name]} is not a multiple of {config.attention_head_dim=}.")
+    if config.attention_head_dim % 4:
+        raise ValueError(f"attention_head_dim must be a multiple of 4 (two rotary axes), got {config.attention_head_dim}.")
+    if config.num_tokens % config.num_groups or config.num_tokens > config.max_num_tokens:
+        raise ValueError(
+            f"num_tokens={config.num_tokens} must be a multiple of num_groups={config.num_groups} "
+            f"and at most max_num_tokens={config.max_num_tokens}."
+        )
+    if not 0 < config.tokens_per_group <= config.num_tokens:
+        raise ValueError(f"tokens_per_group={config.tokens_per_group} does not fit num_tokens={config.num_tokens}.")
+    if config.condition_dim != config.decoder_dim:
+        raise ValueError(f"condition_dim={config.condition_dim} must equal decoder_dim={config.decoder_dim}.")
+    if config.adaptive_head and not config.share_time_embedding:
+        raise ValueError("adaptive_head=True reads the shared time embedding: set share_time_embedding=True.")
+    if config.repa_layer is not None and not 0 <= config.repa_layer < config.diffusion_depth:
+        raise ValueError(f"repa_layer={config.repa_layer} is not one of the {config.diffusion_depth} denoiser blocks.")
+    for patch in (config.encoder_patch_size, config.diffusion_patch_size):
+        if any(side % patch for side in _pair(config.sample_size)):
+            raise ValueError(f"sample_size={config.sample_size} is not a multiple of the patch size {patch}.")
