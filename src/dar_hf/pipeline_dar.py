@@ -80,7 +80,7 @@ class DARPipeline(DiffusionPipeline):
         tokenizer: DARTokenizer,
         transformer: DARForCausalLM,
         scheduler: FlowMatchAdamsBashforthScheduler,
-        id2label: dict[int, str] | None = None,
+        id2label: dict | None = None,
     ):
         super().__init__()
         for name, ours, theirs in (

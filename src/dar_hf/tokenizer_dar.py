@@ -348,14 +348,15 @@ class DARTokenizerOutput(BaseOutput):
         repa_features: ``(B, tokens, repa_dim)``, where asked for.
     """
 
+    # every field but the first has a default, so that accelerate can rebuild the output from a dictionary
     velocity: torch.Tensor
-    target: torch.Tensor
-    pred_original_sample: torch.Tensor
-    codes: torch.Tensor
-    latents: torch.Tensor
-    quantized: torch.Tensor
-    token_mask: torch.Tensor
-    timesteps: torch.Tensor
+    target: torch.Tensor = None  # type: ignore[assignment]
+    pred_original_sample: torch.Tensor = None  # type: ignore[assignment]
+    codes: torch.Tensor = None  # type: ignore[assignment]
+    latents: torch.Tensor = None  # type: ignore[assignment]
+    quantized: torch.Tensor = None  # type: ignore[assignment]
+    token_mask: torch.Tensor = None  # type: ignore[assignment]
+    timesteps: torch.Tensor = None  # type: ignore[assignment]
     repa_features: torch.Tensor | None = None
 
 

@@ -1,0 +1,62 @@
+"""Train a D-AR tokenizer (stage 1) or language model (stage 2).
+
+    accelerate launch examples/train.py tokenizer --preset digits --output_dir outputs/tokenizer
+    accelerate launch examples/train.py ar --preset digits --tokenizer outputs/tokenizer --output_dir outputs/pipeline
+
+Every option of a preset can be changed on the command line or in a file given by --config; the command line wins.
+"""
+
+import sys
+
+import yaml
+from transformers import HfArgumentParser
+
+from dar_hf.presets import get_preset
+from dar_hf.training import ARArguments, TokenizerArguments, train
+from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
+from dar_hf.training.loop import claim_output_dir, make_accelerator
+
+STAGES = {"tokenizer": TokenizerArguments, "ar": ARArguments}
+
+
+def parse(stage: str, argv: list[str]) -> TokenizerArguments | ARArguments:
+    """Arguments of a stage: defaults, then the preset's recipe, then the file, then the command line."""
+    first = HfArgumentParser(STAGES[stage], add_help=False)
+    first.add_argument("--config", default=None)
+    known, _ = first.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
+    from_file: dict = {}
+    if known.config:
+        with open(known.config) as file:
+            from_file = yaml.safe_load(file) or {}
+    given = "--preset" in argv or any(arg.startswith("--preset=") for arg in argv)
+    preset = get_preset(known.preset if given else from_file.get("preset", known.preset))
+
+    parser = HfArgumentParser(STAGES[stage], prog=f"train.py {stage}")
+    parser.add_argument("--config", help="YAML file with options")
+    defaults = (preset.tokenizer_recipe if stage == "tokenizer" else preset.ar_recipe) | from_file
+    unknown = set(defaults) - set(STAGES[stage].__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"unknown options in {known.config}: {', '.join(sorted(unknown))}.")
+    parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses(argv)[0]
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
+        sys.exit(f"usage: train.py {{{','.join(STAGES)}}} [options]; --help after the stage lists them")
+    stage_name, argv = sys.argv[1], sys.argv[2:]
+    try:
+        args = parse(stage_name, argv)
+        accelerator = make_accelerator(args)
+        saved_class = "DARTokenizer" if stage_name == "tokenizer" else "DARPipeline"
+        with accelerator.main_process_first():
+            claim_output_dir(args, saved_class)
+        stage = build_tokenizer_stage(args) if stage_name == "tokenizer" else build_ar_stage(args, accelerator.device)
+        train(stage, args, accelerator)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The order in which samples are seen, and every sample's own randomness.
+
+Training is a function of (seed, step): each position of one global stream of samples has its own seed, from which its
+crop, time, noise and class dropout follow. So the same images meet the same noise however a batch is split over
+processes and accumulation steps, and a resumed run needs no more than its step to continue exactly.
+"""
+
+import io
+import random
+from collections.abc import Iterator, Sequence
+
+import datasets
+import torch
+from PIL import Image
+
+from .transforms import ImageTransform
+
+_MASK = (1 << 64) - 1
+
+
+def draw_seed(*parts: int) -> int:
+    """A 63-bit seed from integers, well mixed (splitmix64): neighbours give unrelated generators."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+class GlobalBatchSampler:
+    """Batches of ``(index, seed)`` of one process, cut out of an endless stream of epochs that all processes share.
+
+    Step t holds the positions ``[t * G, (t + 1) * G)`` with ``G = batch_size * num_processes * accumulation``; epochs
+    follow each other without a gap, each in its own order.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: samples per process and forward pass.
+        num_processes, process_index: the layout of the run.
+        accumulation: forward passes per step.
+        seed: seed of the run.
+        start_step, num_steps: which steps to yield.
+
+    Raises:
+        ValueError: for an empty data set or sizes below 1.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        num_processes: int = 1,
+        process_index: int = 0,
+        accumulation: int = 1,
+        seed: int = 0,
+        start_step: int = 0,
+        num_steps: int,
+    ):
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("accumulation", accumulation)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.num_processes, self.process_index, self.accumulation = num_processes, process_index, accumulation
+        self.start_step, self.num_steps = start_step, num_steps
+
+    def __len__(self) -> int:
+        return (self.num_steps - self.start_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, torch.empty(0)
+        for micro_step in range(self.start_step * self.accumulation, self.num_steps * self.accumulation):
+            first = (micro_step * self.num_processes + self.process_index) * self.batch_size
+            batch = []
+            for position in range(first, first + self.batch_size):
+                if position // self.num_samples != epoch:
+                    epoch = position // self.num_samples
+                    generator = torch.Generator().manual_seed(draw_seed(self.seed, 1, epoch))
+                    order = torch.randperm(self.num_samples, generator=generator)
+                batch.append((int(order[position % self.num_samples]), draw_seed(self.seed, 2, position)))
+            yield batch
+
+
+class ImageSamples(torch.utils.data.Dataset):
+    """Images of a `datasets.Dataset` by ``(index, seed)``, as tensors in [-1, 1].
+
+    Args:
+        dataset: columns "image" and perhaps "label".
+        transform: image to tensor.
+        memory_budget: encoded images are kept decoded up to this many bytes, since small data sets are seen hundreds
+            of times and decoding them costs more than training on them.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, transform: ImageTransform, memory_budget: int = 1 << 28):
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.labels = dataset["label"][:] if "label" in dataset.column_names else None
+        self.transform = transform
+        self._decoded: dict[int, Image.Image] = {}
+        self._budget = memory_budget
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image, upright and in the transform's mode."""
+        if index in self._decoded:
+            return self._decoded[index]
+        source = self.dataset[index]["image"]
+        image = Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
+        image.load()
+        size = image.width * image.height * len(image.getbands())
+        if size <= self._budget:
+            self._budget -= size
+            self._decoded[index] = image
+        return image
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """``pixel_values (C, H, W)``, ``index``, ``seed`` and, where there are labels, ``label``."""
+        index, seed = key
+        sample = {"pixel_values": self.transform(self.image(index), seed), "index": index, "seed": seed}
+        if self.labels is not None:
+            sample["label"] = self.labels[index]
+        return sample
+
+    def stack(self, indices: Sequence[int], variant: int = 0) -> torch.Tensor:
+        """``(len(indices), C, H, W)``: one countable variant of several images."""
+        return torch.stack([self.transform.render(self.image(index), variant) for index in indices])
+
+
+def sample_times(seeds: torch.Tensor) -> torch.Tensor:
+    """One uniform time in [0, 1) for each sample's seed; ``(B,)`` float32."""
+    return torch.tensor([random.Random(draw_seed(int(seed), 3)).random() for seed in seeds])
+
+
+def normal_noise(seeds: torch.Tensor, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Standard normal noise ``(B, *shape)`` float32, each row from its own sample's seed."""
+    generator = torch.Generator(device)
+    noise = torch.empty(len(seeds), *shape, device=device)
+    for row, seed in zip(noise, seeds.tolist(), strict=True):
+        row.normal_(generator=generator.manual_seed(draw_seed(seed, 4)))
+    return noise
+
+
+def dropped(seeds: torch.Tensor, rate: float) -> torch.Tensor:
+    """Which samples lose their class, ``(B,)`` bool, each from its own seed."""
+    return torch.tensor([random.Random(draw_seed(int(seed), 5)).random() < rate for seed in seeds], dtype=torch.bool)

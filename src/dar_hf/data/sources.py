@@ -1,0 +1,102 @@
+"""Where images come from: scikit-learn's digits, a folder of images, parquet files, or any data set of the Hub."""
+
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+
+DIGITS = "digits"
+NUM_TRAIN_DIGITS = 1437  # the first 80 %; the split is fixed so that figures can be compared
+
+
+def load_images(
+    name: str,
+    split: str = "train",
+    *,
+    config_name: str | None = None,
+    image_column: str = "image",
+    label_column: str | None = "label",
+) -> datasets.Dataset:
+    """Load a data set of images, with labels if asked for.
+
+    Args:
+        name: "digits", a folder of images or of parquet files, one parquet file, or a Hub id.
+        split: name of the split.
+        config_name: configuration of a Hub data set.
+        image_column: column with the images.
+        label_column: column with the classes; None where no labels are needed.
+
+    Returns:
+        A data set with the columns "image" and, with labels, "label" (a `datasets.ClassLabel`).
+
+    Raises:
+        ValueError: for a path, split or column that is not there, or a data set without images.
+    """
+    dataset = _load(name, split, config_name)
+    columns = {"image": image_column} | ({"label": label_column} if label_column else {})
+    for role, column in columns.items():
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"{name} has no column {column!r} for the {role}s; it has {', '.join(dataset.column_names)}."
+            )
+    if len(dataset) == 0:
+        raise ValueError(f"split {split!r} of {name} holds no images.")
+    dataset = dataset.select_columns(list(columns.values()))
+    dataset = dataset.rename_columns({column: role for role, column in columns.items() if column != role})
+    if not isinstance(dataset.features["image"], datasets.Image):
+        dataset = dataset.cast_column("image", datasets.Image())
+    if label_column and not isinstance(dataset.features["label"], datasets.ClassLabel):
+        dataset = dataset.class_encode_column("label")
+    return dataset
+
+
+def _load(name: str, split: str, config_name: str | None) -> datasets.Dataset:
+    if name == DIGITS:
+        return load_digits(split)
+    try:
+        if os.path.isfile(name):
+            return datasets.load_dataset("parquet", data_files={split: name}, split=split)
+        if os.path.isdir(name) or not name.startswith((".", "/", "~")):
+            return datasets.load_dataset(name, config_name, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise ValueError(f"no data set {name!r}: give 'digits', a folder, a parquet file or a Hub id. {error}") from error
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"cannot load split {split!r} of {name}: {error}") from error
+    raise ValueError(f"no such file or folder: {Path(name).expanduser()}.")
+
+
+def available_splits(name: str, config_name: str | None = None) -> list[str]:
+    """Names of the splits of a data set."""
+    if name == DIGITS:
+        return ["train", "test"]
+    if os.path.isfile(name):
+        return ["train"]
+    return datasets.get_dataset_split_names(name, config_name)
+
+
+def load_digits(split: str) -> datasets.Dataset:
+    """scikit-learn's 1,797 real handwritten digits, 8x8 grey, as a `datasets.Dataset`.
+
+    Args:
+        split: "train" (the first 1,437) or "test" (the other 360).
+
+    Raises:
+        ValueError: for another split.
+        ImportError: without scikit-learn, which comes with ``pip install "dar-hf[demo]"``.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"the digits have the splits train and test, got {split!r}.")
+    try:
+        from sklearn.datasets import load_digits as sklearn_digits
+    except ImportError as error:
+        raise ImportError('the digits come with scikit-learn: pip install "dar-hf[demo]".') from error
+    digits = sklearn_digits()
+    rows = slice(0, NUM_TRAIN_DIGITS) if split == "train" else slice(NUM_TRAIN_DIGITS, None)
+    pixels = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)  # levels 0 to 16
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
+    )
+    columns = {"image": [Image.fromarray(image) for image in pixels], "label": digits.target[rows].tolist()}
+    return datasets.Dataset.from_dict(columns, features=features)

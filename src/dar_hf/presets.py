@@ -1,0 +1,145 @@
+"""Named sizes and recipes.
+
+A preset holds up to four dictionaries: the options of `DARTokenizer` and `DARConfig`, and the recipes (options of
+`TokenizerArguments` and `ARArguments`) of the two stages. ``v1`` is the ImageNet 256x256 tokenizer of the paper;
+``B`` to ``3B`` are the language models over its codes; ``digits`` is a whole small system that trains from scratch on
+two CPU cores in minutes.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One named preset; an empty dictionary means that it has no such part."""
+
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    transformer: dict[str, Any] = field(default_factory=dict)
+    tokenizer_recipe: dict[str, Any] = field(default_factory=dict)
+    ar_recipe: dict[str, Any] = field(default_factory=dict)
+
+
+# Paper, section 4: one learning rate, zero gates and no care for the codebook. 1.28 M images fill it.
+_V1_RECIPE = dict(
+    max_train_steps=210_000,
+    train_batch_size=64,
+    learning_rate=2e-4,
+    warmup_steps=500,
+    ema_decay=0.999,
+    crop="random",
+    flip=True,
+    checkpointing_steps=5_000,
+    validation_steps=5_000,
+    dataloader_num_workers=8,
+)
+
+# Paper, section 4: 300 epochs at batch 1024, linear to 1e-5 over the last 50.
+_IMAGENET_AR_RECIPE = dict(
+    max_train_steps=375_000,
+    train_batch_size=128,
+    learning_rate=4e-4,
+    decay_fraction=1 / 6,
+    final_learning_rate_ratio=0.025,
+    weight_decay=0.05,
+    crop="ten",
+    checkpointing_steps=5_000,
+    validation_steps=5_000,
+    dataloader_num_workers=8,
+)
+
+
+def _llama(layers: int, heads: int, dim: int, **recipe: Any) -> Preset:
+    """A LlamaGen size; the mlp is 8/3 of the width, rounded up to a multiple of 256."""
+    transformer = dict(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_size=dim,
+        intermediate_size=-(-(8 * dim // 3) // 256) * 256,
+    )
+    return Preset(transformer=transformer, ar_recipe=_IMAGENET_AR_RECIPE | recipe)
+
+
+PRESETS: dict[str, Preset] = {
+    "v1": Preset(tokenizer={}, tokenizer_recipe=_V1_RECIPE),
+    "B": _llama(12, 12, 768),
+    "L": _llama(24, 16, 1024, guidance_scale=[1.1, 8.0]),
+    "XL": _llama(36, 20, 1280, guidance_scale=[1.1, 10.0]),
+    "XXL": _llama(48, 24, 1536),
+    "3B": _llama(24, 32, 3200),
+    "digits": Preset(
+        tokenizer=dict(
+            sample_size=8,
+            in_channels=3,
+            encoder_patch_size=2,
+            encoder_dim=128,
+            num_encoder_layers=2,
+            decoder_dim=128,
+            num_decoder_layers=1,
+            codebook_size=256,
+            num_tokens=16,
+            num_groups=4,
+            diffusion_dim=128,
+            diffusion_patch_size=2,
+            diffusion_depth=3,
+            repa_layer=None,
+            max_num_tokens=16,
+        ),
+        transformer=dict(
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+        ),
+        tokenizer_recipe=dict(
+            dataset_name="digits",
+            max_train_steps=4_000,
+            train_batch_size=64,
+            learning_rate=1.5e-3,
+            # the encoder must move slower than the decoder learns to look at the conditions: Adam turns the tiny
+            # gradients it gets at first into full-size steps, and it collapses to one code
+            encoder_learning_rate=3e-4,
+            adam_epsilon=1e-6,
+            warmup_steps=200,
+            decay_fraction=0.4,
+            ema_decay=0.995,
+            # open gates, live adaLN and conditions as large as positions: information flows from the first step
+            gate_start=0.5,
+            modulation_std=0.02,
+            output_std=0.02,
+            post_quant_std=0.35,
+            # first continuous latents, then a codebook put where they are, then no code left behind
+            continuous_steps=600,
+            revive_every=10,
+            revive_until=0.8,
+            max_validation_samples=360,
+            validation_steps=1_000,
+        ),
+        ar_recipe=dict(
+            dataset_name="digits",
+            max_train_steps=1_500,
+            train_batch_size=64,
+            learning_rate=1e-3,
+            warmup_steps=100,
+            decay_fraction=0.4,
+            weight_decay=0.05,
+            ema_decay=0.99,
+            cache_codes=True,
+            max_validation_samples=360,
+            validation_steps=500,
+            guidance_scale=[1.5],
+        ),
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """A copy of the preset ``name``.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}.")
+    return deepcopy(PRESETS[name])

@@ -1,0 +1,164 @@
+"""Stage 2: the language model on the codes of a finished tokenizer (D-AR, section 3.3)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..data import ImageSamples, dropped, normal_noise
+from ..modeling_dar import DARForCausalLM
+from ..pipeline_dar import DARPipeline
+from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
+from ..tokenizer_dar import DARTokenizer
+from .loop import LoopArguments, _option
+from .losses import LossTerm, cross_entropy_sum
+from .pictures import image_grid
+from .stage import Stage
+
+ENCODE_BATCH = 128
+MAX_SAMPLE_ROWS = 10
+SAMPLE_COLUMNS = 8
+
+
+@dataclass
+class ARArguments(LoopArguments):
+    """Options of stage 2."""
+
+    tokenizer: str = _option("", "folder or Hub id of the trained tokenizer")
+    cache_codes: bool = _option(False, "encode the whole set once, before training: for small sets")
+    guidance_scale: list[float] | None = _option(None, "default guidance saved with the model: one scale, or two ends")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):
+            raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
+
+
+class CodeSamples(torch.utils.data.Dataset):
+    """Codes and labels by ``(index, seed)``; the seed picks the crop, as it does for images.
+
+    Args:
+        samples: the labelled images; each of their countable variants is encoded.
+        tokenizer: the encoder.
+
+    Raises:
+        ValueError: if the transform's variants cannot be counted (random crops).
+    """
+
+    def __init__(self, samples: ImageSamples, tokenizer: DARTokenizer):
+        variants = samples.transform.num_variants
+        if variants is None:
+            raise ValueError("cache_codes needs crops that can be counted: crop=center or crop=ten, not random.")
+        self.transform, self.labels = samples.transform, samples.labels
+        parts = []
+        for start in tqdm(range(0, len(samples), ENCODE_BATCH), desc="codes", mininterval=1.0):
+            indices = range(start, min(start + ENCODE_BATCH, len(samples)))
+            stacks = [samples.stack(indices, variant).to(tokenizer.device) for variant in range(variants)]
+            parts.append(torch.stack([tokenizer.encode(stack).codes for stack in stacks], dim=1).cpu())
+        self.codes = torch.cat(parts)  # (images, variants, tokens)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        index, seed = key
+        codes = self.codes[index, self.transform.variant(seed)]
+        return {"codes": codes, "label": self.labels[index], "index": index, "seed": seed}
+
+
+class ARStage(Stage):
+    """Trains a `DARForCausalLM`; the finished folder is a whole `DARPipeline`.
+
+    Args:
+        model: the language model.
+        tokenizer: the trained tokenizer, frozen.
+        samples: labelled training images.
+        args: the recipe.
+        validation: labelled images for validation, or None.
+        id2label: class names.
+    """
+
+    name = "ar"
+    saved_class = "DARPipeline"
+
+    def __init__(
+        self,
+        model: DARForCausalLM,
+        tokenizer: DARTokenizer,
+        samples: ImageSamples,
+        args: ARArguments,
+        validation: ImageSamples | None = None,
+        id2label: dict[int, str] | None = None,
+    ):
+        self.model, self.args, self.id2label = model, args, id2label
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.samples = CodeSamples(samples, tokenizer) if args.cache_codes else samples
+        self.validation = validation
+        self.terms = [
+            LossTerm("cross_entropy", 1.0, "tokens", lambda logits, batch: cross_entropy_sum(logits, batch["codes"]))
+        ]
+        if args.guidance_scale is not None:
+            scale = args.guidance_scale
+            model.generation_config.guidance_scale = scale[0] if len(scale) == 1 else scale
+        model.generation_config.update(do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
+
+    def parameter_groups(self) -> list[dict]:
+        matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.requires_grad and p.ndim <= 1]
+        return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+    def amounts(self, batch: dict) -> dict[str, float]:
+        images = len(batch["seed"])
+        return {"images": float(images), "tokens": float(images * self.model.config.num_image_tokens)}
+
+    def forward(self, model: nn.Module, batch: dict, step: int) -> torch.Tensor:
+        if "codes" not in batch:
+            batch["codes"] = self._encode(batch["pixel_values"])
+        return self._logits(
+            model, batch["codes"], batch["label"], dropped(batch["seed"], self.model.config.class_dropout)
+        )
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        return self.tokenizer.to(images.device).encode(images).codes
+
+    def _logits(
+        self, model: nn.Module, codes: torch.Tensor, labels: torch.Tensor, drop_class: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of every code: the last code is a target only, so it is not put in."""
+        class_tokens = (labels + self.model.config.codebook_size)[:, None]
+        tokens = torch.cat([class_tokens, codes[:, :-1]], dim=1)
+        return model(input_ids=tokens, use_cache=False, drop_class=drop_class.to(tokens.device)).logits
+
+    @torch.no_grad()
+    def validate(self, step: int) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        """Cross-entropy on the validation images, and a grid of samples, one class a row."""
+        figures = {}
+        if self.validation is not None:
+            total, count = 0.0, min(len(self.validation), self.args.max_validation_samples)
+            for start in range(0, count, ENCODE_BATCH):
+                indices = range(start, min(start + ENCODE_BATCH, count))
+                codes = self._encode(self.validation.stack(indices).to(self.model.device))
+                labels = torch.tensor([self.validation.labels[i] for i in indices], device=codes.device)
+                logits = self._logits(self.model, codes, labels, torch.zeros(len(codes), dtype=torch.bool))
+                total += float(cross_entropy_sum(logits, codes))
+            figures["cross_entropy"] = total / (count * self.model.config.num_image_tokens)
+        rows = min(self.model.config.num_classes, MAX_SAMPLE_ROWS)
+        labels = [label for label in range(rows) for _ in range(SAMPLE_COLUMNS)]
+        generator = torch.Generator(self.model.device).manual_seed(self.args.seed)
+        codes = torch.cat(list(self.model.stream_codes(labels, generator=generator)), dim=1)
+        config = self.tokenizer.config
+        size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+        noise = normal_noise(torch.arange(len(labels)), (config.in_channels, *size), codes.device)
+        images = self.tokenizer.to(codes.device).decode(codes, noise=noise).sample
+        return figures, {"samples": image_grid(images, SAMPLE_COLUMNS)}
+
+    def save(self, folder: Path) -> None:
+        scheduler = FlowMatchAdamsBashforthScheduler(shift=self.tokenizer.config.time_shift)
+        DARPipeline(self.tokenizer, self.model, scheduler, self.id2label).save_pretrained(folder)
+
+    def describe(self) -> dict:
+        names = ("codebook_size", "num_classes", "num_image_tokens", "hidden_size", "num_hidden_layers")
+        return {name: getattr(self.model.config, name) for name in names}

@@ -1,0 +1,125 @@
+"""From arguments to a stage: data sets, models and overrides. What the command line does between parsing and running."""
+
+import ast
+from typing import Any
+
+import datasets
+import torch
+from accelerate.utils import set_seed
+
+from ..configuration_dar import DARConfig
+from ..data import ImageSamples, ImageTransform, available_splits, load_images
+from ..modeling_dar import DARForCausalLM
+from ..presets import get_preset
+from ..tokenizer_dar import DARTokenizer
+from .ar_stage import ARArguments, ARStage
+from .loop import LoopArguments
+from .tokenizer_stage import TokenizerArguments, TokenizerStage
+
+
+def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
+    """``["sample_size=64", "low_rank_queries=False"]`` as a dictionary of Python values.
+
+    Raises:
+        ValueError: for an item that is not ``name=value``.
+    """
+    result = {}
+    for item in overrides or []:
+        name, separator, value = item.partition("=")
+        if not separator or not name:
+            raise ValueError(f"model_overrides takes name=value, got {item!r}.")
+        try:
+            result[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[name] = value
+    return result
+
+
+def _image_samples(
+    args: LoopArguments, tokenizer: DARTokenizer, with_labels: bool
+) -> tuple[ImageSamples, ImageSamples | None]:
+    """Training and validation images in the tokenizer's size; validation is always the plain centre crop."""
+    config = tokenizer.config
+    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+
+    def load(split: str, limit: int | None, transform: ImageTransform) -> ImageSamples:
+        dataset = load_images(
+            args.dataset_name,
+            split,
+            config_name=args.dataset_config_name,
+            image_column=args.image_column,
+            label_column=args.label_column if with_labels else None,
+        )
+        return ImageSamples(dataset.select(range(min(limit or len(dataset), len(dataset)))), transform)
+
+    train_transform = ImageTransform(size, config.in_channels, args.crop, args.flip)
+    train = load(args.train_split, args.max_train_samples, train_transform)
+    split = args.validation_split
+    if split is None:
+        splits = available_splits(args.dataset_name, args.dataset_config_name)
+        split = next((name for name in ("validation", "test") if name in splits), None)
+    if split is None:
+        return train, None
+    return train, load(split, args.max_validation_samples, ImageTransform(size, config.in_channels))
+
+
+def build_tokenizer_stage(args: TokenizerArguments) -> TokenizerStage:
+    """Stage 1 from its arguments.
+
+    Raises:
+        ValueError: for an unknown preset, option, data set or column.
+    """
+    options = get_preset(args.preset).tokenizer
+    if not options and args.preset != "v1":
+        raise ValueError(f"preset {args.preset!r} has no tokenizer; use v1 or digits.")
+    set_seed(args.seed)
+    model = _make(DARTokenizer, options | parse_overrides(args.model_overrides))
+    stage = TokenizerStage(model, *_rearranged(args, model))
+    stage.start_fresh()
+    return stage
+
+
+def _rearranged(args: TokenizerArguments, model: DARTokenizer) -> tuple:
+    train, validation = _image_samples(args, model, with_labels=False)
+    return train, args, validation
+
+
+def _make(model_class: type, options: dict[str, Any]) -> Any:
+    try:
+        return model_class(**options)
+    except TypeError as error:
+        raise ValueError(f"{model_class.__name__}: {error}.") from error
+
+
+def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARStage:
+    """Stage 2 from its arguments; ``device`` is where the frozen tokenizer encodes.
+
+    Raises:
+        ValueError: for an unknown preset, option, data set or column, a missing tokenizer, or data without labels.
+    """
+    options = get_preset(args.preset).transformer
+    if not options:
+        raise ValueError(f"preset {args.preset!r} has no language model; use B, L, XL, XXL, 3B or digits.")
+    if not args.tokenizer:
+        raise ValueError("stage 2 needs --tokenizer: the folder or Hub id of a trained tokenizer.")
+    try:
+        tokenizer = DARTokenizer.from_pretrained(args.tokenizer).to(device)
+    except OSError as error:
+        raise ValueError(f"no tokenizer at {args.tokenizer!r}: {error}") from error
+    train, validation = _image_samples(args, tokenizer, with_labels=True)
+    label_feature = train.dataset.features["label"]
+    assert isinstance(label_feature, datasets.ClassLabel)  # load_images makes it one
+    config = DARConfig(
+        **options
+        | dict(
+            codebook_size=tokenizer.config.codebook_size,
+            num_image_tokens=tokenizer.config.num_tokens,
+            tokens_per_group=tokenizer.config.tokens_per_group,
+            num_classes=label_feature.num_classes,
+        )
+        | parse_overrides(args.model_overrides)
+    )
+    set_seed(args.seed)
+    return ARStage(
+        DARForCausalLM(config), tokenizer, train, args, validation, dict(enumerate(label_feature.names))
+    )

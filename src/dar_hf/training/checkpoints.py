@@ -1,0 +1,89 @@
+"""Checkpoints that are complete or absent: written under a temporary name, then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+
+CHECKPOINT_PREFIX = "checkpoint-"
+STATE_FILE = "trainer_state.json"
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    """Write JSON under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of ``target`` once the block ends without an error."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if (path / STATE_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict, keep: int | None) -> None:
+    """Save everything a run needs to continue as ``folder/checkpoint-<step>``, and drop the oldest beyond ``keep``.
+
+    All processes call this together; the folder appears under its name when all of them are done.
+    """
+    target = folder / f"{CHECKPOINT_PREFIX}{state['step']}"
+    temporary = folder / f".{target.name}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(temporary / STATE_FILE, state)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        for old in list_checkpoints(folder)[: -keep if keep else 0]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def find_checkpoint(folder: Path, name: str) -> Path:
+    """The checkpoint that ``latest``, a name or a path stands for.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name == "latest":
+        checkpoints = list_checkpoints(folder)
+        if not checkpoints:
+            raise ValueError(f"no checkpoint to resume from in {folder}.")
+        return checkpoints[-1]
+    for path in (Path(name), folder / name):
+        if (path / STATE_FILE).is_file():
+            return path
+    raise ValueError(f"{name} is no complete checkpoint (no {STATE_FILE} in it).")
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The run's own record in a checkpoint: step and settings."""
+    return json.loads((checkpoint / STATE_FILE).read_text())

@@ -1,0 +1,411 @@
+"""The training loop that both stages share, on accelerate.
+
+One step takes ``gradient_accumulation_steps`` micro-batches on every process. Losses are summed and divided by what
+the whole step holds, so the layout of the batch changes nothing but speed. See `dar_hf.data.batches` for why a run is
+a function of its seed and step.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from ..data import GlobalBatchSampler
+from .checkpoints import find_checkpoint, read_state, save_checkpoint, write_json
+from .pictures import plot_history, read_history, save_picture
+from .stage import Stage
+
+logger = logging.getLogger(__name__)
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class LoopArguments:
+    """Options of both stages. Presets set many of them; the command line has the last word."""
+
+    preset: str = _option("v1", "named size and recipe, see dar_hf.presets")
+    output_dir: str = _option("outputs/run", "folder for the model, checkpoints, curves and pictures")
+    dataset_name: str = _option("digits", "digits, a folder of images or parquet files, a parquet file, or a Hub id")
+    dataset_config_name: str | None = _option(None, "configuration of a Hub data set")
+    train_split: str = _option("train", "split to train on")
+    validation_split: str | None = _option(None, "split for validation; default validation or test, where there is one")
+    image_column: str = _option("image", "column with the images")
+    label_column: str = _option("label", "column with the classes")
+    max_train_samples: int | None = _option(None, "use only the first so many images")
+    max_validation_samples: int = _option(256, "validate on the first so many images")
+    crop: str = _option("center", "center, random or ten")
+    flip: bool = _option(False, "mirror half of the images")
+    model_overrides: list[str] | None = _option(None, "changes to the preset's model, as name=value")
+
+    max_train_steps: int = _option(1000, "optimizer steps of the whole run")
+    train_batch_size: int = _option(64, "images per process and forward pass")
+    gradient_accumulation_steps: int = _option(1, "forward passes per optimizer step")
+    learning_rate: float = _option(1e-3, "peak learning rate")
+    warmup_steps: int = _option(0, "steps of linear warm-up")
+    decay_fraction: float = _option(0.0, "last share of the run over which the rate falls linearly")
+    final_learning_rate_ratio: float = _option(0.0, "rate at the very end, as a share of the peak")
+    adam_beta1: float = _option(0.9, "AdamW beta 1")
+    adam_beta2: float = _option(0.95, "AdamW beta 2")
+    adam_epsilon: float = _option(1e-8, "AdamW epsilon")
+    weight_decay: float = _option(0.0, "AdamW weight decay")
+    max_grad_norm: float = _option(1.0, "gradient norm is clipped to this")
+    ema_decay: float | None = _option(None, "decay of the averaged weights that are validated and saved; none if unset")
+    mixed_precision: str = _option("auto", "auto (bf16 where the hardware computes it natively), no, bf16 or fp16")
+    gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
+    seed: int = _option(0, "seed of everything random")
+
+    checkpointing_steps: int = _option(1000, "steps between checkpoints; 0 for none")
+    checkpoints_total_limit: int | None = _option(2, "keep only the last so many checkpoints")
+    resume_from_checkpoint: str | None = _option(None, "latest, a checkpoint's name or its path")
+    overwrite_output_dir: bool = _option(False, "start over in a folder that holds an earlier run")
+    validation_steps: int = _option(500, "steps between validations; 0 for none before the end")
+    logging_steps: int = _option(10, "steps between lines of history.jsonl")
+    dataloader_num_workers: int = _option(0, "worker processes per data loader")
+    report_to: str | None = _option(None, "tracker for accelerate, e.g. tensorboard")
+
+    def __post_init__(self):
+        positive = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("decay_fraction", "final_learning_rate_ratio", "ema_decay", "adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}.")
+        for name in ("warmup_steps", "checkpointing_steps", "validation_steps", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
+            raise ValueError(f"mixed_precision must be auto, no, bf16 or fp16, got {self.mixed_precision!r}.")
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Share of the peak rate at a step: linear warm-up, constant, linear decay at the end."""
+        factor = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        tail = self.decay_fraction * self.max_train_steps
+        left = self.max_train_steps - step
+        if tail and left < tail:
+            factor *= self.final_learning_rate_ratio + (1 - self.final_learning_rate_ratio) * left / tail
+        return factor
+
+
+def pick_precision(requested: str) -> str:
+    """accelerate's name for the precision to train in; "auto" is bf16 where it is computed natively."""
+    if requested != "auto":
+        return requested
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    native = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if native else "no"
+
+
+def claim_output_dir(args: LoopArguments, saved_class: str) -> Path:
+    """The output folder, if this run may write there.
+
+    Raises:
+        ValueError: if it holds another kind of model, or an earlier run that is neither resumed nor overwritten.
+    """
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file.")
+    for index in ("model_index.json", "config.json"):
+        if (folder / index).is_file():
+            content = json.loads((folder / index).read_text())
+            found = content.get("_class_name") or ", ".join(content.get("architectures") or ["another model"])
+            if found != saved_class:
+                raise ValueError(f"output_dir {folder} holds a {found}, not a {saved_class}: choose another folder.")
+            break
+    traces = [folder / name for name in ("checkpoints", "history.jsonl")]
+    if not args.resume_from_checkpoint and any(path.exists() for path in traces):
+        if not args.overwrite_output_dir:
+            raise ValueError(
+                f"output_dir {folder} holds an earlier run: pass --resume_from_checkpoint latest to continue it, "
+                "--overwrite_output_dir to start over, or choose another folder."
+            )
+        for path in traces:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss term became NaN or infinite; the message names the term and the step."""
+
+
+class TrainingLoop:
+    """One run of one stage. Use `train`."""
+
+    def __init__(self, stage: Stage, args: LoopArguments, accelerator: Accelerator):
+        self.stage, self.args, self.accelerator = stage, args, accelerator
+        self.folder = Path(args.output_dir)
+        if args.gradient_checkpointing:
+            enable = getattr(stage.model, "enable_gradient_checkpointing", None)
+            (enable or stage.model.gradient_checkpointing_enable)()
+        stage.model.to(accelerator.device)
+        optimizer = torch.optim.AdamW(
+            stage.parameter_groups(),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+        self.parameters = list(stage.model.parameters())
+        self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
+        self.ema = EMAModel(self.parameters, decay=args.ema_decay, foreach=True) if args.ema_decay else None
+        for state in (self.ema, stage.keeper):
+            if state is not None:
+                accelerator.register_for_checkpointing(state)
+        self.history: list[dict] = []
+        self.start_step = 0
+
+    # Checkpoints and history
+
+    def _description(self) -> dict:
+        world = self.accelerator.num_processes
+        args = self.args
+        return {
+            "stage": self.stage.name,
+            "model": self.stage.describe(),
+            "seed": args.seed,
+            "num_samples": len(self.stage.samples),  # type: ignore[arg-type]
+            "images_per_step": args.train_batch_size * args.gradient_accumulation_steps * world,
+            "max_train_steps": args.max_train_steps,
+        }
+
+    def _save_checkpoint(self, step: int) -> None:
+        state = {"step": step, **self._description()}
+        save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.args.checkpoints_total_limit)
+
+    def resume(self) -> None:
+        """Continue from the checkpoint the arguments name.
+
+        Raises:
+            ValueError: if there is none, or it comes from another model, data set, batch or schedule.
+        """
+        checkpoint = find_checkpoint(self.folder / "checkpoints", self.args.resume_from_checkpoint or "latest")
+        state = read_state(checkpoint)
+        for name, value in self._description().items():
+            if json.loads(json.dumps(value)) != state.get(name):
+                raise ValueError(f"cannot resume {checkpoint}: {name} was {state.get(name)} and is now {value}.")
+        self.accelerator.load_state(str(checkpoint))
+        self.start_step = state["step"]
+        self.history = [line for line in read_history(self._history_path) if line["step"] <= self.start_step]
+        logger.info("resumed from %s", checkpoint)
+
+    @property
+    def _history_path(self) -> Path:
+        return self.folder / "history.jsonl"
+
+    def _log(self, line: dict) -> None:
+        self.history.append(line)
+        if self.accelerator.is_main_process:
+            with self._history_path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the model holds the averaged weights, where there are any."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    # Steps
+
+    def _batches(self) -> Iterator[dict]:
+        sampler = GlobalBatchSampler(
+            len(self.stage.samples),  # type: ignore[arg-type]
+            self.args.train_batch_size,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+            start_step=self.start_step,
+            num_steps=self.args.max_train_steps,
+        )
+        workers = self.args.dataloader_num_workers
+        return iter(
+            torch.utils.data.DataLoader(
+                self.stage.samples,
+                batch_sampler=sampler,  # type: ignore[arg-type]
+                num_workers=workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+                persistent_workers=workers > 0,
+            )
+        )
+
+    def _totals(self, batches: list[dict]) -> dict[str, float]:
+        """What the whole step holds, over its micro-batches and all processes."""
+        amounts = [self.stage.amounts(batch) for batch in batches]
+        names = sorted(amounts[0])
+        sums = torch.tensor([sum(amount[name] for amount in amounts) for name in names], dtype=torch.float64)
+        sums = self.accelerator.reduce(sums.to(self.accelerator.device, torch.float32), "sum")
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def _step(self, step: int, batches: list[dict]) -> dict[str, float]:
+        """One optimizer step; returns its losses, gradient norm and learning rate."""
+        accelerator, args, stage = self.accelerator, self.args, self.stage
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * args.learning_rate_factor(step)
+        totals = self._totals(batches)
+        # backward averages over processes and accumulation steps; the losses are divided by totals already
+        scale = accelerator.num_processes * args.gradient_accumulation_steps
+        logged = torch.zeros(len(stage.terms), device=accelerator.device)
+        norm = torch.zeros(())
+        for batch in batches:
+            batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+            with accelerator.accumulate(self.model):
+                output = stage.forward(self.model, batch, step)
+                values = [term.function(output, batch) / totals[term.per] for term in stage.terms]
+                loss = sum(term.weight * value for term, value in zip(stage.terms, values, strict=True))
+                accelerator.backward(loss * scale)
+                logged += torch.stack([value.detach() for value in values])
+                if accelerator.sync_gradients:
+                    losses = self._checked(step, logged)
+                    norm = accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        stage.after_step(step, accelerator, self.optimizer, self.ema)
+        return {**losses, "grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _checked(self, step: int, logged: torch.Tensor) -> dict[str, float]:
+        """Loss terms of the step over all processes, before the optimizer uses their gradients."""
+        values = self.accelerator.reduce(logged, "sum").tolist()
+        for term, value in zip(self.stage.terms, values, strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"loss term {term.name!r} is {value} at step {step + 1}; the last checkpoint is from before it."
+                )
+        total = sum(term.weight * value for term, value in zip(self.stage.terms, values, strict=True))
+        named = {f"loss/{term.name}": value for term, value in zip(self.stage.terms, values, strict=True)}
+        return {"loss/total": total, **named}
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Validate the averaged weights on the main process, and write its pictures."""
+        figures: dict[str, float] = {}
+        if self.accelerator.is_main_process:
+            with self.averaged_weights():
+                self.stage.model.eval()
+                figures, pictures = self.stage.validate(step)
+                self.stage.model.train()
+            for name, picture in pictures.items():
+                save_picture(picture, self.folder / f"{name}.png")
+            plot_history({self.stage.name: self.history}, self.folder / "loss.png")
+        self.accelerator.wait_for_everyone()
+        return {f"validation/{name}": value for name, value in figures.items()}
+
+    def run(self) -> None:
+        """Train to the end and save the model."""
+        args, accelerator = self.args, self.accelerator
+        if accelerator.is_main_process:
+            self._history_path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        batches = self._batches()
+        self.model.train()
+        progress = tqdm(
+            total=args.max_train_steps,
+            initial=self.start_step,
+            desc=self.stage.name,
+            disable=not accelerator.is_main_process,
+            mininterval=1.0,
+        )
+        clock, clock_step = time.perf_counter(), self.start_step
+        for step in range(self.start_step, args.max_train_steps):
+            line = self._step(step, [next(batches) for _ in range(args.gradient_accumulation_steps)])
+            done = step + 1
+            progress.update()
+            if done % args.logging_steps == 0 or done == args.max_train_steps:
+                elapsed, images = time.perf_counter() - clock, self._description()["images_per_step"]
+                line["images_per_second"] = (done - clock_step) * images / max(elapsed, 1e-9)
+                clock, clock_step = time.perf_counter(), done
+                self._log({"step": done, **line, **self.stage.statistics()})
+                progress.set_postfix(loss=f"{line['loss/total']:.3f}", refresh=False)
+            if done == args.max_train_steps or (args.validation_steps and done % args.validation_steps == 0):
+                paused = time.perf_counter()
+                figures = self._validate(done)
+                if figures:
+                    self._log({"step": done, **figures})
+                    progress.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+                clock += time.perf_counter() - paused
+            if args.checkpointing_steps and done % args.checkpointing_steps == 0 and done < args.max_train_steps:
+                self._save_checkpoint(done)
+        progress.close()
+        self._save_model()
+
+    def _save_model(self) -> None:
+        """Write the finished model aside, then move it into the output folder, its index last."""
+        if self.accelerator.is_main_process:
+            temporary = self.folder / ".saving"
+            shutil.rmtree(temporary, ignore_errors=True)
+            with self.averaged_weights():
+                self.stage.model.eval()
+                self.stage.save(temporary)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name in ("config.json", "model_index.json")):
+                target = self.folder / path.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(path, target)
+            temporary.rmdir()
+            plot_history({self.stage.name: self.history}, self.folder / "loss.png")
+            write_json(self.folder / "training.json", {"arguments": vars(self.args), **self._description()})
+        self.accelerator.wait_for_everyone()
+
+
+def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
+    """Train ``stage`` and leave the finished model in ``args.output_dir``.
+
+    Raises:
+        ValueError: for a checkpoint that does not fit the run.
+        NonFiniteLossError: when a loss term stops being finite.
+    """
+    set_seed(args.seed + accelerator.process_index)  # dropout differs between processes; all else has its own seed
+    loop = TrainingLoop(stage, args, accelerator)
+    if args.resume_from_checkpoint:
+        loop.resume()
+    if args.report_to:
+        accelerator.init_trackers("dar-hf", config={k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))})
+    loop.run()
+    accelerator.end_training()
+
+
+def make_accelerator(args: LoopArguments) -> Accelerator:
+    """The accelerator of a run; says which precision was picked and why."""
+    precision = pick_precision(args.mixed_precision)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+    )
+    if args.mixed_precision == "auto":
+        reason = "computed natively here" if precision == "bf16" else "no native bf16 here"
+        accelerator.print(f"mixed precision: {precision} ({reason})")
+    return accelerator

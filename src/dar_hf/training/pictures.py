@@ -1,0 +1,84 @@
+"""Pictures people can look at: grids of images and loss curves."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+MIN_TILE = 32  # small images are shown enlarged, pixel by pixel
+
+
+def image_grid(images: torch.Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Images ``(n, C, H, W)`` in [-1, 1], row by row, as one picture on white."""
+    pixels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    scale = max(1, -(-MIN_TILE // min(pixels.shape[2:])))
+    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    if pixels.shape[1] == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    height, width = pixels.shape[2:]
+    rows = -(-len(pixels) // columns)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        top, left = (index // columns) * (height + gap) + gap, (index % columns) * (width + gap) + gap
+        canvas[top : top + height, left : left + width] = image.permute(1, 2, 0).numpy()
+    return Image.fromarray(canvas)
+
+
+def interleave_rows(*rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """Stack equally long rows of images so that a grid of ``columns`` shows them above each other."""
+    blocks = []
+    for start in range(0, len(rows[0]), columns):
+        blocks += [row[start : start + columns] for row in rows]
+    return torch.cat(blocks)
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Save a PNG under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def read_history(path: Path) -> list[dict]:
+    """The lines of a run's ``history.jsonl``."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def plot_history(histories: dict[str, list[dict]], path: Path, smoothing: int = 25) -> bool:
+    """Draw one panel a run with every logged loss over the steps; False without matplotlib.
+
+    Args:
+        histories: lines of ``history.jsonl`` by title.
+        path: PNG to write.
+        smoothing: running mean over this many logged points, drawn over the raw curve.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(6 * len(histories), 4), layout="constrained")
+    for axes, (title, history) in zip(figure.subplots(1, len(histories), squeeze=False)[0], histories.items()):
+        names = [name for name in (history[0] if history else {}) if name.startswith("loss/")]
+        for name in names:
+            points = [(line["step"], line[name]) for line in history if line.get(name, 0) > 0]
+            if not points:
+                continue
+            steps, values = np.array(points).T
+            window = min(smoothing, len(values))
+            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+            (line,) = axes.plot(steps[window - 1 :], smooth, label=name.removeprefix("loss/"))
+            axes.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.7)
+        axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        if names:
+            axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    FigureCanvasAgg(figure).print_png(temporary)
+    os.replace(temporary, path)
+    return True

@@ -1,0 +1,64 @@
+"""What a stage brings to the loop."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import nn
+
+from .losses import LossTerm
+
+
+class Stage(ABC):
+    """Model, data and losses of one stage; everything else is the loop's.
+
+    Attributes:
+        name: "tokenizer" or "ar", as in the command.
+        saved_class: class that the finished output folder holds.
+        model: the module that is trained; its forward is the one wrapped call of every step.
+        samples: data set addressed by ``(index, seed)``.
+        terms: the losses. Append a `LossTerm` to add one.
+        keeper: an object with ``state_dict`` that belongs into checkpoints, or None.
+    """
+
+    name: ClassVar[str]
+    saved_class: ClassVar[str]
+    model: nn.Module
+    samples: torch.utils.data.Dataset
+    terms: list[LossTerm]
+    keeper: Any = None
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict]:
+        """Parameters with their peak learning rates, for AdamW."""
+
+    @abstractmethod
+    def amounts(self, batch: dict) -> dict[str, float]:
+        """What a collated micro-batch holds of each thing that losses are divided by; from the host, before forward."""
+
+    @abstractmethod
+    def forward(self, model: nn.Module, batch: dict, step: int) -> Any:
+        """Run the wrapped model on a micro-batch; what it returns goes to the loss terms."""
+
+    def after_step(self, step: int, accelerator: Accelerator, optimizer: Any, ema: EMAModel | None) -> None:
+        """Called after every optimizer step."""
+
+    def statistics(self) -> dict[str, float]:
+        """Further figures for the log, about the last step."""
+        return {}
+
+    @abstractmethod
+    def validate(self, step: int) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        """Figures and pictures of the model as it stands."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the finished model into an empty folder."""
+
+    @abstractmethod
+    def describe(self) -> dict:
+        """What must agree between a checkpoint and the run that resumes it."""
