@@ -1,4 +1,4 @@
-"""Configuration of the D-AR language model: a Llama whose vocabulary is image codes, class tokens and one null class."""
+"""Configuration of the D-AR language model: a Llama over image codes, class tokens and one null class."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig

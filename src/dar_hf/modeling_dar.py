@@ -8,11 +8,12 @@ is there. Pure functions on tensors first, then the layers, then the models.
 import math
 from collections.abc import Iterator, Sequence
 from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -24,12 +25,12 @@ from transformers.models.llama.modeling_llama import (
     LlamaModel,
     LlamaPreTrainedModel,
 )
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_dar import DARConfig
 
-GuidanceScale = float | tuple[float, float] | list[float] | None
-Generators = torch.Generator | Sequence[torch.Generator] | None
+GuidanceScale: TypeAlias = float | tuple[float, float] | list[float] | None
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 def guidance_schedule(scale: GuidanceScale, num_image_tokens: int) -> list[float] | None:
@@ -47,7 +48,7 @@ def guidance_schedule(scale: GuidanceScale, num_image_tokens: int) -> list[float
     """
     if scale is None:
         return None
-    ends = (scale, scale) if isinstance(scale, Real) else tuple(scale)
+    ends = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
     if len(ends) != 2:
         raise ValueError(f"guidance_scale must be a number or a pair (start, end), got {len(ends)} values: {scale!r}.")
     if not all(isinstance(end, Real) and math.isfinite(end) and end >= 0 for end in ends):
@@ -59,7 +60,7 @@ def guidance_schedule(scale: GuidanceScale, num_image_tokens: int) -> list[float
 
 
 def apply_guidance(logits: torch.Tensor, scale: float) -> torch.Tensor:
-    """Merge logits ``(2B, V)``, class rows then null-class rows, to ``uncond + scale * (cond - uncond)``, ``(B, V)``."""
+    """``uncond + scale * (cond - uncond)``, ``(B, V)``, of logits ``(2B, V)``: class rows, then null-class rows."""
     conditional, unconditional = logits.chunk(2)
     return unconditional + scale * (conditional - unconditional)
 
@@ -111,7 +112,7 @@ class GeneratorSampling(LogitsProcessor):
 class DARAttention(LlamaAttention):
     """Llama attention with dropout after the output projection."""
 
-    def forward(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         output, weights = super().forward(*args, **kwargs)
         return F.dropout(output, self.config.resid_dropout, self.training), weights
 
@@ -136,7 +137,7 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["DARDecoderLayer"]
     _can_record_outputs = {"hidden_states": DARDecoderLayer, "attentions": DARAttention}
 
-    def resize_token_embeddings(self, *args, **kwargs):
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the vocabulary is laid out by the codebook and the classes."""
         raise ValueError(
             "the vocabulary of a D-AR model is its codebook and classes and cannot be resized; "
@@ -161,7 +162,7 @@ class DARModel(DARPreTrainedModel, LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         drop_class: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Llama's forward. ``drop_class (B,)`` bool says which rows lose their class; drawn in training if missing."""
         if input_ids is not None:
@@ -209,7 +210,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is getattr(self, "lm_head", None):
+        if module is self.lm_head:
             init.zeros_(module.weight)  # the first prediction is uniform, as in LlamaGen
 
     @can_return_tuple
@@ -224,9 +225,9 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         drop_class: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits ``(B, L, codebook_size)`` of the code that follows each position, and the loss if labels are given."""
+        """Logits ``(B, L, codebook_size)`` of the code after each position, and the loss if labels are given."""
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -257,11 +258,11 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     def generate(
         self,
         inputs: torch.Tensor | None = None,
-        generation_config=None,
+        generation_config: GenerationConfig | None = None,
         *,
         generator: Generators = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> torch.Tensor | ModelOutput:
         """transformers' ``generate`` over ``input_ids`` that begin with a class token.
 
         Args:
@@ -287,7 +288,9 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             inputs, generation_config, guidance=guidance, generator=generator, guidance_scale=1.0, **kwargs
         )
 
-    def _get_logits_processor(self, generation_config, *args, model_kwargs=None, **kwargs) -> LogitsProcessorList:
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict | None = None, **kwargs: Any
+    ) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
         options = model_kwargs or {}
         if options.get("guidance") is not None:
@@ -303,7 +306,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         guidance: list[float] | None = None,
         generator: Generators = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict:
         if guidance is not None:
             input_ids = self._with_null_rows(input_ids)
@@ -380,7 +383,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             )
         if codes.shape[1] > num_tokens:
             raise ValueError(f"a prefix of {codes.shape[1]} codes is longer than the {num_tokens} to generate.")
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.config.codebook_size):
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.config.codebook_size):
             raise ValueError(f"prefix_codes must lie in [0, {self.config.codebook_size}).")
         return codes.to(self.device, torch.long).expand(batch_size, -1)
 

@@ -6,6 +6,7 @@ is entered once, at the step that ``strength`` selects.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -181,9 +182,7 @@ class DARPipeline(DiffusionPipeline):
             ValueError: for arguments out of range or that exclude each other, before any model runs.
         """
         options = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "__class__")}
-        output = None
-        for output in self.stream(**options):
-            pass
+        (output,) = deque(self.stream(**options), maxlen=1)
         return output if return_dict else (output.images,)
 
     def stream(self, class_labels: int | str | list[int] | list[str], **options: Any) -> Iterator[DARPipelineOutput]:
@@ -264,24 +263,24 @@ class DARPipeline(DiffusionPipeline):
 
     def _check(
         self,
-        class_labels,
-        guidance_scale=None,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        num_inference_steps=None,
-        num_tokens=None,
-        num_images_per_prompt=1,
-        prefix_codes=None,
-        layout_image=None,
-        layout_tokens=None,
-        image=None,
-        strength=None,
-        generator=None,
-        latents=None,
-        output_type="pil",
-        callback_on_step_end=None,
-        callback_on_step_end_tensor_inputs=None,
+        class_labels: int | str | list[int] | list[str],
+        guidance_scale: GuidanceScale = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_inference_steps: int | None = None,
+        num_tokens: int | None = None,
+        num_images_per_prompt: int = 1,
+        prefix_codes: torch.Tensor | None = None,
+        layout_image: Any = None,
+        layout_tokens: int | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> _Request:
         """Turn a call's arguments into a `_Request`, or raise the ValueError that says what is wrong."""
         config = self.tokenizer.config
@@ -325,7 +324,7 @@ class DARPipeline(DiffusionPipeline):
                 raise ValueError(f"layout_tokens={layout_tokens} is more than num_tokens={num_tokens}.")
             prefix_codes = self._encode(layout_image, len(labels))[1][:, :layout_tokens]
         noise = self._noise(len(labels), generator, latents)
-        if image is not None:
+        if image is not None and strength is not None:
             pixels, codes = self._encode(image, len(labels))
             noise, start_step, prefix_codes = self._noised(pixels, codes, noise, strength, num_steps)
         if prefix_codes is not None:
@@ -351,12 +350,12 @@ class DARPipeline(DiffusionPipeline):
         labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
         if not labels:
             raise ValueError("class_labels is empty: nothing to generate.")
-        ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]
+        ids: list[Any] = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]
         for label in ids:
             self.transformer.config.class_token_id(label)
         return ids
 
-    def _noise(self, batch_size: int, generator, latents: torch.Tensor | None) -> torch.Tensor:
+    def _noise(self, batch_size: int, generator: Any, latents: torch.Tensor | None) -> torch.Tensor:
         config, device = self.tokenizer.config, self._execution_device
         size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
         shape = (batch_size, config.in_channels, *size)

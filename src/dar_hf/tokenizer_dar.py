@@ -1,23 +1,25 @@
 """The sequential diffusion tokenizer of D-AR (arXiv 2505.23660, section 3; original code: showlab/D-AR).
 
-An encoder turns an image into N discrete codes in K groups; group k conditions the k-th denoising step of a pixel-space
-flow-matching decoder. So decoding codes *is* sampling a diffusion model, and every finished group gives a preview.
-Reads downward: attention and its cache, blocks, quantizer, denoiser, outputs, and the public `DARTokenizer` last.
+An encoder turns an image into N discrete codes in K groups; group k conditions the k-th denoising step of a
+pixel-space flow-matching decoder. So decoding codes *is* sampling a diffusion model, and every finished group gives a
+preview. Reads downward: attention and its cache, blocks, quantizer, denoiser, outputs, the public `DARTokenizer` last.
 
-What departs from the original code: attention keeps no map, the causal blocks keep a cache while codes stream in, and
-the quantizer, time, rotary positions and solver state are float32 whatever the dtype of the model. Values are the same.
+What departs from the original code: attention keeps no map, the causal blocks keep a cache while codes stream in,
+and the quantizer, time, rotary positions and solver state are float32 whatever the dtype of the model. Values are the
+same.
 """
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -28,6 +30,7 @@ from torch import nn
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, shift_time
 
 NORM_EPS = 1e-6  # every LayerNorm of the tokenizer
+SHORT_SEQUENCE = 128  # up to here the fused attention of CPUs is several times slower backwards than plain matmuls
 NUM_REPA_ROWS = 16  # rows of the feature grid that REPA compares: DINOv2 at 224 pixels has 16
 
 
@@ -110,8 +113,11 @@ class DARAttnProcessor:
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast norms in float32
         if cache is not None:
             key, value = cache[0].update(cache[1], key, value)
+        backend = self._attention_backend
+        if backend is None and query.requires_grad and query.device.type == "cpu" and key.shape[1] <= SHORT_SEQUENCE:
+            backend = AttentionBackendName._NATIVE_MATH
         output = dispatch_attention_fn(
-            query, key, value, attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config
+            query, key, value, attention_mask, backend=backend, parallel_config=self._parallel_config
         )
         return attn.to_out(output.flatten(2).to(query.dtype))
 
@@ -134,7 +140,7 @@ class DARAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.Linear(dim, dim)
         self.set_processor(DARAttnProcessor())
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.processor(self, hidden_states, **kwargs)
 
 
@@ -179,7 +185,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class DiffusionBlock(nn.Module):
-    """Decoder block: cross-attention to the group's conditions sets shift, scale and gate of every position (adaLN)."""
+    """Decoder block: cross-attention to the group's conditions sets shift, scale and gate of each position (adaLN)."""
 
     def __init__(self, dim: int, head_dim: int, own_time_embedding: bool):
         super().__init__()
@@ -198,7 +204,7 @@ class DiffusionBlock(nn.Module):
         shared_time: torch.Tensor | None,
         rotary: torch.Tensor,
     ) -> torch.Tensor:
-        time = self.time_embed(timestep) if self.time_embed is not None else shared_time
+        time: torch.Tensor = self.time_embed(timestep) if self.time_embed is not None else shared_time
         normed = layer_norm(x)
         attended = self.cross_attn(
             normed,
@@ -206,7 +212,7 @@ class DiffusionBlock(nn.Module):
             rotary=rotary,
             rotate_keys=False,  # the conditions have no place in the picture
         )
-        modulation = self.modulation(F.silu(time[:, None] + attended))
+        modulation = self.modulation(F.silu(time.unsqueeze(1) + attended))
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.attn(normed * (1 + scale1) + shift1, rotary=rotary)
         return x + gate2 * self.mlp(layer_norm(x) * (1 + scale2) + shift2)
@@ -237,7 +243,7 @@ class RepaHead(nn.Sequential):
 class Denoiser(nn.Module):
     """Pixel-space transformer that predicts the velocity of a noisy image under one group's conditions."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__()
         dim, head_dim = config.diffusion_dim, config.attention_head_dim
         self.patch_size = config.diffusion_patch_size
@@ -245,13 +251,13 @@ class Denoiser(nn.Module):
         patch_dim = config.in_channels * self.patch_size**2
         self.proj_in = nn.Linear(patch_dim, dim)
         self.condition_proj = nn.Linear(config.condition_dim, dim)
-        self.time_embed = TimestepEmbedding(dim) if config.share_time_embedding else None
+        self.time_embed: Any = TimestepEmbedding(dim) if config.share_time_embedding else None
         self.blocks = nn.ModuleList(
             DiffusionBlock(dim, head_dim, not config.share_time_embedding) for _ in range(config.diffusion_depth)
         )
-        self.adaptive_head = AdaptiveHead(dim, patch_dim) if config.adaptive_head else None
-        self.proj_out = None if config.adaptive_head else nn.Linear(dim, patch_dim)
-        self.repa_head = None if config.repa_layer is None else RepaHead(dim, config.repa_dim)
+        self.adaptive_head: Any = AdaptiveHead(dim, patch_dim) if config.adaptive_head else None
+        self.proj_out: Any = None if config.adaptive_head else nn.Linear(dim, patch_dim)
+        self.repa_head: Any = None if config.repa_layer is None else RepaHead(dim, config.repa_dim)
         self.gradient_checkpointing = False
 
     def forward(
@@ -481,16 +487,14 @@ class DARTokenizer(ModelMixin, ConfigMixin):
 
     # Sizes, tables and checks
 
-    def _cached(self, key: tuple, make) -> torch.Tensor:
+    def _cached(self, key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         if key not in self._tables:
             self._tables[key] = make().to(key[-1])
         return self._tables[key]
 
     def _rotary(self, height: int, width: int, device: torch.device) -> torch.Tensor:
         head_dim, theta = self.config.attention_head_dim, self.config.rope_theta
-        return self._cached(
-            ("rotary", height, width, device), lambda: rotary_table(height, width, head_dim, theta)
-        )
+        return self._cached(("rotary", height, width, device), lambda: rotary_table(height, width, head_dim, theta))
 
     def _encoder_tables(self, height: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Rotary table (identity for the queries) and mask of the encoder's sequence [patches, queries]."""
@@ -566,7 +570,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         """l2-normalised float32 latents ``(B, N, codebook_dim)``."""
         num_tokens = self.config.num_tokens
         patches = self.patch_embed(pixel_values.to(self.dtype))
-        tables = self._encoder_tables(*patches.shape[2:], patches.device)
+        tables = self._encoder_tables(patches.shape[2], patches.shape[3], patches.device)
         queries = self.query_embed.weight[:num_tokens]
         queries = queries if self.query_proj is None else self.query_proj(queries)
         patches = layer_norm(patches.flatten(2).transpose(1, 2))
@@ -768,7 +772,9 @@ class DARTokenizer(ModelMixin, ConfigMixin):
             self._check_images(noise)
             height, width = height or noise.shape[2], width or noise.shape[3]
             if (height, width) != tuple(noise.shape[2:]):
-                raise ValueError(f"noise of size {tuple(noise.shape[2:])} does not fit height={height}, width={width}.")
+                raise ValueError(
+                    f"noise of size {tuple(noise.shape[2:])} does not fit height={height}, width={width}."
+                )
         default = _pair(self.config.sample_size)
         height, width = height or default[0], width or default[1]
         self._check_size(height, width)
@@ -782,8 +788,16 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         return self._denoise(groups, generator, noise, (height, width), scheduler, start_step)
 
     @torch.no_grad()
-    def _denoise(self, groups, generator, noise, size, scheduler, start_step) -> Iterator[DARPreview]:
-        num_steps, step, sample = scheduler.num_inference_steps, start_step, noise
+    def _denoise(
+        self,
+        groups: Iterable[torch.Tensor],
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise: torch.Tensor | None,
+        size: tuple[int, int],
+        scheduler: FlowMatchAdamsBashforthScheduler,
+        start_step: int,
+    ) -> Iterator[DARPreview]:
+        num_steps, step, sample = len(scheduler.timesteps), start_step, noise
         windows = self.step_windows(num_steps)
         for conditions in self._condition_stream(groups):
             batch_size = len(conditions)
@@ -800,7 +814,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
                     sample, timestep.to(self.device).expand(batch_size), conditions[:, start:stop]
                 )
                 preview = scheduler.preview(velocity, timestep, sample)
-                sample = scheduler.step(velocity, timestep, sample).prev_sample
+                sample = scheduler.step(velocity, timestep, sample)[0]
                 step += 1
                 yield DARPreview(
                     step=step,
@@ -892,12 +906,14 @@ def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return height, width
 
 
-def _check_config(config) -> None:
+def _check_config(config: Any) -> None:
     for name in ("encoder_dim", "decoder_dim", "diffusion_dim"):
         if config[name] % config.attention_head_dim:
             raise ValueError(f"{name}={config[name]} is not a multiple of {config.attention_head_dim=}.")
     if config.attention_head_dim % 4:
-        raise ValueError(f"attention_head_dim must be a multiple of 4 (two rotary axes), got {config.attention_head_dim}.")
+        raise ValueError(
+            f"attention_head_dim must be a multiple of 4 (two rotary axes), got {config.attention_head_dim}."
+        )
     if config.num_tokens % config.num_groups or config.num_tokens > config.max_num_tokens:
         raise ValueError(
             f"num_tokens={config.num_tokens} must be a multiple of num_groups={config.num_groups} "

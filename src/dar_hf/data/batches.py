@@ -95,7 +95,7 @@ class ImageSamples(torch.utils.data.Dataset):
 
     def __init__(self, dataset: datasets.Dataset, transform: ImageTransform, memory_budget: int = 1 << 28):
         self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
-        self.labels = dataset["label"][:] if "label" in dataset.column_names else None
+        self.labels: list[int] = dataset["label"][:] if "label" in dataset.column_names else []
         self.transform = transform
         self._decoded: dict[int, Image.Image] = {}
         self._budget = memory_budget
@@ -120,7 +120,7 @@ class ImageSamples(torch.utils.data.Dataset):
         """``pixel_values (C, H, W)``, ``index``, ``seed`` and, where there are labels, ``label``."""
         index, seed = key
         sample = {"pixel_values": self.transform(self.image(index), seed), "index": index, "seed": seed}
-        if self.labels is not None:
+        if self.labels:
             sample["label"] = self.labels[index]
         return sample
 

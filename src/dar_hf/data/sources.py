@@ -61,7 +61,9 @@ def _load(name: str, split: str, config_name: str | None) -> datasets.Dataset:
         if os.path.isdir(name) or not name.startswith((".", "/", "~")):
             return datasets.load_dataset(name, config_name, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise ValueError(f"no data set {name!r}: give 'digits', a folder, a parquet file or a Hub id. {error}") from error
+        raise ValueError(
+            f"no data set {name!r}: give 'digits', a folder, a parquet file or a Hub id. {error}"
+        ) from error
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"cannot load split {split!r} of {name}: {error}") from error
     raise ValueError(f"no such file or folder: {Path(name).expanduser()}.")

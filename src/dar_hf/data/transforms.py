@@ -55,7 +55,9 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     return _cut(image, (image.height - height) // 2, (image.width - width) // 2, height, width)
 
 
-def random_crop(image: Image.Image, height: int, width: int, rng: random.Random, min_scale: float = 0.8) -> Image.Image:
+def random_crop(
+    image: Image.Image, height: int, width: int, rng: random.Random, min_scale: float = 0.8
+) -> Image.Image:
     """ADM's random crop: a random window of ``min_scale`` to 1.0 of the largest one that fits."""
     scale = rng.uniform(1.0, 1.0 / min_scale)
     image = _resize_to_cover(image, math.ceil(height * scale), math.ceil(width * scale))
@@ -86,36 +88,49 @@ class ImageTransform:
         channels: 1 or 3.
         crop: "center", "random" (scale 0.8 to 1.0) or "ten" (one of ten crops, mirrored ones included).
         flip: mirror half of the images; with "ten" the crops decide.
+        noise: deviation of normal noise on the pixels (in the units of [-1, 1]); the result is clamped.
 
     Raises:
-        ValueError: for an unknown crop.
+        ValueError: for an unknown crop or negative noise.
     """
 
     size: tuple[int, int]
     channels: int = 3
     crop: str = "center"
     flip: bool = False
+    noise: float = 0.0
 
     def __post_init__(self):
         if self.crop not in CROPS:
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {self.crop!r}.")
+        if self.noise < 0:
+            raise ValueError(f"noise must not be negative, got {self.noise}.")
+
+    @property
+    def _num_cuts(self) -> int | None:
+        return {"center": 1 + self.flip, "ten": 10}.get(self.crop)
 
     @property
     def num_variants(self) -> int | None:
         """How many different tensors one image can become; None where they cannot be counted."""
-        return {"center": 1 + self.flip, "ten": 10}.get(self.crop)
+        return None if self.noise else self._num_cuts
 
     def variant(self, seed: int) -> int:
         """Which of the countable variants a seed selects."""
-        return random.Random(seed).randrange(self.num_variants or 1)
+        return random.Random(seed).randrange(self._num_cuts or 1)
 
     def __call__(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
         """Transform; everything random about it follows from ``seed``."""
-        if self.num_variants is not None:
-            return self.render(image, self.variant(seed))
-        rng = random.Random(seed)
-        image = random_crop(convert_channels(image, self.channels), *self.size, rng)
-        return to_tensor(ImageOps.mirror(image) if self.flip and rng.random() < 0.5 else image)
+        if self._num_cuts is not None:
+            pixels = self.render(image, self.variant(seed))
+        else:
+            rng = random.Random(seed)
+            image = random_crop(convert_channels(image, self.channels), *self.size, rng)
+            pixels = to_tensor(ImageOps.mirror(image) if self.flip and rng.random() < 0.5 else image)
+        if self.noise:
+            generator = torch.Generator().manual_seed(seed)
+            pixels = (pixels + self.noise * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1)
+        return pixels
 
     def render(self, image: Image.Image, variant: int) -> torch.Tensor:
         """One of the countable variants of an image."""

@@ -22,9 +22,9 @@ def codebook_statistics(codes: torch.Tensor, codebook_size: int) -> dict[str, fl
     """How much of the codebook a set of codes ``(B, N)`` uses.
 
     Returns:
-        ``usage``: share of codes that occur at all, in [0, 1]. ``perplexity``: exponential of the entropy of all codes,
-        from 1 to codebook_size. ``position_usage_min``, ``position_usage_max``: fewest and most different codes at
-        one position; few at each position with high usage overall are a codebook that knows places, not images.
+        ``usage``: share of codes that occur at all, in [0, 1]. ``perplexity``: exponential of the entropy of all
+        codes, from 1 to codebook_size. ``position_usage_min``, ``position_usage_max``: fewest and most different
+        codes at one position; few at each with high usage overall are a codebook that knows places, not images.
     """
     counts = torch.bincount(codes.flatten(), minlength=codebook_size).double()
     shares = counts[counts > 0] / counts.sum()

@@ -45,13 +45,13 @@ class CodeSamples(torch.utils.data.Dataset):
         tokenizer: the encoder.
 
     Raises:
-        ValueError: if the transform's variants cannot be counted (random crops).
+        ValueError: if the transform's variants cannot be counted (random crops, noise).
     """
 
     def __init__(self, samples: ImageSamples, tokenizer: DARTokenizer):
         variants = samples.transform.num_variants
         if variants is None:
-            raise ValueError("cache_codes needs crops that can be counted: crop=center or crop=ten, not random.")
+            raise ValueError("cache_codes needs variants that can be counted: crop=center or ten, and no pixel_noise.")
         self.transform, self.labels = samples.transform, samples.labels
         parts = []
         for start in tqdm(range(0, len(samples), ENCODE_BATCH), desc="codes", mininterval=1.0):

@@ -1,4 +1,4 @@
-"""From arguments to a stage: data sets, models and overrides. What the command line does between parsing and running."""
+"""From arguments to a stage: data sets, models and overrides."""
 
 import ast
 from typing import Any
@@ -52,7 +52,7 @@ def _image_samples(
         )
         return ImageSamples(dataset.select(range(min(limit or len(dataset), len(dataset)))), transform)
 
-    train_transform = ImageTransform(size, config.in_channels, args.crop, args.flip)
+    train_transform = ImageTransform(size, config.in_channels, args.crop, args.flip, args.pixel_noise)
     train = load(args.train_split, args.max_train_samples, train_transform)
     split = args.validation_split
     if split is None:
@@ -120,6 +120,4 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
         | parse_overrides(args.model_overrides)
     )
     set_seed(args.seed)
-    return ARStage(
-        DARForCausalLM(config), tokenizer, train, args, validation, dict(enumerate(label_feature.names))
-    )
+    return ARStage(DARForCausalLM(config), tokenizer, train, args, validation, dict(enumerate(label_feature.names)))

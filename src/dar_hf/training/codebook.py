@@ -53,7 +53,7 @@ class CodebookKeeper:
         self.latents: list[torch.Tensor] = []
 
     def observe(self, step: int, codes: torch.Tensor, latents: torch.Tensor) -> None:
-        """Note the codes ``(B, N)`` and latents ``(B, N, D)`` of a whole step, of all processes in the stream's order."""
+        """Note codes ``(B, N)`` and latents ``(B, N, D)`` of a whole step, all processes in the stream's order."""
         if step < self.continuous_steps:
             self.latents.append(latents.flatten(0, 1).detach().cpu())
             wanted = KMEANS_SAMPLES_PER_CODE * self.codebook_size

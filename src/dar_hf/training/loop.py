@@ -44,13 +44,16 @@ class LoopArguments:
     dataset_name: str = _option("digits", "digits, a folder of images or parquet files, a parquet file, or a Hub id")
     dataset_config_name: str | None = _option(None, "configuration of a Hub data set")
     train_split: str = _option("train", "split to train on")
-    validation_split: str | None = _option(None, "split for validation; default validation or test, where there is one")
+    validation_split: str | None = _option(
+        None, "split for validation; default validation or test, where there is one"
+    )
     image_column: str = _option("image", "column with the images")
     label_column: str = _option("label", "column with the classes")
     max_train_samples: int | None = _option(None, "use only the first so many images")
     max_validation_samples: int = _option(256, "validate on the first so many images")
     crop: str = _option("center", "center, random or ten")
     flip: bool = _option(False, "mirror half of the images")
+    pixel_noise: float = _option(0.0, "deviation of noise on training pixels, in units of [-1, 1]; for stage 2")
     model_overrides: list[str] | None = _option(None, "changes to the preset's model, as name=value")
 
     max_train_steps: int = _option(1000, "optimizer steps of the whole run")
@@ -65,7 +68,9 @@ class LoopArguments:
     adam_epsilon: float = _option(1e-8, "AdamW epsilon")
     weight_decay: float = _option(0.0, "AdamW weight decay")
     max_grad_norm: float = _option(1.0, "gradient norm is clipped to this")
-    ema_decay: float | None = _option(None, "decay of the averaged weights that are validated and saved; none if unset")
+    ema_decay: float | None = _option(
+        None, "decay of the averaged weights that are validated and saved; none if unset"
+    )
     mixed_precision: str = _option("auto", "auto (bf16 where the hardware computes it natively), no, bf16 or fp16")
     gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
     seed: int = _option(0, "seed of everything random")
@@ -91,7 +96,7 @@ class LoopArguments:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}.")
-        for name in ("warmup_steps", "checkpointing_steps", "validation_steps", "weight_decay", "seed"):
+        for name in ("warmup_steps", "checkpointing_steps", "validation_steps", "weight_decay", "pixel_noise", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
@@ -391,7 +396,9 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
     if args.resume_from_checkpoint:
         loop.resume()
     if args.report_to:
-        accelerator.init_trackers("dar-hf", config={k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))})
+        accelerator.init_trackers(
+            "dar-hf", config={k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
+        )
     loop.run()
     accelerator.end_training()
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-MIN_TILE = 32  # small images are shown enlarged, pixel by pixel
+MIN_TILE = 48  # small images are shown enlarged, pixel by pixel
 
 
 def image_grid(images: torch.Tensor, columns: int, gap: int = 2) -> Image.Image:
@@ -62,7 +62,8 @@ def plot_history(histories: dict[str, list[dict]], path: Path, smoothing: int = 
     except ImportError:
         return False
     figure = Figure(figsize=(6 * len(histories), 4), layout="constrained")
-    for axes, (title, history) in zip(figure.subplots(1, len(histories), squeeze=False)[0], histories.items()):
+    panels = figure.subplots(1, len(histories), squeeze=False)[0]
+    for axes, (title, history) in zip(panels, histories.items(), strict=True):
         names = [name for name in (history[0] if history else {}) if name.startswith("loss/")]
         for name in names:
             points = [(line["step"], line[name]) for line in history if line.get(name, 0) > 0]

@@ -38,14 +38,15 @@ class Stage(ABC):
 
     @abstractmethod
     def amounts(self, batch: dict) -> dict[str, float]:
-        """What a collated micro-batch holds of each thing that losses are divided by; from the host, before forward."""
+        """What a collated micro-batch holds of each thing that losses are divided by; on the host, before forward."""
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: dict, step: int) -> Any:
         """Run the wrapped model on a micro-batch; what it returns goes to the loss terms."""
 
     def after_step(self, step: int, accelerator: Accelerator, optimizer: Any, ema: EMAModel | None) -> None:
-        """Called after every optimizer step."""
+        """Called after every optimizer step; nothing by default."""
+        return None
 
     def statistics(self) -> dict[str, float]:
         """Further figures for the log, about the last step."""

@@ -49,7 +49,7 @@ class TokenizerArguments(LoopArguments):
         super().__post_init__()
         if not 0 <= self.continuous_steps < self.max_train_steps:
             raise ValueError(
-                f"continuous_steps must lie in [0, max_train_steps={self.max_train_steps}), got {self.continuous_steps}."
+                f"continuous_steps={self.continuous_steps} must be less than max_train_steps={self.max_train_steps}."
             )
         if self.revive_every < 0 or not 0 <= self.revive_until <= 1:
             raise ValueError("revive_every must not be negative, and revive_until must lie in [0, 1].")
@@ -105,7 +105,8 @@ class TokenizerStage(Stage):
 
     def parameter_groups(self) -> list[dict]:
         args = self.args
-        encoder, decoder = [], []
+        encoder: list[nn.Parameter] = []
+        decoder: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 (encoder if name.split(".")[0] in ENCODER_PARTS else decoder).append(parameter)

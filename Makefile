@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := outputs/digits
+DEMO_TOKENIZER_OPTIONS ?=
+DEMO_AR_OPTIONS ?=
+
+.PHONY: install demo test check bench clean
+
+install: $(VENV)/.installed
+
+# editable, with every version fixed by constraints.txt (torch alone would pull gigabytes of CUDA)
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python examples/train.py tokenizer --preset digits --output_dir $(OUT)/tokenizer \
+		--overwrite_output_dir $(DEMO_TOKENIZER_OPTIONS)
+	$(BIN)/python examples/train.py ar --preset digits --tokenizer $(OUT)/tokenizer --output_dir $(OUT)/pipeline \
+		--overwrite_output_dir $(DEMO_AR_OPTIONS)
+	$(BIN)/python examples/evaluate_digits.py --pipeline $(OUT)/pipeline --output_dir $(OUT)
+
+test: install
+	$(BIN)/python -m pytest tests
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src
+
+clean:
+	rm -rf $(VENV) outputs build

@@ -1,0 +1,142 @@
+"""Load a finished digits pipeline, measure it, and draw its pictures.
+
+    python examples/evaluate_digits.py --pipeline outputs/digits/pipeline --output_dir outputs/digits
+
+Writes reconstructions.png, samples.png, previews.png, loss.png and report.json. The judge is a support-vector
+classifier trained on the real training digits; it never saw a generated one.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from sklearn.svm import SVC
+
+import dar_hf
+from dar_hf import DARPipeline
+from dar_hf.data import ImageSamples, ImageTransform, load_images, normal_noise
+from dar_hf.metrics import codebook_statistics, psnr
+from dar_hf.training.checkpoints import write_json
+from dar_hf.training.pictures import image_grid, interleave_rows, plot_history, read_history, save_picture
+
+SHOWN = 8  # samples of each class in samples.png
+
+
+def load_split(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All digits of a split, ``(n, 3, 8, 8)`` in [-1, 1], and their labels."""
+    samples = ImageSamples(load_images("digits", split), ImageTransform((8, 8)))
+    return samples.stack(range(len(samples))), torch.tensor(samples.labels)
+
+
+class Judge:
+    """Support-vector classifier on real training digits."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
+        self.classifier = SVC(C=10, gamma="scale").fit(self._features(images), labels)
+
+    @staticmethod
+    def _features(images: torch.Tensor):
+        return images.clamp(-1, 1).mean(dim=1).flatten(1).numpy()
+
+    def agreement(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """Share of images read as their label."""
+        return float((torch.from_numpy(self.classifier.predict(self._features(images))) == labels).double().mean())
+
+
+@torch.no_grad()
+def measure_reconstruction(pipe: DARPipeline, images: torch.Tensor, labels: torch.Tensor, judge: Judge) -> tuple:
+    """Figures of every preview of the test digits' reconstructions, and the finished ones."""
+    tokenizer = pipe.tokenizer
+    codes = tokenizer.encode(images).codes
+    noise = normal_noise(torch.arange(len(images)), images.shape[1:], images.device)
+    previews, sample = [], images
+    for preview in tokenizer.decode_stream([codes], noise=noise, scheduler=pipe.scheduler):
+        sample = preview.sample
+        previews.append(
+            {
+                "num_tokens": preview.num_tokens,
+                "psnr": float(psnr(sample, images).mean()),
+                "svm_accuracy": judge.agreement(sample, labels),
+            }
+        )
+    figures = {
+        "images": len(images),
+        "psnr": previews[-1]["psnr"],
+        "svm_accuracy": previews[-1]["svm_accuracy"],
+        "previews": previews,
+        "codebook": codebook_statistics(codes, tokenizer.config.codebook_size),
+    }
+    return figures, sample
+
+
+def measure_generation(pipe: DARPipeline, count: int, judge: Judge, guidance_scale: float | None, seed: int) -> tuple:
+    """Figures of every preview of generated digits, equally many of each class, and the images of each step."""
+    labels = torch.arange(count) % pipe.transformer.config.num_classes
+    generator = torch.Generator().manual_seed(seed)
+    previews, steps = [], []
+    for output in pipe.stream(labels.tolist(), guidance_scale=guidance_scale, generator=generator, output_type="pt"):
+        images = output.images * 2 - 1
+        steps.append(images)
+        previews.append({"num_tokens": output.num_tokens, "label_agreement": judge.agreement(images, labels)})
+    figures = {
+        "images": count,
+        "guidance_scale": pipe.guidance_scale,
+        "seed": seed,
+        "label_agreement": previews[-1]["label_agreement"],
+        "previews": previews,
+    }
+    return figures, steps
+
+
+def draw(folder: Path, images: torch.Tensor, reconstructions: torch.Tensor, steps: list[torch.Tensor]) -> None:
+    """The three grids. Generated samples go round the classes; rows of the pictures are classes."""
+    save_picture(
+        image_grid(interleave_rows(images[:16], reconstructions[:16], columns=8), 8), folder / "reconstructions.png"
+    )
+    by_class = [step[: 10 * SHOWN].unflatten(0, (SHOWN, 10)).transpose(0, 1).flatten(0, 1) for step in steps]
+    save_picture(image_grid(by_class[-1], SHOWN), folder / "samples.png")
+    save_picture(image_grid(torch.cat([step[::SHOWN] for step in by_class]), 10), folder / "previews.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pipeline", default="outputs/digits/pipeline")
+    parser.add_argument("--output_dir", default="outputs/digits")
+    parser.add_argument("--num_images", type=int, default=500, help="digits to generate")
+    parser.add_argument("--guidance_scale", type=float, default=None, help="default: the pipeline's own")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    started, folder = time.perf_counter(), Path(args.output_dir)
+
+    pipe = DARPipeline.from_pretrained(args.pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    train_images, train_labels = load_split("train")
+    images, labels = load_split("test")
+    judge = Judge(train_images, train_labels)
+    reconstruction, reconstructed = measure_reconstruction(pipe, images, labels, judge)
+    generation, steps = measure_generation(pipe, args.num_images, judge, args.guidance_scale, args.seed)
+    draw(folder, images, reconstructed, steps)
+    histories = {
+        "tokenizer": read_history(folder / "tokenizer" / "history.jsonl"),
+        "language model": read_history(Path(args.pipeline) / "history.jsonl"),
+    }
+    plot_history({title: history for title, history in histories.items() if history}, folder / "loss.png")
+    report = {
+        "pipeline": args.pipeline,
+        "dataset": "scikit-learn digits: first 1437 for training, other 360 for testing",
+        "real_test_svm_accuracy": judge.agreement(images, labels),
+        "reconstruction": reconstruction,
+        "generation": generation,
+        "versions": {m.__name__: m.__version__ for m in (dar_hf, torch, diffusers, transformers)},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_json(folder / "report.json", report)
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Data sets: the digits, folders of images, parquet files, and what is said when something is missing."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from dar_hf.data import available_splits, load_images
+
+
+@pytest.fixture(autouse=True)
+def cache_in_tmp(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def encoded(value):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_parquet(path, values, labels=None, image_column="image", label_column="label", typed=True):
+    columns = {image_column: [encoded(value) for value in values]}
+    if labels is not None:
+        columns[label_column] = labels
+    data = datasets.Dataset.from_dict(columns)
+    if typed:
+        data = data.cast_column(image_column, datasets.Image())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.to_parquet(path)
+    return str(path)
+
+
+def write_folder(root, files):
+    for index, name in enumerate(files):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (index + 1, 0, 0)).save(path)
+    return str(root)
+
+
+def reds(dataset):
+    return [np.asarray(image)[0, 0, 0].item() for image in dataset["image"]]
+
+
+def names(dataset):
+    feature = dataset.features["label"]
+    assert isinstance(feature, datasets.ClassLabel)
+    return [feature.int2str(label) for label in dataset["label"]]
+
+
+# The digits
+
+
+@pytest.mark.parametrize("split, size", [("train", 1437), ("test", 360)])
+def test_digits_split_sizes(split, size):
+    digits = load_images("digits", split)
+    assert len(digits) == size and digits.column_names == ["image", "label"]
+    assert isinstance(digits.features["image"], datasets.Image)
+    assert digits.features["label"] == datasets.ClassLabel(names=[str(i) for i in range(10)])
+    assert set(digits["label"]) == set(range(10))
+
+
+def test_digits_are_sklearns_with_sixteen_levels_over_the_whole_range():
+    from sklearn.datasets import load_digits
+
+    digits, source = load_images("digits"), load_digits()
+    for index in (0, 7, 1436):
+        pixels = np.asarray(digits[index]["image"])
+        assert pixels.shape == (8, 8) and pixels.dtype == np.uint8
+        assert np.array_equal(pixels, np.rint(source.images[index] / 16 * 255))
+        assert digits[index]["label"] == source.target[index]
+    levels = np.unique(np.concatenate([np.asarray(image).ravel() for image in digits["image"]]))
+    assert len(levels) == 17 and levels[0] == 0 and levels[-1] == 255
+    assert load_images("digits", "test")[0]["label"] == source.target[1437]
+
+
+def test_digits_without_labels():
+    assert load_images("digits", label_column=None).column_names == ["image"]
+
+
+# Folders and files
+
+
+def test_folder_of_images_with_classes(tmp_path):
+    root = write_folder(tmp_path / "pictures", ["cat/a.png", "cat/b.png", "dog/c.png"])
+    data = load_images(root)
+    assert data.column_names == ["image", "label"]
+    assert sorted(zip(reds(data), names(data), strict=True)) == [(1, "cat"), (2, "cat"), (3, "dog")]
+
+
+def test_folder_with_splits(tmp_path):
+    root = write_folder(tmp_path / "pictures", ["train/cat/a.png", "train/dog/b.png", "test/cat/c.png"])
+    assert available_splits(root) == ["train", "test"]
+    assert len(load_images(root, "train")) == 2
+    assert reds(load_images(root, "test", label_column=None)) == [3]
+
+
+def test_folder_of_images_without_classes(tmp_path):
+    root = write_folder(tmp_path / "pictures", ["a.png", "b.png"])
+    assert load_images(root, label_column=None).column_names == ["image"]
+
+
+def test_parquet_file(tmp_path):
+    path = write_parquet(tmp_path / "data.parquet", [5, 6, 7], [1, 0, 1])
+    data = load_images(path)
+    assert reds(data) == [5, 6, 7] and data["label"][:] == [1, 0, 1] and names(data) == ["1", "0", "1"]
+    assert available_splits(path) == ["train"]
+
+
+def test_folder_of_parquet_files(tmp_path):
+    for split, values in (("train", [1, 2]), ("test", [3])):
+        write_parquet(tmp_path / "set" / f"{split}-00000-of-00001.parquet", values, ["x"] * len(values))
+    assert available_splits(str(tmp_path / "set")) == ["train", "test"]
+    assert reds(load_images(str(tmp_path / "set"), "train")) == [1, 2]
+    assert reds(load_images(str(tmp_path / "set"), "test")) == [3]
+
+
+def test_images_stored_as_plain_bytes_are_decoded(tmp_path):
+    path = write_parquet(tmp_path / "data.parquet", [5, 6], typed=False)
+    assert reds(load_images(path, label_column=None)) == [5, 6]
+
+
+def test_custom_columns(tmp_path):
+    path = write_parquet(tmp_path / "data.parquet", [5, 6], ["b", "a"], "picture", "kind")
+    data = load_images(path, image_column="picture", label_column="kind")
+    assert data.column_names == ["image", "label"] and reds(data) == [5, 6] and names(data) == ["b", "a"]
+
+
+def test_string_labels_become_classes_in_order(tmp_path):
+    path = write_parquet(tmp_path / "data.parquet", [1, 2, 3], ["dog", "cat", "dog"])
+    data = load_images(path)
+    assert data.features["label"].names == ["cat", "dog"] and data["label"][:] == [1, 0, 1]
+
+
+def test_integer_labels_keep_their_values(tmp_path):
+    labels = list(range(12))
+    data = load_images(write_parquet(tmp_path / "data.parquet", [1] * 12, labels))
+    assert data["label"][:] == labels
+
+
+def test_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_folder(tmp_path / "pictures", ["cat/a.png"])
+    assert len(load_images("~/pictures")) == 1
+
+
+# What is said
+
+
+@pytest.mark.parametrize("name", ["./nothing-here", "/nothing-here", "~/nothing-here"])
+def test_unknown_path(name):
+    with pytest.raises(ValueError, match="no such file or folder: .*nothing-here"):
+        load_images(name)
+
+
+def test_unknown_hub_data_set(monkeypatch):
+    def missing(*args, **kwargs):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'nobody/nothing' doesn't exist on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", missing)
+    with pytest.raises(ValueError, match="no data set 'nobody/nothing'"):
+        load_images("nobody/nothing")
+
+
+def test_unknown_split_of_the_digits():
+    with pytest.raises(ValueError, match="train and test, got 'validation'"):
+        load_images("digits", "validation")
+
+
+def test_unknown_split_of_a_folder(tmp_path):
+    root = write_folder(tmp_path / "pictures", ["a.png"])
+    with pytest.raises(ValueError, match="'dev'.*train"):
+        load_images(root, "dev", label_column=None)
+
+
+@pytest.mark.parametrize("options", [{"image_column": "picture"}, {"label_column": "kind"}])
+def test_unknown_column_names_those_there_are(options):
+    column = next(iter(options.values()))
+    with pytest.raises(ValueError, match=f"no column '{column}'.*it has image, label"):
+        load_images("digits", **options)
+
+
+def test_no_labels(tmp_path):
+    root = write_folder(tmp_path / "pictures", ["a.png", "b.png"])
+    with pytest.raises(ValueError, match="no column 'label' for the labels; it has image"):
+        load_images(root)
+
+
+def test_a_file_without_images(tmp_path):
+    path = tmp_path / "empty.parquet"
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    datasets.Dataset.from_dict({"image": [], "label": []}, features=features).to_parquet(path)
+    with pytest.raises(ValueError, match="empty.parquet.*no data"):
+        load_images(str(path))
+
+
+def test_a_split_without_images(tmp_path):
+    root = write_folder(tmp_path / "pictures", ["a.png"])
+    with pytest.raises(ValueError, match="'train\\[:0\\]' of .*pictures.*(no data|no images)"):
+        load_images(root, "train[:0]", label_column=None)
+
+
+def test_empty_folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(ValueError, match="pictures"):
+        load_images(str(tmp_path / "pictures"))
+
+
+def test_a_file_that_is_no_parquet(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (4, 4)).save(path)
+    with pytest.raises(ValueError, match="photo.png"):
+        load_images(str(path))

@@ -1,0 +1,635 @@
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaModel, StaticCache
+from transformers.generation.streamers import BaseStreamer
+
+from dar_hf import DARConfig, DARForCausalLM, DARModel
+
+CODES, NULL = 32, 37  # codebook size and null class of the tiny model
+GUIDANCE = [4.0, 1.0, (1.1, 8.0), [3.0, 0.0]]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def classes(*labels):
+    return torch.tensor([[CODES + label] for label in labels])
+
+
+def sequences(batch=2, length=16, seed=0):
+    codes = torch.randint(0, CODES, (batch, length), generator=seeded(seed))
+    return torch.cat([classes(*[i % 5 for i in range(batch)]), codes], dim=1)
+
+
+def scale_at(guidance, position, length=16):
+    start, end = guidance if isinstance(guidance, (tuple, list)) else (guidance, guidance)
+    return start + (end - start) * position / (length - 1)
+
+
+@torch.no_grad()
+def guided_logits(model, label, codes, guidance):
+    """Logits of the next code: two unbatched passes over the whole sequence, no cache."""
+    conditional = model(torch.tensor([[CODES + label, *codes]]), use_cache=False).logits[0, -1]
+    unconditional = model(torch.tensor([[NULL, *codes]]), use_cache=False).logits[0, -1]
+    return unconditional + scale_at(guidance, len(codes)) * (conditional - unconditional)
+
+
+def plain_loop(model, labels, guidance, length=16):
+    """Greedy decoding of one label after the other."""
+    rows = []
+    for label in labels:
+        codes = []
+        for _ in range(length):
+            codes.append(int(guided_logits(model, label, codes, guidance).argmax()))
+        rows.append(codes)
+    return torch.tensor(rows)
+
+
+def count_forwards(model):
+    """Shapes of the token ids of every forward pass from now on."""
+    shapes = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+def stream(model, labels, **options):
+    return torch.cat(list(model.stream_codes(labels, **options)), dim=1)
+
+
+class Collector(BaseStreamer):
+    def __init__(self):
+        self.values, self.ended = [], False
+
+    def put(self, value):
+        self.values.append(value)
+
+    def end(self):
+        self.ended = True
+
+
+# The model
+
+
+def test_signatures():
+    generate = inspect.signature(DARForCausalLM.generate).parameters
+    assert "generator" in generate
+    parameters = inspect.signature(DARForCausalLM.stream_codes).parameters
+    assert list(parameters)[1] == "class_labels"
+    names = [
+        "guidance_scale",
+        "temperature",
+        "top_k",
+        "top_p",
+        "generator",
+        "prefix_codes",
+        "num_tokens",
+        "group_size",
+    ]
+    assert [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == names
+    assert [parameters[name].default for name in names] == [None, 1.0, 0, 1.0, None, None, None, None]
+
+
+def test_fresh_model_is_normal_with_a_zero_head():
+    config = DARConfig(codebook_size=64, num_classes=8, hidden_size=128, num_hidden_layers=1, num_attention_heads=2)
+    model = DARForCausalLM(config)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and module is not model.lm_head:
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert module.weight.mean().abs() < 2e-3
+    assert not model.lm_head.weight.any()
+    assert model.lm_head.weight.shape == (64, 128) and model.lm_head.bias is None
+    assert model.model.embed_tokens.weight.shape == (73, 128)
+
+
+def test_body_is_a_llama(tiny_transformer):
+    options = {k: getattr(tiny_transformer.config, k) for k in LlamaConfig().to_dict() if k not in ("model_type",)}
+    llama = LlamaModel(LlamaConfig(**options)).eval()
+    llama.load_state_dict(tiny_transformer.model.state_dict())
+    ids = sequences()
+    hidden = llama(ids).last_hidden_state
+    assert torch.equal(tiny_transformer.model(ids).last_hidden_state, hidden)
+    assert torch.allclose(tiny_transformer(ids).logits, hidden @ tiny_transformer.lm_head.weight.T, atol=1e-5)
+
+
+def test_logits_are_over_codes_and_causal(tiny_transformer):
+    ids = sequences()
+    logits = tiny_transformer(ids).logits
+    assert logits.shape == (2, 17, CODES)
+    assert torch.allclose(tiny_transformer(ids[:, :6]).logits, logits[:, :6], atol=1e-4)
+    assert torch.allclose(tiny_transformer(ids, logits_to_keep=2).logits, logits[:, -2:], atol=1e-5)
+    output = tiny_transformer(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == 3
+    assert isinstance(tiny_transformer(ids, return_dict=False), tuple)
+
+
+def test_loss_is_the_cross_entropy_of_the_next_code(tiny_transformer):
+    ids = sequences()
+    output = tiny_transformer(ids, labels=ids)
+    log_probabilities = output.logits.double().log_softmax(-1)
+    picked = [log_probabilities[b, i, ids[b, i + 1]] for b in range(2) for i in range(16)]
+    assert output.loss.item() == pytest.approx(-sum(picked).item() / 32, abs=1e-5)
+    labels = ids.clone()
+    labels[0, 5:] = -100
+    some = -(sum(picked[:4]) + sum(picked[16:])).item() / 20
+    assert tiny_transformer(ids, labels=labels).loss.item() == pytest.approx(some, abs=1e-5)
+
+
+def test_loss_of_a_fresh_model_is_uniform():
+    config = DARConfig(
+        codebook_size=32,
+        num_classes=5,
+        num_image_tokens=16,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    ids = sequences()
+    assert DARForCausalLM(config)(ids, labels=ids).loss.item() == pytest.approx(3.4657, abs=1e-3)
+
+
+def test_trains_on_a_few_sequences(make_transformer):
+    model, ids = make_transformer().train(), sequences()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        losses = []
+        for _ in range(30):
+            losses.append(model(ids, labels=ids).loss)
+            losses[-1].backward()
+            assert all(p.grad is not None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < losses[0] / 3
+
+
+def test_gradient_checkpointing_changes_nothing(make_transformer):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_transformer(resid_dropout=0, ffn_dropout=0, token_dropout=0, class_dropout=0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        calls = []
+        model.model.layers[0].input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(sequences(), labels=sequences()).loss.backward()
+        assert len(calls) == 1 + checkpointing
+        gradients.append(model.model.embed_tokens.weight.grad)
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+# Dropouts
+
+
+def test_class_dropout_gives_the_null_class(make_transformer):
+    model = make_transformer(resid_dropout=0, ffn_dropout=0, token_dropout=0, class_dropout=1.0).train()
+    ids, null = sequences(), sequences()
+    null[:, 0] = NULL
+    with torch.no_grad():
+        dropped, expected = model(ids).logits, model.eval()(null).logits
+        assert torch.equal(dropped, expected)
+        assert not torch.allclose(model(ids).logits, expected, atol=1e-2)  # nothing is dropped in evaluation
+
+
+def test_class_dropout_is_as_frequent_as_configured(make_transformer):
+    model = make_transformer(resid_dropout=0, ffn_dropout=0, token_dropout=0, class_dropout=0.3).train()
+    seen = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model(classes(*[2] * 2000))
+    assert set(seen[0].unique().tolist()) == {CODES + 2, NULL}
+    assert (seen[0] == NULL).double().mean().item() == pytest.approx(0.3, abs=0.04)
+
+
+def test_drop_class_says_which_rows_lose_their_class(tiny_transformer):
+    ids, null = sequences(), sequences()
+    null[:, 0] = NULL
+    logits = tiny_transformer(ids, drop_class=torch.tensor([True, False])).logits
+    assert torch.allclose(logits[0], tiny_transformer(null).logits[0], atol=1e-5)
+    assert torch.allclose(logits[1], tiny_transformer(ids).logits[1], atol=1e-5)
+    assert not torch.allclose(logits[0], tiny_transformer(ids).logits[0], atol=1e-2)
+
+
+def test_drop_class_overrides_the_draw_in_training(make_transformer):
+    model = make_transformer(resid_dropout=0, ffn_dropout=0, token_dropout=0, class_dropout=1.0).train()
+    kept = model(sequences(), drop_class=torch.tensor([False, False])).logits
+    assert torch.allclose(kept, model.eval()(sequences()).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resid_dropout", "ffn_dropout", "token_dropout"])
+def test_dropout_works_in_training_only(make_transformer, name):
+    rates = {"resid_dropout": 0, "ffn_dropout": 0, "token_dropout": 0, "class_dropout": 0}
+    plain, model = make_transformer(**rates), make_transformer(**rates | {name: 0.5})
+    expected = plain(sequences()).logits
+    assert torch.equal(model(sequences()).logits, expected)
+    assert torch.allclose(plain.train()(sequences()).logits, expected, atol=1e-5)
+    model.train()
+    one, two = model(sequences()).logits, model(sequences()).logits
+    assert not torch.allclose(one, expected, atol=1e-2)
+    assert not torch.allclose(one, two, atol=1e-2)
+
+
+def test_token_dropout_covers_the_class_token(make_transformer):
+    model = make_transformer(resid_dropout=0, ffn_dropout=0, token_dropout=0.5, class_dropout=0).train()
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(sequences(batch=8))
+    full = model.model.embed_tokens(sequences(batch=8))
+    zero = seen[0] == 0
+    assert 0.3 < zero[:, 0].double().mean() < 0.7 and 0.3 < zero[:, 1:].double().mean() < 0.7
+    assert torch.allclose(seen[0][~zero], 2 * full[~zero])
+
+
+# Files
+
+
+def test_save_and_load(tiny_transformer, tmp_path):
+    tiny_transformer.generation_config.guidance_scale = (1.1, 8.0)
+    tiny_transformer.save_pretrained(tmp_path)
+    ids = sequences()
+    expected = tiny_transformer(ids).logits
+    for auto in (DARForCausalLM, AutoModelForCausalLM):
+        loaded = auto.from_pretrained(tmp_path)
+        assert type(loaded) is DARForCausalLM and not loaded.training
+        assert torch.equal(loaded(ids).logits, expected)
+        assert list(loaded.generation_config.guidance_scale) == [1.1, 8.0]
+        codes = loaded.generate(classes(1), do_sample=False)[:, 1:]
+        assert torch.equal(codes, plain_loop(tiny_transformer, [1], (1.1, 8.0)))
+    body = AutoModel.from_pretrained(tmp_path)
+    assert type(body) is DARModel
+    assert torch.equal(body(ids).last_hidden_state, tiny_transformer.model(ids).last_hidden_state)
+
+
+def test_made_from_a_configuration(tiny_transformer):
+    assert type(AutoModelForCausalLM.from_config(tiny_transformer.config)) is DARForCausalLM
+
+
+# generate
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_greedy_generate_is_a_plain_loop(tiny_transformer, guidance):
+    expected = plain_loop(tiny_transformer, [0, 3, 4], guidance)
+    assert len(expected.unique()) > 4 and not torch.equal(expected[0], expected[1])
+    codes = tiny_transformer.generate(classes(0, 3, 4), max_new_tokens=16, do_sample=False, guidance_scale=guidance)
+    assert torch.equal(codes, torch.cat([classes(0, 3, 4), expected], dim=1))
+
+
+def test_guidance_matters(tiny_transformer):
+    results = [plain_loop(tiny_transformer, [0, 3, 4], guidance) for guidance in GUIDANCE]
+    assert not any(torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+        {"use_cache": False},
+    ],
+)
+@pytest.mark.parametrize("guidance", [1.0, (1.1, 8.0)])
+def test_every_cache_gives_the_same_codes(tiny_transformer, options, guidance):
+    expected = plain_loop(tiny_transformer, [0, 3], guidance)
+    codes = tiny_transformer.generate(classes(0, 3), do_sample=False, guidance_scale=guidance, **options)
+    assert torch.equal(codes[:, 1:], expected)
+    sampling = {"do_sample": True, "guidance_scale": guidance}
+    one = tiny_transformer.generate(classes(0, 3), generator=seeded(), **sampling)
+    two = tiny_transformer.generate(classes(0, 3), generator=seeded(), **sampling, **options)
+    assert torch.equal(one, two)
+
+
+def test_a_static_cache_can_be_kept(tiny_transformer):
+    cache = StaticCache(config=tiny_transformer.config, max_cache_len=17)
+    for labels in ([0, 3], [4, 1]):
+        options = {"do_sample": False, "guidance_scale": 4.0, "past_key_values": cache}
+        codes = tiny_transformer.generate(classes(*labels), **options)[:, 1:]
+        assert torch.equal(codes, plain_loop(tiny_transformer, labels, 4.0))
+        cache.reset()
+
+
+def test_guidance_is_one_doubled_pass_a_code(tiny_transformer):
+    shapes = count_forwards(tiny_transformer)
+    tiny_transformer.generate(classes(0, 3, 4), max_new_tokens=5, do_sample=False, guidance_scale=4.0)
+    assert shapes == [(6, 1)] * 5
+    shapes.clear()
+    tiny_transformer.generate(classes(0, 3, 4), max_new_tokens=5, do_sample=False)
+    assert shapes == [(3, 1)] * 5
+
+
+def test_generate_continues_a_prefix_at_its_place_in_the_schedule(tiny_transformer):
+    whole = plain_loop(tiny_transformer, [0, 3], (0.0, 9.0))
+    prompt = torch.cat([classes(0, 3), whole[:, :7]], dim=1)
+    options = {"do_sample": False, "guidance_scale": (0.0, 9.0)}
+    assert torch.equal(tiny_transformer.generate(prompt, max_new_tokens=9, **options)[:, 1:], whole)
+    # the schedule spans the whole image, however few codes are asked for
+    few = tiny_transformer.generate(classes(0, 3), max_new_tokens=5, **options)
+    assert torch.equal(few[:, 1:], whole[:, :5])
+
+
+def test_generate_makes_one_whole_image_unless_told_otherwise(tiny_transformer):
+    assert tiny_transformer.generate(classes(0, 1), do_sample=False).shape == (2, 17)
+    assert tiny_transformer.generate(classes(0, 1), do_sample=False, max_length=5).shape == (2, 5)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False)
+    assert tiny_transformer.generate(classes(0, 1), generation_config=config).shape == (2, 7)
+
+
+def test_generate_obeys_a_maximum_length_in_the_generation_config(tiny_transformer):
+    config = GenerationConfig(max_length=5, do_sample=False)
+    assert tiny_transformer.generate(classes(0, 1), generation_config=config).shape == (2, 5)
+
+
+def test_guidance_defaults_to_that_of_the_generation_config(tiny_transformer):
+    guided, plain = plain_loop(tiny_transformer, [2], 4.0), plain_loop(tiny_transformer, [2], 1.0)
+    tiny_transformer.generation_config.guidance_scale = 4.0
+    assert torch.equal(tiny_transformer.generate(classes(2), do_sample=False)[:, 1:], guided)
+    assert torch.equal(tiny_transformer.generate(classes(2), do_sample=False, guidance_scale=1.0)[:, 1:], plain)
+    assert torch.equal(stream(tiny_transformer, 2, temperature=0), guided)
+    assert torch.equal(stream(tiny_transformer, 2, temperature=0, guidance_scale=1.0), plain)
+    config = GenerationConfig(do_sample=False, guidance_scale=(1.1, 8.0), max_new_tokens=16)
+    codes = tiny_transformer.generate(classes(2), generation_config=config)[:, 1:]
+    assert torch.equal(codes, plain_loop(tiny_transformer, [2], (1.1, 8.0)))
+
+
+def test_streamer_gets_every_code(tiny_transformer):
+    streamer = Collector()
+    options = {"do_sample": False, "guidance_scale": 4.0}
+    codes = tiny_transformer.generate(classes(0, 3), streamer=streamer, **options)
+    assert streamer.ended and len(streamer.values) == 17
+    assert torch.equal(streamer.values[0], classes(0, 3))
+    assert torch.equal(torch.stack(streamer.values[1:], dim=1), codes[:, 1:])
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_generator_decides_the_samples(tiny_transformer, guidance):
+    def sample(seed):
+        return tiny_transformer.generate(
+            classes(0, 3), do_sample=True, guidance_scale=guidance, generator=seeded(seed), max_new_tokens=16
+        )
+
+    state = torch.get_rng_state()
+    one, two, other = sample(1), sample(1), sample(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert one.shape == (2, 17) and one[:, 1:].max() < CODES
+    assert not tiny_transformer.generation_config.do_sample
+
+
+def test_without_a_generator_the_global_one_is_used(tiny_transformer):
+    with torch.random.fork_rng():
+        runs = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            runs.append(tiny_transformer.generate(classes(0, 3), do_sample=True, guidance_scale=2.0))
+            runs.append(stream(tiny_transformer, [0, 3]))
+    assert torch.equal(runs[0], runs[2]) and torch.equal(runs[1], runs[3])
+    assert not torch.equal(runs[0], runs[4]) and not torch.equal(runs[1], runs[5])
+
+
+@pytest.mark.parametrize("guidance", [None, (1.1, 8.0)])
+def test_list_of_generators_makes_every_image_independent(tiny_transformer, guidance):
+    options = {"do_sample": True, "guidance_scale": guidance}
+    batch = tiny_transformer.generate(classes(0, 3, 3), generator=[seeded(i) for i in range(3)], **options)
+    streamed = stream(tiny_transformer, [0, 3, 3], guidance_scale=guidance, generator=[seeded(i) for i in range(3)])
+    for i, label in enumerate([0, 3, 3]):
+        alone = tiny_transformer.generate(classes(label), generator=seeded(i), **options)
+        assert torch.equal(batch[i : i + 1], alone)
+        alone = stream(tiny_transformer, label, guidance_scale=guidance, generator=seeded(i))
+        assert torch.equal(streamed[i : i + 1], alone)
+    assert not torch.equal(batch[1], batch[2]) and not torch.equal(streamed[1], streamed[2])
+
+
+def test_num_return_sequences(tiny_transformer):
+    options = {"do_sample": True, "guidance_scale": 3.0}
+    generators = [seeded(i) for i in range(6)]
+    codes = tiny_transformer.generate(classes(4, 0), num_return_sequences=3, generator=generators, **options)
+    assert codes.shape == (6, 17)
+    for i, label in enumerate([4, 4, 4, 0, 0, 0]):
+        alone = tiny_transformer.generate(classes(label), generator=seeded(i), **options)
+        assert torch.equal(codes[i : i + 1], alone)
+    assert len({tuple(row) for row in codes.tolist()}) == 6
+
+
+@pytest.mark.parametrize("way", ["generate", "stream_codes"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.5},
+        {"top_k": 3},
+        {"top_p": 0.8},
+        {"temperature": 1.5, "top_k": 8, "top_p": 0.9},
+    ],
+)
+@pytest.mark.parametrize("guidance", [1.0, 1.7])
+def test_samples_follow_the_distribution(tiny_transformer, way, options, guidance):
+    count = 4000
+    tiny_transformer.lm_head.weight.data *= 0.3  # no code far ahead of the others
+    scores = guided_logits(tiny_transformer, 3, [], guidance).double() / options.get("temperature", 1.0)
+    if "top_k" in options:
+        scores[scores < scores.sort(descending=True).values[options["top_k"] - 1]] = -torch.inf
+    probabilities = scores.softmax(-1)
+    if "top_p" in options:
+        ordered, order = probabilities.sort(descending=True)
+        kept = order[: int((ordered.cumsum(0) < options["top_p"]).sum()) + 1]  # the fewest that reach it
+        mask = torch.zeros(CODES, dtype=torch.bool).index_fill(0, kept, True)
+        probabilities = torch.where(mask, probabilities, 0) / probabilities[mask].sum()
+    options = options | {"guidance_scale": guidance, "generator": seeded()}
+    if way == "generate":
+        codes = tiny_transformer.generate(classes(*[3] * count), do_sample=True, max_new_tokens=1, **options)[:, 1]
+    else:
+        codes = stream(tiny_transformer, [3] * count, num_tokens=1, **options)[:, 0]
+    frequencies = torch.bincount(codes, minlength=CODES) / count
+    assert not frequencies[probabilities == 0].any()
+    deviation = (probabilities * (1 - probabilities) / count).sqrt()
+    assert ((frequencies - probabilities).abs() <= 4 * deviation + 1 / count).all()
+    assert (probabilities > 0).sum() > 2
+
+
+def test_sampling_depends_on_the_codes_before(tiny_transformer):
+    codes = stream(tiny_transformer, [1] * 8, top_k=2, guidance_scale=(1.0, 4.0), generator=seeded())
+    for row in codes.tolist():
+        for i, code in enumerate(row):
+            assert code in guided_logits(tiny_transformer, 1, row[:i], (1.0, 4.0)).topk(2).indices
+
+
+# stream_codes
+
+
+@pytest.mark.parametrize("guidance", [None, 4.0, (1.1, 8.0)])
+def test_greedy_stream_is_greedy_generate(tiny_transformer, guidance):
+    expected = plain_loop(tiny_transformer, [0, 3], 1.0 if guidance is None else guidance)
+    groups = list(tiny_transformer.stream_codes([0, 3], guidance_scale=guidance, temperature=0))
+    assert [group.shape for group in groups] == [(2, 4)] * 4
+    assert all(group.dtype == torch.long for group in groups)
+    assert torch.equal(torch.cat(groups, dim=1), expected)
+    generated = tiny_transformer.generate(classes(0, 3), do_sample=False, guidance_scale=guidance)
+    assert torch.equal(torch.cat(groups, dim=1), generated[:, 1:])
+
+
+@pytest.mark.parametrize("labels", [3, [3], torch.tensor([3]), (3,)])
+def test_class_labels_in_every_form(tiny_transformer, labels):
+    assert torch.equal(stream(tiny_transformer, labels, temperature=0), plain_loop(tiny_transformer, [3], 1.0))
+
+
+def test_stream_never_computes_the_prefix_again(tiny_transformer):
+    shapes = count_forwards(tiny_transformer)
+    stream(tiny_transformer, [0, 3], generator=seeded())
+    assert shapes == [(2, 1)] * 16
+    shapes.clear()
+    prefix = torch.arange(10).reshape(2, 5)
+    stream(tiny_transformer, [0, 3], generator=seeded(), prefix_codes=prefix, guidance_scale=2.0)
+    assert shapes == [(4, 6)] + [(4, 1)] * 10
+
+
+def test_stream_is_lazy(tiny_transformer):
+    shapes = count_forwards(tiny_transformer)
+    groups = tiny_transformer.stream_codes([0, 3], temperature=0)
+    assert len(shapes) == 0
+    for k in (1, 2, 3, 4):
+        next(groups)
+        assert len(shapes) == 4 * k  # the codes of this group and no more
+    with pytest.raises(StopIteration):
+        next(groups)
+
+
+def test_prefix_comes_back_first(tiny_transformer):
+    prefix = torch.randint(0, CODES, (2, 9), generator=seeded())
+    shapes = count_forwards(tiny_transformer)
+    groups = tiny_transformer.stream_codes([0, 3], prefix_codes=prefix, temperature=0)
+    first = [next(groups), next(groups)]
+    assert torch.equal(torch.cat(first, dim=1), prefix[:, :8]) and not shapes
+    codes = torch.cat(first + list(groups), dim=1)
+    assert codes.shape == (2, 16) and torch.equal(codes[:, :9], prefix)
+    for row, label in zip(codes.tolist(), [0, 3], strict=True):
+        for i in range(9, 16):
+            assert row[i] == guided_logits(tiny_transformer, label, row[:i], 1.0).argmax()
+    one = stream(tiny_transformer, [0, 3], prefix_codes=prefix[:1], temperature=0)  # one prefix for all
+    assert torch.equal(one[:, :9], prefix[:1].expand(2, -1)) and torch.equal(one[0], codes[0])
+    shapes.clear()
+    whole = torch.randint(0, CODES, (2, 16), generator=seeded())
+    assert torch.equal(stream(tiny_transformer, [0, 3], prefix_codes=whole), whole) and not shapes
+
+
+def test_prefix_continues_the_schedule(tiny_transformer):
+    whole = plain_loop(tiny_transformer, [0, 3], (0.0, 9.0))
+    options = {"guidance_scale": (0.0, 9.0), "temperature": 0}
+    assert torch.equal(stream(tiny_transformer, [0, 3], prefix_codes=whole[:, :7], **options), whole)
+    assert torch.equal(stream(tiny_transformer, [0, 3], prefix_codes=whole[:, :0], **options), whole)
+
+
+def test_group_size_and_num_tokens(tiny_transformer):
+    whole = plain_loop(tiny_transformer, [0], 1.0)
+    for size, tokens, lengths in [(4, 10, [4, 4, 2]), (5, 16, [5, 5, 5, 1]), (None, 8, [4, 4]), (32, None, [16])]:
+        groups = list(tiny_transformer.stream_codes(0, temperature=0, group_size=size, num_tokens=tokens))
+        assert [group.shape[1] for group in groups] == lengths
+        assert torch.equal(torch.cat(groups, dim=1), whole[:, : sum(lengths)])
+
+
+def test_stream_leaves_the_global_generator_alone(tiny_transformer):
+    state = torch.get_rng_state()
+    one = stream(tiny_transformer, [0, 3], generator=seeded(1))
+    stream(tiny_transformer, [0, 3], temperature=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one, stream(tiny_transformer, [0, 3], generator=seeded(1)))
+    assert not torch.equal(one, stream(tiny_transformer, [0, 3], generator=seeded(2)))
+
+
+def test_two_streams_do_not_disturb_each_other(tiny_transformer):
+    def streams():
+        return [tiny_transformer.stream_codes(label, generator=seeded(label), guidance_scale=2.0) for label in (1, 2)]
+
+    alone = [list(groups) for groups in streams()]
+    for groups in zip(zip(*streams(), strict=True), zip(*alone, strict=True), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(*groups, strict=True))
+
+
+def test_stream_leaves_no_gradient_graph(tiny_transformer):
+    assert not any(group.requires_grad for group in tiny_transformer.stream_codes(0))
+    assert torch.is_grad_enabled()
+    for _ in tiny_transformer.stream_codes(0):
+        assert torch.is_grad_enabled()
+
+
+# Bad input
+
+PREFIX = torch.zeros(1, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    "labels, options, message",
+    [
+        (5, {}, r"class label must be an integer in \[0, 5\)"),
+        (-1, {}, "class label must be an integer"),
+        ([0, 1.0], {}, "class label must be an integer"),
+        (["cat"], {}, "class label must be an integer"),
+        ([True], {}, "class label must be an integer"),
+        (torch.tensor([0.0]), {}, "class label must be an integer"),
+        ([], {}, "class_labels is empty"),
+        (0, {"guidance_scale": (1.0, 2.0, 3.0)}, "a number or a pair"),
+        (0, {"guidance_scale": [4.0]}, "a number or a pair"),
+        (0, {"guidance_scale": float("nan")}, "finite numbers >= 0"),
+        (0, {"guidance_scale": (1.0, float("inf"))}, "finite numbers >= 0"),
+        (0, {"guidance_scale": -1.0}, "finite numbers >= 0"),
+        (0, {"guidance_scale": ("1", "2")}, "finite numbers >= 0"),
+        (0, {"temperature": -0.1}, "temperature must be a finite number >= 0"),
+        (0, {"temperature": float("nan")}, "temperature must be a finite number >= 0"),
+        (0, {"temperature": "hot"}, "temperature must be a finite number >= 0"),
+        (0, {"top_k": -1}, "top_k must be an integer >= 0"),
+        (0, {"top_k": 2.5}, "top_k must be an integer >= 0"),
+        (0, {"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
+        (0, {"top_p": 1.1}, r"top_p must lie in \(0, 1\]"),
+        (0, {"num_tokens": 0}, r"num_tokens must lie in \[1, 16\]"),
+        (0, {"num_tokens": 17}, r"num_tokens must lie in \[1, 16\]"),
+        (0, {"group_size": 0}, "group_size must be at least 1"),
+        (0, {"prefix_codes": PREFIX.float()}, "prefix_codes must be integers of shape"),
+        (0, {"prefix_codes": PREFIX[0]}, "prefix_codes must be integers of shape"),
+        ([0, 1, 2], {"prefix_codes": PREFIX.expand(2, -1)}, "prefix_codes must be integers of shape"),
+        (0, {"prefix_codes": PREFIX + 32}, r"prefix_codes must lie in \[0, 32\)"),
+        (0, {"prefix_codes": PREFIX - 1}, r"prefix_codes must lie in \[0, 32\)"),
+        (0, {"prefix_codes": PREFIX, "num_tokens": 3}, "a prefix of 4 codes is longer than the 3"),
+        ([0, 1], {"generator": [seeded()]}, "got 1 generators for a batch of 2"),
+    ],
+)
+def test_bad_stream(tiny_transformer, labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_transformer.stream_codes(labels, **options)  # refused at once, not at the first group
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"guidance_scale": 4.0, "num_beams": 2}, "num_beams > 1 is not supported"),
+        ({"guidance_scale": (1.1, 8.0), "generation_config": GenerationConfig(num_beams=2)}, "num_beams > 1 is not"),
+        ({"guidance_scale": (1.0, 2.0, 3.0)}, "a number or a pair"),
+        ({"guidance_scale": float("nan")}, "finite numbers >= 0"),
+        ({"do_sample": True, "generator": [seeded()] * 3}, "got 3 generators for a batch of 2"),
+    ],
+)
+def test_bad_generate(tiny_transformer, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_transformer.generate(classes(0, 1), **options)
+
+
+def test_beams_work_without_guidance(tiny_transformer):
+    beams = tiny_transformer.generate(classes(0, 3), num_beams=3, do_sample=False)
+    assert beams.shape == (2, 17)
+
+    def score(ids):
+        log_probabilities = tiny_transformer(ids).logits[:, :-1].log_softmax(-1)
+        return log_probabilities.gather(2, ids[:, 1:, None]).sum(dim=(1, 2))
+
+    assert (score(beams) >= score(tiny_transformer.generate(classes(0, 3), do_sample=False)) - 1e-4).all()
+
+
+def test_vocabulary_cannot_be_resized(tiny_transformer):
+    for model in (tiny_transformer, tiny_transformer.model):
+        with pytest.raises(ValueError, match="cannot be resized"):
+            model.resize_token_embeddings(100)

@@ -1,0 +1,846 @@
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dar_hf import (
+    DARPreview,
+    DARTokenizer,
+    DARTokenizerEncoderOutput,
+    DARTokenizerOutput,
+    FlowMatchAdamsBashforthScheduler,
+)
+from dar_hf.tokenizer_dar import CausalCache, apply_rotary, rotary_table
+
+OPTIONS = {
+    "default": {},
+    "full-width queries": {"low_rank_queries": False},
+    "shared time": {"share_time_embedding": True},
+    "adaptive head": {"share_time_embedding": True, "adaptive_head": True},
+    "unequal widths": {"encoder_dim": 128, "decoder_dim": 64, "diffusion_dim": 192, "attention_head_dim": 64},
+    "unequal patches": {"encoder_patch_size": 4},
+    "not square": {"sample_size": (8, 12)},
+    "one channel": {"in_channels": 1},
+    "other times": {"time_shift": 1.0, "data_std": 0.5, "rope_theta": 100.0},
+    "overlapping groups": {"tokens_per_group": 6},
+    "short groups": {"tokens_per_group": 2},
+    "repa": {"repa_layer": 1, "repa_dim": 24},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_codes(batch=2, length=16, seed=0):
+    return torch.randint(0, 32, (batch, length), generator=seeded(seed))
+
+
+def random_images(model, batch=2, seed=0):
+    size = model.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.rand(batch, model.config.in_channels, height, width, generator=seeded(seed)) * 2 - 1
+
+
+def input_of(module, run):
+    """What ``module`` is given while ``run`` runs."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    run()
+    handle.remove()
+    return seen[0]
+
+
+def patchify(images, patch):
+    """(B, positions, values), the values of a patch in (channel, row, column) order."""
+    batch, channels, height, width = images.shape
+    cells = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // patch) * (width // patch), -1)
+
+
+def unpatchify(patches, patch, channels, height, width):
+    cells = patches.reshape(len(patches), height // patch, width // patch, channels, patch, patch)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), channels, height, width)
+
+
+def rotation(height, width, head_dim, theta):
+    """Complex rotation of every position: first half of the pairs by the row, second half by the column."""
+    frequencies = [theta ** (-2 * i / (head_dim // 2)) for i in range(head_dim // 4)]
+    angles = [[p * f for p in (r, c) for f in frequencies] for r in range(height) for c in range(width)]
+    angles = torch.tensor(angles, dtype=torch.float64)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x, factors):
+    """Rotate interleaved pairs of ``x (B, L, heads, head_dim)``."""
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * factors[:, None]).flatten(-2)
+
+
+class Reference:
+    """The method written down again, naively and in float64, from the weights of a model."""
+
+    def __init__(self, model):
+        self.config = model.config
+        self.weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+    def linear(self, name, x):
+        y = x @ self.weights[f"{name}.weight"].T
+        return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
+
+    def norm(self, x, name=None):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x if name is None else x * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def mlp(self, name, x):
+        return self.linear(f"{name}.2", F.silu(self.linear(f"{name}.0", x)))
+
+    def attention(self, name, x, context, allowed=None, query_rotation=None, key_rotation=None):
+        heads = (-1, self.config.attention_head_dim)
+        query = self.norm(self.linear(f"{name}.to_q", x).unflatten(-1, heads), f"{name}.norm_q")
+        key = self.norm(self.linear(f"{name}.to_k", context).unflatten(-1, heads), f"{name}.norm_k")
+        value = self.linear(f"{name}.to_v", context).unflatten(-1, heads)
+        query = query if query_rotation is None else rotate(query, query_rotation)
+        key = key if key_rotation is None else rotate(key, key_rotation)
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(heads[1])
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        return self.linear(f"{name}.to_out", torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value).flatten(2))
+
+    def gated_blocks(self, name, count, x, **options):
+        for block in (f"{name}.{i}" for i in range(count)):
+            normed = self.norm(x, f"{block}.norm1")
+            x = x + self.weights[f"{block}.gate1"] * self.attention(f"{block}.attn", normed, normed, **options)
+            x = x + self.weights[f"{block}.gate2"] * self.mlp(f"{block}.mlp", self.norm(x, f"{block}.norm2"))
+        return x
+
+    def latents(self, images):
+        config, patch = self.config, self.config.encoder_patch_size
+        rows, columns, n = images.shape[2] // patch, images.shape[3] // patch, config.num_tokens
+        kernel = self.weights["patch_embed.weight"].flatten(1)
+        patches = self.norm(patchify(images.double(), patch) @ kernel.T + self.weights["patch_embed.bias"])
+        queries = self.weights["query_embed.weight"][:n]
+        queries = self.linear("query_proj", queries) if config.low_rank_queries else queries
+        factors = rotation(rows, columns, config.attention_head_dim, config.rope_theta)
+        factors = torch.cat([factors, torch.ones(n, factors.shape[1])])
+        allowed = torch.zeros(rows * columns + n, rows * columns + n, dtype=torch.bool)
+        allowed[:, : rows * columns] = True
+        for i in range(n):
+            allowed[rows * columns + i, rows * columns : rows * columns + i + 1] = True
+        x = torch.cat([patches, queries.expand(len(images), -1, -1)], dim=1)
+        options = {"allowed": allowed, "query_rotation": factors, "key_rotation": factors}
+        x = self.gated_blocks("encoder_blocks", config.num_encoder_layers, x, **options)
+        latents = self.linear("quant_proj", self.norm(x[:, rows * columns :]))
+        return latents / latents.norm(dim=-1, keepdim=True)
+
+    def codebook(self):
+        rows = self.weights["quantizer.codebook.weight"]
+        return rows / rows.norm(dim=-1, keepdim=True)
+
+    def condition(self, codes):
+        n = codes.shape[1]
+        x = self.linear("post_quant_proj", self.codebook()[codes]) + self.weights["token_embed.weight"][:n]
+        allowed = torch.tensor([[j <= i for j in range(n)] for i in range(n)])
+        return self.norm(self.gated_blocks("causal_blocks", self.config.num_decoder_layers, x, allowed=allowed))
+
+    def time(self, name, timestep):
+        half = self.config.diffusion_dim // 2
+        features = [[1000 * float(t) * math.exp(-math.log(10000) * i / half) for i in range(half)] for t in timestep]
+        angles = torch.tensor(features, dtype=torch.float64)
+        return self.mlp(f"{name}.mlp", torch.cat([angles.cos(), angles.sin()], dim=-1))[:, None]
+
+    def velocity(self, sample, timestep, condition):
+        config, patch = self.config, self.config.diffusion_patch_size
+        channels, height, width = sample.shape[1:]
+        factors = rotation(height // patch, width // patch, config.attention_head_dim, config.rope_theta)
+        x = self.linear("denoiser.proj_in", patchify(sample.double(), patch))
+        condition = self.norm(self.linear("denoiser.condition_proj", condition))
+        for block in (f"denoiser.blocks.{i}" for i in range(config.diffusion_depth)):
+            shared = config.share_time_embedding
+            time = self.time("denoiser.time_embed" if shared else f"{block}.time_embed", timestep)
+            context = self.norm(self.mlp(f"{block}.condition_embed", condition))
+            attended = self.attention(f"{block}.cross_attn", self.norm(x), context, query_rotation=factors)
+            shift1, scale1, gate1, shift2, scale2, gate2 = self.linear(
+                f"{block}.modulation", F.silu(time + attended)
+            ).chunk(6, dim=-1)
+            y = self.norm(x) * (1 + scale1) + shift1
+            x = x + gate1 * self.attention(f"{block}.attn", y, y, query_rotation=factors, key_rotation=factors)
+            x = x + gate2 * self.mlp(f"{block}.mlp", self.norm(x) * (1 + scale2) + shift2)
+        x = self.norm(x)
+        if config.adaptive_head:
+            time = self.time("denoiser.time_embed", timestep)
+            shift, scale = self.linear("denoiser.adaptive_head.modulation", F.silu(time)).chunk(2, dim=-1)
+            x = self.linear("denoiser.adaptive_head.linear", self.norm(x) * (1 + scale) + shift)
+        else:
+            x = self.linear("denoiser.proj_out", x)
+        return unpatchify(x, patch, channels, height, width)
+
+
+def shifted(u, shift=2.0):
+    return u / (u + shift * (1 - u))
+
+
+def window_of(u, config):
+    """The method's rule: floor(u K + 0.5) / K * N, clamped; from the unshifted time."""
+    start = int(math.floor(u * config.num_groups + 0.5) / config.num_groups * config.num_tokens)
+    start = min(start, config.num_tokens - config.tokens_per_group)
+    return start, start + config.tokens_per_group
+
+
+# The contract
+
+
+def test_config_names():
+    names = """sample_size in_channels encoder_patch_size encoder_dim num_encoder_layers decoder_dim num_decoder_layers
+        codebook_size codebook_dim num_tokens num_groups tokens_per_group num_inference_steps diffusion_dim
+        diffusion_patch_size diffusion_depth condition_dim attention_head_dim rope_theta low_rank_queries
+        share_time_embedding adaptive_head data_std time_shift repa_layer repa_dim"""
+    assert set(names.split()) <= set(inspect.signature(DARTokenizer).parameters)
+
+
+def test_defaults_follow_the_other_options(make_tokenizer):
+    config = make_tokenizer().config
+    assert (config.tokens_per_group, config.num_inference_steps, config.condition_dim) == (4, 4, 64)
+    config = make_tokenizer(tokens_per_group=2, num_inference_steps=7, condition_dim=64).config
+    assert (config.tokens_per_group, config.num_inference_steps, config.condition_dim) == (2, 7, 64)
+
+
+@pytest.mark.parametrize(
+    "method, parameters",
+    [
+        ("encode", {"pixel_values"}),
+        ("condition", {"codes"}),
+        ("velocity", {"sample", "timestep", "condition"}),
+        ("decode", {"codes", "generator", "noise", "num_inference_steps", "height", "width", "scheduler"}),
+        ("decode_stream", {"groups", "generator", "noise", "num_inference_steps", "height", "width", "scheduler"}),
+        ("forward", {"pixel_values", "timesteps", "noise", "generator"}),
+    ],
+)
+def test_signatures(method, parameters):
+    assert parameters <= set(inspect.signature(getattr(DARTokenizer, method)).parameters)
+
+
+# Start values
+
+
+def test_blocks_of_a_fresh_model_are_the_identity(make_tokenizer):
+    model = make_tokenizer()
+    model.reset_parameters()
+    for block in (*model.encoder_blocks, *model.causal_blocks):
+        x = torch.randn(2, 5, 64, generator=seeded())
+        assert not block.gate1.any() and not block.gate2.any()
+        assert torch.equal(block(x, {}), x)
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS["adaptive head"]])
+def test_output_of_a_fresh_model_is_zero(make_tokenizer, options):
+    model = make_tokenizer(**options)
+    model.reset_parameters()
+    noise = torch.randn(2, 3, 8, 8, generator=seeded())
+    assert not model.velocity(noise, 0.3, model.condition(random_codes(length=4))).any()
+    assert torch.allclose(model.decode(random_codes(), noise=noise).sample, noise / 0.6)
+
+
+def test_reset_parameters_sets_the_start_values_it_names(make_tokenizer):
+    model = make_tokenizer()
+    model.reset_parameters(gate=0.25, modulation_std=0.03, output_std=0.04, post_quant_std=0.35)
+    assert torch.all(model.encoder_blocks[0].gate1 == 0.25) and torch.all(model.causal_blocks[1].gate2 == 0.25)
+    assert model.denoiser.blocks[0].modulation.weight.std().item() == pytest.approx(0.03, rel=0.1)
+    assert model.denoiser.proj_out.weight.std().item() == pytest.approx(0.04, rel=0.1)
+    assert model.post_quant_proj.weight.std().item() == pytest.approx(0.35, rel=0.15)
+
+
+# Against the method, written down again
+
+
+@pytest.mark.parametrize(
+    "height, width, head_dim, theta", [(3, 5, 32, 10000.0), (4, 4, 64, 10000.0), (2, 7, 8, 100.0)]
+)
+def test_rotary_embedding_is_a_complex_rotation(height, width, head_dim, theta):
+    table = rotary_table(height, width, head_dim, theta)
+    factors = rotation(height, width, head_dim, theta)
+    assert table.shape == (2, height * width, 1, head_dim // 2) and table.dtype == torch.float32
+    assert torch.allclose(table[0, :, 0].double(), factors.real, atol=1e-6)
+    assert torch.allclose(table[1, :, 0].double(), factors.imag, atol=1e-6)
+    x = torch.randn(2, height * width, 3, head_dim, generator=seeded())
+    assert torch.allclose(apply_rotary(x, table).double(), rotate(x, factors), atol=1e-5)
+    assert torch.equal(apply_rotary(x[:, :1], table[:, :1]), x[:, :1])  # the corner stays
+    assert apply_rotary(x.bfloat16(), table).dtype == torch.bfloat16
+
+
+@every_option
+def test_encoder_is_the_method(make_tokenizer, options):
+    model = make_tokenizer(**options)
+    images = random_images(model)
+    output = model.encode(images)
+    expected = Reference(model).latents(images)
+    assert isinstance(output, DARTokenizerEncoderOutput)
+    assert output.codes.shape == (2, 16) and output.codes.dtype == torch.long
+    assert output.latents.dtype == torch.float32
+    assert torch.allclose(output.latents.double(), expected, atol=1e-5)
+    distances = torch.cdist(output.latents.double(), Reference(model).codebook().expand(2, -1, -1))
+    assert torch.equal(output.codes, distances.argmin(-1))
+    assert not torch.equal(output.codes[0], output.codes[1])
+
+
+@every_option
+def test_conditions_are_the_method(make_tokenizer, options):
+    model = make_tokenizer(**options)
+    for length in (1, 5, 16):
+        codes = random_codes(length=length)
+        condition = model.condition(codes)
+        assert condition.shape == (2, length, model.config.decoder_dim)
+        assert torch.allclose(condition.double(), Reference(model).condition(codes), atol=1e-5)
+
+
+@every_option
+def test_velocity_is_the_method(make_tokenizer, options):
+    model = make_tokenizer(**options)
+    sample = random_images(model)
+    times, width = torch.tensor([0.2, 0.9]), model.config.tokens_per_group
+    condition = model.condition(random_codes(length=width))
+    velocity = model.velocity(sample, times, condition)
+    assert velocity.shape == sample.shape and velocity.dtype == sample.dtype
+    assert torch.allclose(velocity.double(), Reference(model).velocity(sample, times, condition.double()), atol=1e-5)
+    assert (velocity - model.velocity(sample, times, condition.flip(0))).abs().max() > 1e-2
+    assert (velocity - model.velocity(sample, 0.9, condition)).abs()[1].max() < 1e-5  # a scalar is a time for all
+    assert (velocity - model.velocity(sample, 0.9, condition)).abs()[0].max() > 1e-2
+
+
+@every_option
+def test_decoding_is_the_method(make_tokenizer, options):
+    model = make_tokenizer(**options)
+    config, reference = model.config, Reference(model)
+    codes, noise = random_codes(), random_images(model, seed=5) * 2
+    conditions, sample, previous = reference.condition(codes), noise.double(), None
+    for step in range(4):
+        start, stop = window_of(step / 4, config)
+        time, next_time = shifted(step / 4, config.time_shift), shifted((step + 1) / 4, config.time_shift)
+        velocity = reference.velocity(sample, [time] * 2, conditions[:, start:stop])
+        direction = velocity if previous is None else 1.5 * velocity - 0.5 * previous
+        sample, previous = sample + (next_time - time) * direction, velocity
+    decoded = model.decode(codes, noise=noise).sample
+    assert decoded.dtype == torch.float32 and decoded.shape == noise.shape
+    assert torch.allclose(decoded.double(), sample / config.data_std, atol=1e-4)
+
+
+def test_time_features_are_cosines_first_of_a_thousand_times_t(tiny_tokenizer):
+    times = torch.tensor([0.0, 0.137])
+    condition = tiny_tokenizer.condition(random_codes(length=4))
+    features = input_of(
+        tiny_tokenizer.denoiser.blocks[1].time_embed.mlp,
+        lambda: tiny_tokenizer.velocity(random_images(tiny_tokenizer), times, condition),
+    )
+    expected = [[f(1000 * 0.137 * 10000 ** (-i / 32)) for i in range(32)] for f in (math.cos, math.sin)]
+    assert torch.equal(features[0], torch.cat([torch.ones(32), torch.zeros(32)]))
+    assert torch.allclose(features[1], torch.tensor(expected).flatten(), atol=1e-4)
+
+
+def test_pixels_of_a_patch_are_in_channel_row_column_order(tiny_tokenizer):
+    sample = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).reshape(2, 3, 8, 8) / 384
+    condition = tiny_tokenizer.condition(random_codes(length=4))
+    seen = input_of(tiny_tokenizer.denoiser.proj_in, lambda: tiny_tokenizer.velocity(sample, 0.5, condition))
+    assert torch.equal(seen, patchify(sample, 2))
+    assert torch.equal(seen, F.pixel_unshuffle(sample, 2).flatten(2).transpose(1, 2))
+    tiny_tokenizer.denoiser.proj_out.register_forward_hook(lambda *_: patchify(sample, 2))
+    assert torch.equal(tiny_tokenizer.velocity(torch.zeros(2, 3, 8, 8), 0.5, condition), sample)
+
+
+def test_queries_see_patches_and_earlier_queries_only(tiny_tokenizer):
+    images = random_images(tiny_tokenizer)
+    block = tiny_tokenizer.encoder_blocks[1]
+
+    def run():
+        outputs = []
+        handle = block.register_forward_hook(lambda _, args, output: outputs.append(output.clone()))
+        latents = tiny_tokenizer.encode(images).latents
+        handle.remove()
+        return latents, outputs[0][:, :16]
+
+    latents, patches = run()
+    changed = 6
+    with torch.no_grad():
+        tiny_tokenizer.query_embed.weight[changed] += 3.0
+    new_latents, new_patches = run()
+    assert torch.allclose(new_patches, patches, atol=1e-6)  # patches do not see the queries
+    difference = (new_latents - latents).abs().amax(dim=(0, 2))
+    assert difference[:changed].max() < 1e-6
+    assert difference[changed:].min() > 1e-6
+    # and every query sees every patch
+    images[:, :, :2, :2] *= -1
+    assert (run()[0] - new_latents).abs().amax(dim=(0, 2)).min() > 1e-6
+
+
+# Groups and steps
+
+
+def test_group_of_a_time(make_tokenizer):
+    for options in (
+        {"num_tokens": 256, "num_groups": 8},
+        {"num_tokens": 256, "num_groups": 8, "tokens_per_group": 64},
+    ):
+        model = make_tokenizer(max_num_tokens=256, **options)
+        times = torch.cat([torch.linspace(0, 1, 1001), torch.arange(16) / 16])
+        expected = [window_of(u, model.config)[0] for u in times.tolist()]
+        assert model.group_start(times).tolist() == expected
+    model = make_tokenizer(max_num_tokens=256, num_tokens=256, num_groups=8)
+    edges = torch.tensor([0.0, 0.0624, 0.0625, 0.1874, 0.1875, 0.8124, 0.8125, 0.9374, 0.9375, 1.0])
+    assert model.group_start(edges).tolist() == [0, 0, 32, 32, 64, 192, 224, 224, 224, 224]
+
+
+def test_token_windows_of_the_steps(make_tokenizer):
+    model = make_tokenizer(max_num_tokens=256, num_tokens=256, num_groups=8)
+
+    def groups(steps):
+        assert all(stop - start == 32 for start, stop in model.step_windows(steps))
+        return [start // 32 for start, _ in model.step_windows(steps)]
+
+    assert groups(8) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert groups(4) == [0, 2, 4, 6]
+    assert groups(16) == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7]
+
+
+# Conditions are causal
+
+
+@pytest.mark.parametrize("pieces", [[1] * 16, [16], [3, 5, 8], [15, 1]])
+def test_conditions_of_a_prefix_never_change(tiny_tokenizer, pieces):
+    codes = random_codes()
+    whole, cache, parts = tiny_tokenizer.condition(codes), CausalCache(2), []
+    for piece in codes.split(pieces, dim=1):
+        parts.append(tiny_tokenizer.condition(piece, cache))
+        length = sum(part.shape[1] for part in parts)
+        assert cache.length == length
+        assert torch.allclose(tiny_tokenizer.condition(codes[:, :length]), whole[:, :length], atol=1e-5)
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
+    other = codes.clone()
+    other[:, 7] = (other[:, 7] + 1) % 32
+    difference = (tiny_tokenizer.condition(other) - whole).abs().amax(dim=(0, 2))
+    assert difference[:7].max() < 1e-6 and difference[7:].min() > 1e-6
+
+
+# The stream is the whole
+
+
+@pytest.mark.parametrize("options", [{}, {"tokens_per_group": 6}, {"tokens_per_group": 2}])
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 6, 8])
+@pytest.mark.parametrize("pieces", [[4] * 4, [1] * 16, [3, 5, 8], [16], [15, 1]])
+def test_streamed_and_whole_decoding_are_equal(make_tokenizer, options, num_steps, pieces):
+    model, codes, noise = make_tokenizer(**options), random_codes(), torch.randn(2, 3, 8, 8, generator=seeded())
+    previews = list(model.decode_stream(codes.split(pieces, dim=1), noise=noise, num_inference_steps=num_steps))
+    assert torch.equal(previews[-1].sample, model.decode(codes, noise=noise, num_inference_steps=num_steps).sample)
+    windows = model.step_windows(num_steps)
+    times = FlowMatchAdamsBashforthScheduler()
+    times.set_timesteps(num_steps)
+    for i, preview in enumerate(previews):
+        assert isinstance(preview, DARPreview)
+        assert (preview.step, preview.num_steps, preview.num_tokens) == (i + 1, num_steps, windows[i][1])
+        assert preview.timestep == pytest.approx(times.timesteps[i].item(), abs=1e-6)
+        if i + 1 == num_steps or windows[i + 1][1] > preview.num_tokens:  # the last step of this prefix
+            prefix = codes[:, : preview.num_tokens]
+            alone = model.decode(prefix, noise=noise, num_inference_steps=num_steps).sample
+            assert torch.equal(preview.sample, alone)
+    assert len(previews) == num_steps
+    assert torch.equal(previews[-1].latents / 0.6, previews[-1].sample)
+
+
+def test_preview_after_k_groups_is_the_decoded_prefix(tiny_tokenizer):
+    codes = random_codes()
+    previews = list(tiny_tokenizer.decode_stream([codes], generator=seeded()))
+    for k in (1, 2, 3, 4):
+        assert previews[k - 1].num_tokens == 4 * k
+        assert torch.equal(previews[k - 1].sample, tiny_tokenizer.decode(codes[:, : 4 * k], generator=seeded()).sample)
+        # an unfinished group waits
+        if k < 4:
+            unfinished = tiny_tokenizer.decode(codes[:, : 4 * k + 3], generator=seeded()).sample
+            assert torch.equal(previews[k - 1].sample, unfinished)
+    assert (previews[2].sample - previews[3].sample).abs().max() > 1e-2
+
+
+def test_every_group_matters_and_only_later_previews_change(tiny_tokenizer):
+    codes = random_codes()
+    before = [p.sample for p in tiny_tokenizer.decode_stream([codes], generator=seeded())]
+    codes[:, 9] = (codes[:, 9] + 1) % 32
+    after = [p.sample for p in tiny_tokenizer.decode_stream([codes], generator=seeded())]
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert (before[2] - after[2]).abs().max() > 1e-3 and (before[3] - after[3]).abs().max() > 1e-3
+
+
+def test_stream_is_lazy(tiny_tokenizer):
+    pulled = []
+
+    def groups():
+        for group in random_codes().split(4, dim=1):
+            pulled.append(group)
+            yield group
+
+    for k, _ in enumerate(tiny_tokenizer.decode_stream(groups()), start=1):
+        assert len(pulled) == k
+    pulled.clear()
+    # two steps use groups 0 and 2: the codes after them are not waited for
+    assert len(list(tiny_tokenizer.decode_stream(groups(), num_inference_steps=2))) == 2
+    assert len(pulled) == 3
+
+
+def test_stream_starts_where_asked(tiny_tokenizer):
+    codes, noise = random_codes(), torch.randn(2, 3, 8, 8, generator=seeded())
+    conditions, sample, previous = tiny_tokenizer.condition(codes), noise, None
+    for step in (2, 3):
+        time, end = shifted(step / 4), shifted((step + 1) / 4)
+        velocity = tiny_tokenizer.velocity(sample, time, conditions[:, 4 * step : 4 * step + 4])
+        sample = sample + (end - time) * (velocity if previous is None else 1.5 * velocity - 0.5 * previous)
+        previous = velocity
+    previews = list(tiny_tokenizer.decode_stream([codes], noise=noise, start_step=2))
+    assert [p.step for p in previews] == [3, 4]
+    assert torch.allclose(previews[-1].sample, sample / 0.6, atol=1e-4)
+
+
+def test_scheduler_of_the_caller_is_used_and_left_alone(tiny_tokenizer):
+    euler = FlowMatchAdamsBashforthScheduler(solver_order=1)
+    codes = random_codes()
+    one = tiny_tokenizer.decode(codes, generator=seeded()).sample
+    two = tiny_tokenizer.decode(codes, generator=seeded(), scheduler=euler).sample
+    same = tiny_tokenizer.decode(codes, generator=seeded(), scheduler=FlowMatchAdamsBashforthScheduler(2.0)).sample
+    assert (one - two).abs().max() > 1e-2
+    assert torch.equal(one, same)
+    assert euler.num_inference_steps is None and len(euler.timesteps) == 0
+
+
+def test_alone_the_tokenizer_uses_its_own_time_shift(make_tokenizer):
+    model, codes = make_tokenizer(time_shift=1.0), random_codes()
+    times = [p.timestep for p in model.decode_stream([codes])]
+    assert times == pytest.approx([0.0, 0.25, 0.5, 0.75])
+    assert [p.timestep for p in make_tokenizer().decode_stream([codes])] == pytest.approx([0, 1 / 7, 1 / 3, 0.6])
+
+
+def test_num_inference_steps_of_the_configuration(make_tokenizer):
+    codes = random_codes()
+    model = make_tokenizer(num_inference_steps=6)
+    assert len(list(model.decode_stream([codes]))) == 6
+    six = make_tokenizer().decode(codes, generator=seeded(), num_inference_steps=6).sample
+    assert torch.equal(model.decode(codes, generator=seeded()).sample, six)
+
+
+# Randomness
+
+
+def test_same_generator_gives_the_same_image(tiny_tokenizer):
+    codes = random_codes()
+    state = torch.get_rng_state()
+    one, two, other = (tiny_tokenizer.decode(codes, generator=seeded(s)).sample for s in (3, 3, 4))
+    assert torch.equal(one, two)
+    assert not torch.allclose(one, other)
+    noise = torch.randn(2, 3, 8, 8, generator=seeded(3))
+    assert torch.equal(one, tiny_tokenizer.decode(codes, noise=noise).sample)
+    tiny_tokenizer(random_images(tiny_tokenizer), generator=seeded())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("batch", [3, 4, 16, 32])  # also as many as codes in a group, codes, and codes and patches
+def test_size_of_the_batch_changes_nothing(tiny_tokenizer, batch):
+    codes, images = random_codes(batch), random_images(tiny_tokenizer, batch)
+    noise = torch.randn(images.shape, generator=seeded())
+
+    def alone(call):
+        return torch.cat([call(slice(i, i + 1)) for i in range(batch)])
+
+    latents = alone(lambda i: tiny_tokenizer.encode(images[i]).latents)
+    assert torch.allclose(tiny_tokenizer.encode(images).latents, latents, atol=1e-5)
+    conditions = alone(lambda i: tiny_tokenizer.condition(codes[i]))
+    with torch.no_grad():
+        assert torch.allclose(tiny_tokenizer.condition(codes), conditions, atol=1e-5)
+    assert torch.allclose(tiny_tokenizer.condition(codes), conditions, atol=1e-5)
+    decoded = alone(lambda i: tiny_tokenizer.decode(codes[i], noise=noise[i]).sample)
+    assert torch.allclose(tiny_tokenizer.decode(codes, noise=noise).sample, decoded, atol=1e-5)
+    u = torch.linspace(0, 1, batch)
+    velocity = alone(lambda i: tiny_tokenizer(images[i], timesteps=u[i], noise=noise[i]).velocity)
+    output = tiny_tokenizer(images, timesteps=u, noise=noise)
+    assert torch.allclose(output.latents, latents, atol=1e-5)
+    assert torch.allclose(output.velocity, velocity, atol=1e-4)
+
+
+def test_image_of_a_batch_equals_the_image_alone(tiny_tokenizer):
+    codes = random_codes(batch=3)
+    batch = tiny_tokenizer.decode(codes, generator=[seeded(s) for s in range(3)]).sample
+    for i in range(3):
+        alone = tiny_tokenizer.decode(codes[i : i + 1], generator=seeded(i)).sample
+        assert torch.allclose(batch[i : i + 1], alone, atol=1e-5)
+    images = random_images(tiny_tokenizer, batch=3)
+    together = tiny_tokenizer.encode(images).codes
+    assert torch.equal(together, torch.cat([tiny_tokenizer.encode(image[None]).codes for image in images]))
+
+
+# Sizes, dtypes, files
+
+
+def test_other_sizes_where_allowed(make_tokenizer):
+    model = make_tokenizer(strict_sample_size=False)
+    images = torch.rand(2, 3, 12, 4, generator=seeded()) * 2 - 1
+    output = model.encode(images)
+    assert output.codes.shape == (2, 16)
+    assert torch.allclose(output.latents.double(), Reference(model).latents(images), atol=1e-4)
+    decoded = model.decode(output.codes, height=12, width=4, generator=seeded()).sample
+    assert decoded.shape == (2, 3, 12, 4)
+    noise = torch.randn(2, 3, 12, 4, generator=seeded())
+    assert torch.equal(decoded, model.decode(output.codes, noise=noise).sample)
+    assert model(images, generator=seeded()).velocity.shape == images.shape
+
+
+def test_height_and_width_are_not_mixed_up(make_tokenizer):
+    model = make_tokenizer(sample_size=(8, 12))
+    assert model.decode(random_codes(), generator=seeded()).sample.shape == (2, 3, 8, 12)
+    with pytest.raises(ValueError, match="image size 12x8"):
+        model.encode(torch.zeros(1, 3, 12, 8))
+
+
+def test_bfloat16(make_tokenizer):
+    model = make_tokenizer().to(torch.bfloat16)
+    full, codes, images = make_tokenizer(), random_codes(), random_images(make_tokenizer())
+    output = model.encode(images)
+    assert output.latents.dtype == torch.float32
+    assert torch.allclose(output.latents.norm(dim=-1), torch.ones(2, 16), atol=1e-5)
+    previews = list(model.decode_stream(codes.split([3, 13], dim=1), generator=seeded()))
+    assert previews[-1].sample.dtype == previews[-1].latents.dtype == torch.float32
+    assert torch.equal(previews[-1].sample, model.decode(codes, generator=seeded()).sample)
+    error = (previews[-1].sample - full.decode(codes, generator=seeded()).sample).abs()
+    assert 0 < error.mean() < 0.1
+
+
+def test_loading_in_half_precision_keeps_the_quantizer(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model = DARTokenizer.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert model.quantizer.codebook.weight.dtype == torch.float32
+    assert model.denoiser.proj_in.weight.dtype == torch.bfloat16
+    assert torch.equal(model.quantizer.codebook.weight, tiny_tokenizer.quantizer.codebook.weight)
+    assert model.decode(random_codes()).sample.isfinite().all()
+
+
+@every_option
+def test_save_and_load(make_tokenizer, options, tmp_path):
+    model = make_tokenizer(**options)
+    model.save_pretrained(tmp_path)
+    loaded = DARTokenizer.from_pretrained(tmp_path)
+    assert {k: v for k, v in loaded.config.items() if k[0] != "_"} | {"sample_size": 0} == {
+        k: v for k, v in model.config.items() if k[0] != "_"
+    } | {"sample_size": 0}
+    codes = model.encode(random_images(model)).codes
+    assert torch.equal(codes, loaded.encode(random_images(model)).codes)
+    assert torch.equal(model.decode(codes, generator=seeded()).sample, loaded.decode(codes, generator=seeded()).sample)
+
+
+# Training
+
+
+@every_option
+def test_every_option_trains(make_tokenizer, options):
+    model = make_tokenizer(**options).train()
+    images = random_images(model)
+    u = torch.tensor([0.3, 1.0])  # the last group reaches every position
+    output = model(images, timesteps=u, generator=seeded(), output_repa=model.config.repa_layer is not None)
+    assert isinstance(output, DARTokenizerOutput)
+    for picture in (output.velocity, output.target, output.pred_original_sample):
+        assert picture.shape == images.shape and picture.dtype == torch.float32
+    assert output.codes.shape == output.token_mask.shape == (2, 16)
+    assert output.latents.shape == output.quantized.shape == (2, 16, 8)
+    if model.config.repa_layer is None:
+        assert output.repa_features is None
+    else:
+        assert output.repa_features.shape == (2, 16, 24)
+    loss = F.mse_loss(output.velocity, output.target) + F.mse_loss(output.quantized, output.latents.detach())
+    if output.repa_features is not None:
+        loss = loss + output.repa_features.square().mean()
+    loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_forward_holds_what_the_losses_need(tiny_tokenizer):
+    images, noise = random_images(tiny_tokenizer, 3), torch.randn(3, 3, 8, 8, generator=seeded())
+    u = torch.tensor([0.05, 0.4, 0.9])
+    output = tiny_tokenizer(images, timesteps=u, noise=noise)
+    t = shifted(u)
+    assert torch.allclose(output.timesteps, t)
+    assert torch.allclose(output.target, 0.6 * images - noise)
+    noisy = t[:, None, None, None] * 0.6 * images + (1 - t[:, None, None, None]) * noise
+    encoded = tiny_tokenizer.encode(images)
+    assert torch.equal(output.codes, encoded.codes)
+    assert torch.allclose(output.latents, encoded.latents, atol=1e-5)
+    conditions = tiny_tokenizer.condition(encoded.codes)
+    starts = [0, 8, 12]  # floor(4u + .5) = 0, 2, 4; the last is clamped
+    for i, start in enumerate(starts):
+        alone = tiny_tokenizer.velocity(noisy[i : i + 1], t[i], conditions[i : i + 1, start : start + 4])
+        assert torch.allclose(output.velocity[i : i + 1], alone, atol=1e-4)
+    jump = (noisy + (1 - t[:, None, None, None]) * output.velocity) / 0.6
+    assert torch.allclose(output.pred_original_sample, jump, atol=1e-5)
+    assert output.token_mask.tolist() == [[1.0] * (start + 4) + [0.0] * (12 - start) for start in starts]
+    codebook = F.normalize(tiny_tokenizer.quantizer.codebook.weight, dim=-1)
+    assert torch.allclose(output.quantized, codebook[output.codes], atol=1e-6)
+    assert torch.allclose(output.latents.norm(dim=-1), torch.ones(3, 16), atol=1e-5)
+
+
+def test_forward_is_deterministic_given_its_draws(tiny_tokenizer):
+    images = random_images(tiny_tokenizer)
+    one, two, other = (tiny_tokenizer(images, generator=seeded(s)) for s in (1, 1, 2))
+    assert torch.equal(one.velocity, two.velocity) and torch.equal(one.timesteps, two.timesteps)
+    assert not torch.equal(one.timesteps, other.timesteps)
+    u, noise = torch.tensor([0.2, 0.7]), torch.zeros(2, 3, 8, 8)
+    given = [tiny_tokenizer(images, timesteps=u, noise=noise).velocity for _ in range(2)]
+    assert torch.equal(*given)
+    drawn = [tiny_tokenizer(images).target for _ in range(2)]
+    assert not torch.equal(*drawn)
+
+
+def test_gradient_passes_straight_through_the_quantizer(tiny_tokenizer):
+    images, u = random_images(tiny_tokenizer), torch.tensor([0.4, 0.9])
+    tiny_tokenizer(images, timesteps=u, generator=seeded()).velocity.square().sum().backward()
+    straight = tiny_tokenizer.quant_proj.weight.grad.clone()
+    assert straight.abs().max() > 0
+    assert tiny_tokenizer.quantizer.codebook.weight.grad is None  # the codebook learns from its own loss
+
+
+def test_codes_are_passed_on_only_when_quantizing(tiny_tokenizer):
+    images, u = random_images(tiny_tokenizer), torch.tensor([0.4, 0.9])
+
+    def velocity(quantize):
+        return tiny_tokenizer(images, timesteps=u, generator=seeded(), quantize=quantize).velocity
+
+    before = {quantize: velocity(quantize) for quantize in (True, False)}
+    assert (before[True] - before[False]).abs().max() > 1e-3
+    with torch.no_grad():
+        tiny_tokenizer.quantizer.codebook.weight.normal_(generator=seeded())
+    assert torch.equal(velocity(False), before[False])
+    assert (velocity(True) - before[True]).abs().max() > 1e-3
+
+
+def test_quantizer_looks_at_directions_only(tiny_tokenizer):
+    codes, images = random_codes(), random_images(tiny_tokenizer)
+    before = tiny_tokenizer.encode(images).codes, tiny_tokenizer.condition(codes)
+    with torch.no_grad():
+        tiny_tokenizer.quantizer.codebook.weight *= torch.linspace(0.5, 40, 32)[:, None]
+    assert torch.equal(tiny_tokenizer.encode(images).codes, before[0])
+    assert torch.allclose(tiny_tokenizer.condition(codes), before[1], atol=1e-5)
+
+
+def test_features_for_repa_come_from_the_input_of_its_block(make_tokenizer):
+    # 32 rows of patches are pooled to 16
+    model = make_tokenizer(sample_size=32, encoder_patch_size=8, diffusion_patch_size=1, repa_layer=1, repa_dim=24)
+    images, seen = random_images(model), []
+    model.denoiser.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    output = model(images, generator=seeded(), output_repa=True)
+    cells = seen[0].reshape(2, 16, 2, 16, 2, 64).mean(dim=(2, 4)).reshape(2, 256, 64)
+    layers = model.denoiser.repa_head
+    expected = cells
+    for i in (0, 2):
+        expected = F.silu(F.linear(expected, layers[i].weight, layers[i].bias))
+    expected = F.linear(expected, layers[4].weight, layers[4].bias)
+    assert output.repa_features.shape == (2, 256, 24)
+    assert torch.allclose(output.repa_features, expected, atol=1e-5)
+    assert model(images, generator=seeded()).repa_features is None
+
+
+def test_autocast_leaves_quantizer_and_losses_in_float32(tiny_tokenizer):
+    images, u = random_images(tiny_tokenizer), torch.tensor([0.37, 0.9])
+    with torch.autocast("cpu", torch.bfloat16):
+        output = tiny_tokenizer(images, timesteps=u, generator=seeded())
+    full = tiny_tokenizer(images, timesteps=u, generator=seeded())
+    floats = ("velocity", "target", "pred_original_sample", "latents", "quantized", "timesteps")
+    assert all(output[name].dtype == torch.float32 for name in floats)
+    assert torch.equal(output.timesteps, full.timesteps) and torch.equal(output.target, full.target)
+    assert torch.allclose(output.latents.norm(dim=-1), torch.ones(2, 16), atol=1e-5)
+    codebook = F.normalize(tiny_tokenizer.quantizer.codebook.weight, dim=-1)
+    assert torch.equal(output.codes, (output.latents @ codebook.T).argmax(-1))
+    assert 0 < (output.velocity - full.velocity).abs().mean() < 0.05
+
+
+def test_gradient_checkpointing_changes_nothing(make_tokenizer):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_tokenizer().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        calls = []
+        model.causal_blocks[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        output = model(random_images(model), timesteps=torch.tensor([0.2, 0.9]), generator=seeded())
+        F.mse_loss(output.velocity, output.target).backward()
+        assert len(calls) == 1 + checkpointing
+        gradients.append([model.patch_embed.weight.grad, model.denoiser.proj_in.weight.grad])
+    for one, two in zip(*gradients, strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
+
+
+# Bad input
+
+ZEROS = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"encoder_dim": 48}, "encoder_dim=48 is not a multiple"),
+        ({"diffusion_dim": 65}, "diffusion_dim=65 is not a multiple"),
+        ({"attention_head_dim": 2}, "attention_head_dim must be a multiple of 4"),
+        ({"num_groups": 3}, "must be a multiple of num_groups=3"),
+        ({"num_groups": 0}, "num_groups=0"),
+        ({"max_num_tokens": 8}, "at most max_num_tokens=8"),
+        ({"tokens_per_group": 17}, "tokens_per_group=17 does not fit"),
+        ({"tokens_per_group": -1}, "tokens_per_group=-1 does not fit"),
+        ({"condition_dim": 128}, "condition_dim=128 must equal decoder_dim=64"),
+        ({"adaptive_head": True}, "set share_time_embedding=True"),
+        ({"repa_layer": 2}, "repa_layer=2 is not one of the 2"),
+        ({"sample_size": 9}, "sample_size=9 is not a multiple of the patch size 2"),
+        ({"sample_size": (8, 9)}, "is not a multiple of the patch size 2"),
+    ],
+)
+def test_bad_configuration(make_tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_tokenizer(**options)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m.encode(ZEROS[0]), "pixel_values must be floating point of shape"),
+        (lambda m: m.encode(torch.zeros(1, 1, 8, 8)), "pixel_values must be floating point of shape"),
+        (lambda m: m.encode(ZEROS.to(torch.uint8)), "got torch.uint8"),
+        (lambda m: m.encode(ZEROS + 2), r"pixel_values must lie in \[-1, 1\]"),
+        (lambda m: m.encode(ZEROS - 1.1), r"pixel_values must lie in \[-1, 1\]"),
+        (lambda m: m.encode(ZEROS * float("nan")), r"pixel_values must lie in \[-1, 1\]"),
+        (lambda m: m.encode(torch.zeros(1, 3, 12, 12)), "image size 12x12 is not the 8x8"),
+        (lambda m: m.encode(torch.zeros(1, 3, 9, 8)), "image size 9x8 is not a multiple of the patch size"),
+        (lambda m: m.encode(torch.zeros(1, 3, 0, 8)), "image size 0x8 is not a multiple of the patch size"),
+        (lambda m: m(torch.zeros(1, 3, 12, 12)), "image size 12x12 is not the 8x8"),
+        (lambda m: m(ZEROS, output_repa=True), "has no REPA head"),
+        (lambda m: m.velocity(torch.zeros(1, 3, 12, 12), 0.5, torch.zeros(1, 4, 64)), "image size 12x12"),
+        (lambda m: m.condition(random_codes().float()), "codes must be integers of shape"),
+        (lambda m: m.condition(random_codes()[0]), "codes must be integers of shape"),
+        (lambda m: m.condition(random_codes() + 32), r"codes must lie in \[0, 32\)"),
+        (lambda m: m.condition(random_codes() - 33), r"codes must lie in \[0, 32\)"),
+        (lambda m: m.condition(random_codes(length=17)), "1 to 16 codes, got 17"),
+        (lambda m: m.condition(random_codes(length=0)), "1 to 16 codes, got 0"),
+        (lambda m: [m.condition(random_codes(length=9), c) for c in [CausalCache(2)] * 2], "9 \\+ 9 codes"),
+        (lambda m: m.decode(random_codes().float()), "codes must be integers of shape"),
+        (lambda m: m.decode(random_codes() + 32), r"codes must lie in \[0, 32\)"),
+        (lambda m: m.decode(random_codes(length=17)), "1 to 16 codes, got 17"),
+        (lambda m: m.decode(random_codes(length=3)), "3 codes complete no group of 4"),
+        (lambda m: m.decode(random_codes(), num_inference_steps=0), "num_inference_steps must be a positive integer"),
+        (lambda m: m.decode(random_codes(), num_inference_steps=2.0), "num_inference_steps must be a positive"),
+        (lambda m: m.decode(random_codes(), height=12, width=12), "image size 12x12 is not the 8x8"),
+        (lambda m: m.decode(random_codes(), noise=torch.zeros(3, 3, 8, 8)), "noise for 3 images"),
+        (lambda m: m.decode(random_codes(), noise=ZEROS.expand(2, -1, -1, -1), height=4), "does not fit height=4"),
+        (lambda m: m.decode(random_codes(), noise=torch.zeros(2, 3, 12, 12)), "image size 12x12"),
+        (lambda m: m.decode(random_codes(), generator=[seeded()] * 3), "generators"),
+        (lambda m: m.decode(random_codes(3), generator=[seeded()] * 2), "generators"),
+        (lambda m: m.decode_stream([], num_inference_steps=-1), "num_inference_steps must be a positive integer"),
+        (lambda m: m.decode_stream([], start_step=4), r"start_step must lie in \[0, 4\)"),
+        (lambda m: list(m.decode_stream([random_codes(length=9)] * 2)), "16 codes, got 18"),
+        (lambda m: list(m.decode_stream([random_codes(length=4), random_codes().float()])), "codes must be integers"),
+        (lambda m: list(m.decode_stream([random_codes(2, 3), random_codes(1, 13)])), "batch"),
+    ],
+)
+def test_bad_input(tiny_tokenizer, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny_tokenizer)

@@ -1,0 +1,179 @@
+"""Checkpoints are complete or absent, whatever happens while they are written."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dar_hf.training.checkpoints import (
+    STATE_FILE,
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    replacing,
+    save_checkpoint,
+    write_json,
+)
+
+from .helpers import fresh_process
+
+
+@pytest.fixture
+def accelerator():
+    with fresh_process():
+        yield Accelerator(cpu=True)
+
+
+def fake_checkpoint(folder, name, complete=True):
+    (folder / name).mkdir(parents=True)
+    if complete:
+        (folder / name / STATE_FILE).write_text("{}")
+    return folder / name
+
+
+def names(folder):
+    return [path.name for path in list_checkpoints(folder)]
+
+
+# JSON
+
+
+def test_write_json(tmp_path):
+    write_json(tmp_path / "a.json", {"x": [1, 2]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, 2]}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_write_json_never_shows_a_half_written_file(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"x": 1})
+    seen = []
+
+    def interrupted(source, target):
+        seen.append(json.loads((tmp_path / "a.json").read_text()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(tmp_path / "a.json", {"x": 2})
+    assert seen == [{"x": 1}] and json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+# Folders
+
+
+def test_replacing_swaps_the_folder(tmp_path):
+    target = tmp_path / "model"
+    for text in ("old", "new"):
+        with replacing(target) as temporary:
+            (temporary / f"{text}.txt").write_text(text)
+            assert not (target / f"{text}.txt").exists()
+    assert [path.name for path in target.iterdir()] == ["new.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_replacing_leaves_the_old_folder_when_the_block_raises(tmp_path, error):
+    target = tmp_path / "model"
+    with replacing(target) as temporary:
+        (temporary / "weights").write_text("old")
+    with pytest.raises(error), replacing(target) as temporary:
+        (temporary / "weights").write_text("half")
+        raise error
+    assert (target / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_replacing_starts_empty_after_a_killed_run(tmp_path):
+    target = tmp_path / "model"
+    with replacing(target) as temporary:
+        left_over = temporary
+    left_over.mkdir()
+    (left_over / "junk").write_text("from a killed run")
+    with replacing(target) as temporary:
+        assert list(temporary.iterdir()) == []
+
+
+# Checkpoints
+
+
+def test_checkpoints_are_listed_by_step(tmp_path):
+    for step in (100, 20, 3):
+        fake_checkpoint(tmp_path, f"checkpoint-{step}")
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+    assert list_checkpoints(tmp_path / "nothing") == []
+
+
+def test_half_written_checkpoints_are_never_picked_up(tmp_path):
+    fake_checkpoint(tmp_path, "checkpoint-4")
+    fake_checkpoint(tmp_path, ".checkpoint-8.tmp")
+    fake_checkpoint(tmp_path, "checkpoint-12", complete=False)
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-4"
+    with pytest.raises(ValueError, match="checkpoint-12 is no complete checkpoint"):
+        find_checkpoint(tmp_path, "checkpoint-12")
+
+
+def test_other_folders_are_left_out(tmp_path):
+    fake_checkpoint(tmp_path, "checkpoint-4")
+    fake_checkpoint(tmp_path, "checkpoint-4-copy")
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+def test_find_checkpoint(tmp_path, monkeypatch):
+    paths = [fake_checkpoint(tmp_path / "run", f"checkpoint-{step}") for step in (5, 10)]
+    assert find_checkpoint(tmp_path / "run", "latest") == paths[1]
+    assert find_checkpoint(tmp_path / "run", "checkpoint-5") == paths[0]
+    assert find_checkpoint(tmp_path / "elsewhere", str(paths[0])) == paths[0]
+
+
+def test_find_checkpoint_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint to resume from in .*run"):
+        find_checkpoint(tmp_path / "run", "latest")
+    with pytest.raises(ValueError, match="checkpoint-7 is no complete checkpoint"):
+        find_checkpoint(tmp_path, "checkpoint-7")
+
+
+def test_saved_checkpoints_can_be_read_and_old_ones_go(tmp_path, accelerator):
+    for step in (2, 4, 6, 8):
+        save_checkpoint(accelerator, tmp_path, {"step": step, "seed": 3}, keep=2)
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-8"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-8"]
+    assert read_state(find_checkpoint(tmp_path, "latest")) == {"step": 8, "seed": 3}
+
+
+def test_all_checkpoints_are_kept_without_a_limit(tmp_path, accelerator):
+    for step in (2, 4, 6):
+        save_checkpoint(accelerator, tmp_path, {"step": step}, keep=None)
+    assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path, accelerator):
+    for seed in (1, 2):
+        save_checkpoint(accelerator, tmp_path, {"step": 2, "seed": seed}, keep=2)
+    assert read_state(tmp_path / "checkpoint-2")["seed"] == 2
+
+
+def test_a_save_that_fails_leaves_the_earlier_checkpoints(tmp_path, accelerator, monkeypatch):
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    save_checkpoint(accelerator, tmp_path, {"step": 2}, keep=1)
+    weights = model.weight.detach().clone()
+
+    def full_disk(folder):
+        open(f"{folder}/half", "w").close()
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(accelerator, "save_state", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(accelerator, tmp_path, {"step": 4}, keep=1)
+    assert names(tmp_path) == ["checkpoint-2"]
+    torch.nn.init.zeros_(model.weight)
+    accelerator.load_state(str(find_checkpoint(tmp_path, "latest")))
+    assert torch.equal(model.weight, weights)

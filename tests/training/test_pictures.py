@@ -1,0 +1,124 @@
+"""Grids of images and loss curves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dar_hf.training.pictures import (
+    MIN_TILE,
+    image_grid,
+    interleave_rows,
+    plot_history,
+    read_history,
+    save_picture,
+)
+
+# Grids
+
+
+def test_tiles_lie_row_by_row_on_white():
+    values = torch.linspace(-1, 1, 5)
+    images = values[:, None, None, None].expand(5, 3, 50, 60)
+    grid = np.asarray(image_grid(images, columns=3, gap=2))
+    assert grid.shape == (2 * 52 + 2, 3 * 62 + 2, 3)
+    expected = np.full_like(grid, 255)
+    for index, level in enumerate((0, 64, 128, 191, 255)):
+        top, left = 2 + index // 3 * 52, 2 + index % 3 * 62
+        expected[top : top + 50, left : left + 60] = level
+    assert np.array_equal(grid, expected)
+
+
+def test_channels_keep_their_order():
+    image = torch.stack([torch.full((64, 64), v) for v in (-1.0, 0.2, 1.0)])[None]
+    assert np.asarray(image_grid(image, 1))[30, 30].tolist() == [0, 153, 255]
+
+
+def test_small_images_are_enlarged_pixel_by_pixel():
+    image = torch.rand(1, 3, 8, 10) * 2 - 1
+    scale = -(-MIN_TILE // 8)
+    grid = np.asarray(image_grid(image, 1, gap=0))
+    expected = ((image[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(grid, np.kron(expected, np.ones((scale, scale, 1), dtype=np.uint8)))
+
+
+def test_large_images_keep_their_size():
+    assert image_grid(torch.zeros(1, 3, 96, 64), 1, gap=0).size == (64, 96)
+
+
+def test_grey_images_and_values_out_of_range():
+    grid = np.asarray(image_grid(torch.tensor([-3.0, 3.0])[:, None, None, None].expand(2, 1, 64, 64), 2, gap=0))
+    assert grid.shape == (64, 128, 3) and (grid[:, :64] == 0).all() and (grid[:, 64:] == 255).all()
+
+
+def test_rows_are_put_above_each_other():
+    above, below = torch.arange(5), torch.arange(10, 15)
+    assert interleave_rows(above, below, columns=2).tolist() == [0, 1, 10, 11, 2, 3, 12, 13, 4, 14]
+
+
+def test_save_picture(tmp_path):
+    picture = Image.new("RGB", (3, 2), (1, 2, 3))
+    save_picture(picture, tmp_path / "new" / "a.png")
+    loaded = Image.open(tmp_path / "new" / "a.png")
+    assert np.array_equal(np.asarray(loaded), np.asarray(picture))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+# Histories
+
+
+def losses(steps, start=1.0):
+    return [{"step": s, "loss/total": start / s, "loss/flow": start / s, "lr": 0.1} for s in steps]
+
+
+def test_read_history(tmp_path):
+    lines = losses(range(1, 4))
+    (tmp_path / "h.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_history(tmp_path / "h.jsonl") == lines
+    assert read_history(tmp_path / "nothing.jsonl") == []
+
+
+def test_a_last_line_cut_off_by_a_crash_is_left_out(tmp_path):
+    (tmp_path / "h.jsonl").write_text('{"step": 1, "loss/total": 2.0}\n{"step": 2, "loss/to')
+    assert read_history(tmp_path / "h.jsonl") == [{"step": 1, "loss/total": 2.0}]
+
+
+def coloured_pixels(path):
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return int((np.ptp(pixels, axis=2) > 40).sum())
+
+
+@pytest.fixture(autouse=True)
+def needs_matplotlib():
+    pytest.importorskip("matplotlib")
+
+
+def test_plot_is_written_with_curves(tmp_path):
+    assert plot_history({"tokenizer": losses(range(1, 60))}, tmp_path / "plots" / "loss.png")
+    assert coloured_pixels(tmp_path / "plots" / "loss.png") > 100
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["loss.png"]
+
+
+def test_one_panel_a_run(tmp_path):
+    plot_history({"one": losses([1, 2])}, tmp_path / "one.png")
+    plot_history({"one": losses([1, 2]), "two": losses([1, 2, 3])}, tmp_path / "two.png")
+    assert Image.open(tmp_path / "two.png").width == 2 * Image.open(tmp_path / "one.png").width
+
+
+@pytest.mark.parametrize("history", [[], losses([1]), [{"step": 5, "validation/psnr": 10.0}]])
+def test_short_histories_are_no_error(tmp_path, history):
+    assert plot_history({"run": history}, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").is_file()
+
+
+def test_curves_are_drawn_when_a_validation_came_first(tmp_path):
+    history = [{"step": 1, "validation/psnr": 10.0}, *losses(range(2, 60))]
+    plot_history({"run": history}, tmp_path / "loss.png")
+    assert coloured_pixels(tmp_path / "loss.png") > 100
+
+
+def test_terms_that_are_zero_at_first_are_drawn_later(tmp_path):
+    history = [line | {"loss/commitment": 0.0 if line["step"] < 5 else 0.1} for line in losses(range(1, 20))]
+    assert plot_history({"run": history}, tmp_path / "loss.png")
