@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from dar_hf.presets import get_preset
 from dar_hf.training import ARArguments, TokenizerArguments, train
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
-from dar_hf.training.loop import claim_output_dir, make_accelerator
+from dar_hf.training.loop import NonFiniteLossError, claim_output_dir, make_accelerator
 
 STAGES = {"tokenizer": TokenizerArguments, "ar": ARArguments}
 
@@ -56,6 +56,9 @@ def main() -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except NonFiniteLossError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

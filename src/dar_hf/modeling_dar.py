@@ -367,7 +367,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         tokens = torch.tensor([[config.class_token_id(label)] for label in labels], device=self.device)
         check_generators(generator, len(labels))
         if prefix_codes is not None:
-            prefix_codes = self._check_prefix(prefix_codes, len(labels), num_tokens)
+            prefix_codes = self.check_prefix(prefix_codes, len(labels), num_tokens)
             tokens = torch.cat([tokens, prefix_codes], dim=1)
         if guidance_scale is None:
             guidance_scale = self.generation_config.guidance_scale
@@ -375,7 +375,8 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         warpers = sampling_warpers(temperature, top_k, top_p)
         return self._stream_groups(tokens, schedule, warpers, generator, num_tokens, group_size)
 
-    def _check_prefix(self, codes: torch.Tensor, batch_size: int, num_tokens: int) -> torch.LongTensor:
+    def check_prefix(self, codes: torch.Tensor, batch_size: int, num_tokens: int) -> torch.LongTensor:
+        """The prefix ``(batch_size, n)`` on this model's device, or a ValueError that says what is wrong with it."""
         if codes.ndim != 2 or codes.is_floating_point() or len(codes) not in (1, batch_size):
             raise ValueError(
                 f"prefix_codes must be integers of shape (1 or {batch_size}, n), got {codes.dtype} of "

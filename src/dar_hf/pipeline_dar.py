@@ -328,7 +328,7 @@ class DARPipeline(DiffusionPipeline):
             pixels, codes = self._encode(image, len(labels))
             noise, start_step, prefix_codes = self._noised(pixels, codes, noise, strength, num_steps)
         if prefix_codes is not None:
-            prefix_codes = self.transformer._check_prefix(prefix_codes, len(labels), num_tokens)
+            prefix_codes = self.transformer.check_prefix(prefix_codes, len(labels), num_tokens)
         return _Request(
             labels=labels,
             guidance_scale=guidance_scale,

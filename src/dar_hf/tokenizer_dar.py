@@ -474,16 +474,15 @@ class DARTokenizer(ModelMixin, ConfigMixin):
             nn.init.constant_(block.gate1, gate)
             nn.init.constant_(block.gate2, gate)
         head = self.denoiser.adaptive_head
-        modulations = [block.modulation for block in self.denoiser.blocks] + ([head.modulation] if head else [])
-        for layer, std in [(layer, modulation_std) for layer in modulations] + [
-            (head.linear if head else self.denoiser.proj_out, output_std)
-        ]:
+        starts = [(block.modulation, modulation_std) for block in self.denoiser.blocks]
+        starts += [(head.modulation, modulation_std), (head.linear, output_std)] if head else []
+        starts += [] if head else [(self.denoiser.proj_out, output_std)]
+        for layer, std in starts:
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
         if post_quant_std:
             nn.init.normal_(self.post_quant_proj.weight, std=post_quant_std)
-        for embedding in (self.query_embed, self.token_embed):
-            nn.init.normal_(embedding.weight, std=0.02 if embedding is self.token_embed else 1.0)
+        nn.init.normal_(self.token_embed.weight, std=0.02)  # positions must not drown the codes they are added to
 
     # Sizes, tables and checks
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from dar_hf.training import LossTerm, train
 from dar_hf.training.checkpoints import list_checkpoints
@@ -244,6 +245,24 @@ def test_a_loss_that_is_not_finite_is_named_and_leaves_the_last_checkpoint(tmp_p
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-2", "checkpoint-4"]
     assert all(parameter.isfinite().all() for parameter in stage.model.parameters())  # not stepped any more
     assert [line["step"] for line in read_history(tmp_path / "history.jsonl")] == [1, 2, 3, 4]
+
+
+def test_gradients_that_are_not_finite_spoil_no_checkpoint(tmp_path):
+    """A finite loss can have NaN gradients; the weights they would spoil must not be saved."""
+
+    def function(output, batch):
+        calls.append(1)
+        nothing = output.velocity.sum() * 0
+        return nothing.sqrt() if len(calls) == 4 else nothing
+
+    calls = []
+    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=2)
+    stage.terms.append(LossTerm("surprise", 1.0, "images", function))
+    with pytest.raises(NonFiniteLossError):
+        train(stage, args, make_accelerator(args))
+    checkpoints = list_checkpoints(tmp_path / "checkpoints")
+    weights = load_file(checkpoints[-1] / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values()), checkpoints[-1].name
 
 
 def test_the_checkpoint_before_a_failure_can_be_resumed(tmp_path):

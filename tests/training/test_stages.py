@@ -1,8 +1,10 @@
 """What each stage brings: every parameter learns, batches and layouts agree, codebook care, validation, folders."""
 
+import importlib.util
 import io
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 
 from dar_hf import DARConfig, DARPipeline, DARTokenizer
+from dar_hf.presets import get_preset
 from dar_hf.training import TokenizerStage, train
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage, parse_overrides
 from dar_hf.training.checkpoints import find_checkpoint
@@ -163,6 +166,18 @@ def test_codes_are_counted(tmp_path, tokenizer):
     for cache in (True, False):
         stage, _ = ar_stage(tmp_path, tokenizer, cache_codes=cache)
         assert stage.amounts(batch_of(stage, [(0, 1), (3, 2)])) == {"images": 2.0, "tokens": 32.0}
+
+
+@pytest.mark.parametrize("size", [15, 16, 31, 32, 33])
+def test_codes_of_an_image_do_not_depend_on_its_batch(size):
+    """The encoder's sequence has 32 places, that of the causal blocks 16: a batch as large must change nothing."""
+    model = tiny_tokenizer().eval()
+    images = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    together, alone = model.encode(images), [model.encode(image[None]) for image in images]
+    torch.testing.assert_close(together.latents, torch.cat([one.latents for one in alone]), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        conditions = torch.cat([model.condition(one.codes) for one in alone])
+        torch.testing.assert_close(model.condition(torch.cat([one.codes for one in alone])), conditions)
 
 
 @pytest.mark.parametrize("crop, flip", [("center", False), ("center", True), ("ten", False)])
@@ -370,6 +385,42 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, tokenizer, name, 
 
 
 # From arguments to stages
+
+
+@pytest.fixture
+def command():
+    path = Path(__file__).parents[2] / "examples" / "train.py"
+    spec = importlib.util.spec_from_file_location("train_command", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_path, command):
+    recipe = get_preset("digits").tokenizer_recipe
+    (tmp_path / "run.yaml").write_text(
+        "preset: digits\nlearning_rate: 1e-4\nseed: 5\nmodel_overrides: [data_std=0.5]\n"
+    )
+    args = command.parse("tokenizer", ["--config", str(tmp_path / "run.yaml"), "--seed", "6"])
+    assert (args.seed, args.learning_rate, args.model_overrides) == (6, 1e-4, ["data_std=0.5"])
+    assert args.max_train_steps == recipe["max_train_steps"] and args.adam_beta2 == 0.95
+    plain = command.parse("tokenizer", ["--preset=digits"])
+    assert plain.learning_rate == recipe["learning_rate"] and plain.seed == 0
+
+
+def test_unknown_options_in_a_file_are_named(tmp_path, command):
+    (tmp_path / "run.yaml").write_text("learning_rat: 1e-4\n")
+    with pytest.raises(ValueError, match="unknown options in .*run.yaml: learning_rat"):
+        command.parse("ar", ["--config", str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize(
+    "stage, preset", [("tokenizer", "v1"), ("tokenizer", "digits"), ("ar", "L"), ("ar", "digits")]
+)
+def test_every_recipe_is_accepted(command, stage, preset):
+    args, recipe = command.parse(stage, ["--preset", preset]), get_preset(preset)
+    wanted = recipe.tokenizer_recipe if stage == "tokenizer" else recipe.ar_recipe
+    assert wanted and {name: getattr(args, name) for name in wanted} == wanted
 
 
 def test_overrides():

@@ -49,7 +49,7 @@ class Stage(ABC):
         return None
 
     def statistics(self) -> dict[str, float]:
-        """Further figures for the log, about the last step."""
+        """Further figures for the log, about the steps since the last call."""
         return {}
 
     @abstractmethod

@@ -4,6 +4,7 @@ The terms here are flow matching, codebook and commitment losses. Further terms 
 alignment, adversarial) are `LossTerm` objects appended to ``terms``.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from .stage import Stage
 
 ENCODER_PARTS = ("patch_embed", "query_embed", "query_proj", "encoder_blocks", "quant_proj")
 VALIDATION_BATCH = 64
+STATISTICS_BATCHES = 100  # codebook figures look back this many micro-batches at most, on the main process
 NUM_PICTURES = 16
 
 
@@ -91,7 +93,7 @@ class TokenizerStage(Stage):
             args.seed,
         )
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._codes = torch.empty(0)
+        self._codes: deque[torch.Tensor] = deque(maxlen=STATISTICS_BATCHES)
         self._quantize = True
 
     def start_fresh(self) -> None:
@@ -135,7 +137,7 @@ class TokenizerStage(Stage):
     @torch.no_grad()
     def after_step(self, step: int, accelerator: Accelerator, optimizer: Any, ema: EMAModel | None) -> None:
         seen, self._seen = self._seen, []
-        self._codes = seen[-1][0]
+        self._codes.extend(codes for codes, _ in seen)
         if not (self.args.continuous_steps or self.args.revive_every):
             return
         gathered = [accelerator.gather(pair) for pair in seen]
@@ -158,7 +160,8 @@ class TokenizerStage(Stage):
             ema.shadow_params[index][rows] = vectors
 
     def statistics(self) -> dict[str, float]:
-        figures = codebook_statistics(self._codes, self.model.config.codebook_size)
+        figures = codebook_statistics(torch.cat(list(self._codes)), self.model.config.codebook_size)
+        self._codes.clear()
         return {f"codebook/{name}": value for name, value in figures.items()}
 
     @torch.no_grad()
