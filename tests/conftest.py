@@ -51,7 +51,7 @@ def make_tokenizer():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = DARTokenizer(**TOKENIZER | options)
-            model.reset_parameters(gate=0.5, modulation_std=0.1, output_std=0.1, post_quant_std=0.35)
+            model.reset_parameters(gate=1.0, modulation_std=0.1, output_std=0.1, post_quant_std=0.35)
             # nothing at a start value that hides a part: norms are not the identity, biases are not zero
             for module in model.modules():
                 if isinstance(module, nn.LayerNorm):
@@ -59,7 +59,7 @@ def make_tokenizer():
                     nn.init.normal_(module.bias, std=0.2)
             for name, parameter in model.named_parameters():
                 if name.endswith((".gate1", ".gate2")):
-                    nn.init.normal_(parameter, mean=0.5, std=0.2)
+                    nn.init.normal_(parameter, mean=1.0, std=0.2)
                 elif name.endswith(("modulation.bias", "proj_out.bias")):
                     nn.init.normal_(parameter, std=0.1)
         return model.eval()

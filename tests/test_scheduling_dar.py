@@ -146,15 +146,19 @@ def test_step_returns_previous_and_original_sample():
 
 def test_set_timesteps_forgets_the_history():
     scheduler = prepared(4)
-    start = scheduler.step(SAMPLE.sin(), 0.0, SAMPLE).prev_sample
-    scheduler.step(SAMPLE.cos(), scheduler.timesteps[1], start)
-    scheduler.set_timesteps(4)
-    assert torch.equal(scheduler.step(SAMPLE.sin(), 0.0, SAMPLE).prev_sample, start)
+    scheduler.step(SAMPLE.cos(), 0.0, SAMPLE)
+    scheduler.set_timesteps(5)
+    times = edges(scheduler)
+    result = scheduler.step(SAMPLE.sin(), times[1], SAMPLE).prev_sample
+    assert torch.allclose(result, SAMPLE + (times[2] - times[1]) * SAMPLE.sin(), atol=1e-6)
 
 
-def test_a_start_in_the_middle_is_an_euler_step():
+@pytest.mark.parametrize("before", [None, 0, 2, 3])
+def test_a_step_that_does_not_follow_the_last_is_an_euler_step(before):
     scheduler = prepared(4)
     times = edges(scheduler)
+    if before is not None:
+        scheduler.step(SAMPLE.cos(), times[before], SAMPLE)
     result = scheduler.step(SAMPLE.sin(), times[2], SAMPLE).prev_sample
     assert torch.allclose(result, SAMPLE + (times[3] - times[2]) * SAMPLE.sin(), atol=1e-6)
 

@@ -47,13 +47,21 @@ class DARConfig(LlamaConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self.vocab_size = self.codebook_size + self.num_classes + 1
-        self.max_position_embeddings = self.num_image_tokens + 1
+        self._check()
+        self._derive()
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
-        """Part of ``@strict`` validation: sizes and rates that make no model are refused by name."""
-        super().validate_architecture()
+    def __setattr__(self, name, value):
+        # from_pretrained(..., num_classes=3) sets options one by one after the file's
+        super().__setattr__(name, value)
+        if name in ("codebook_size", "num_classes", "num_image_tokens") and "vocab_size" in vars(self):
+            self._derive()
+
+    def _derive(self) -> None:
+        self.vocab_size = self.codebook_size + self.num_classes + 1
+        self.max_position_embeddings = self.num_image_tokens + 1
+
+    def _check(self) -> None:
         for name in ("codebook_size", "num_classes", "num_image_tokens", "tokens_per_group"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -280,7 +280,8 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         if guidance and (kwargs.get("num_beams") or base.num_beams or 1) > 1:
             raise ValueError("guidance_scale with num_beams > 1 is not supported: sample or decode greedily.")
         # defaults of the paper where nobody says otherwise: one whole image, from the whole distribution
-        if all(x is None for x in (kwargs.get("max_new_tokens"), kwargs.get("max_length"), base.max_new_tokens)):
+        lengths = [kwargs.get(name, getattr(base, name)) for name in ("max_new_tokens", "max_length")]
+        if lengths == [None, None]:
             kwargs["max_length"] = self.config.num_image_tokens + 1
         if kwargs.get("do_sample", base.do_sample) and base.top_k is None:
             kwargs.setdefault("top_k", 0)

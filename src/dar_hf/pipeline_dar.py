@@ -303,7 +303,9 @@ class DARPipeline(DiffusionPipeline):
                 f"got {callback_inputs}."
             )
         num_images_per_prompt = _positive_int("num_images_per_prompt", num_images_per_prompt)
-        num_steps = _positive_int("num_inference_steps", num_inference_steps or config.num_inference_steps)
+        if num_inference_steps is None:
+            num_inference_steps = config.num_inference_steps
+        num_steps = _positive_int("num_inference_steps", num_inference_steps)
         num_tokens = _positive_int("num_tokens", config.num_tokens if num_tokens is None else num_tokens)
         if num_tokens > config.num_tokens:
             raise ValueError(f"num_tokens must lie in [1, {config.num_tokens}], got {num_tokens}.")

@@ -78,7 +78,7 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("call set_timesteps(num_inference_steps) before step or preview.")
         value = float(timestep)
         index = min(range(len(self._times) - 1), key=lambda i: abs(self._times[i] - value))
-        if abs(self._times[index] - value) > 1e-5:
+        if not abs(self._times[index] - value) <= 1e-5:  # also catches NaN
             raise ValueError(f"timestep {value} is not on the grid of {self.num_inference_steps} steps.")
         return index
 

@@ -437,6 +437,9 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         strict_sample_size: bool = True,
     ):
         super().__init__()
+        for name, value in self.config.items():
+            if name.startswith(("num_", "codebook_", "max_")) and value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         self.register_to_config(
             tokens_per_group=tokens_per_group or num_tokens // num_groups,
             num_inference_steps=num_inference_steps or num_groups,
@@ -508,7 +511,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
             length = num_patches + num_tokens
             allowed = torch.ones(length, length, dtype=torch.bool).tril()
             allowed[:, :num_patches] = True
-            return allowed
+            return allowed[None, None]  # four axes: diffusers takes a mask of two for one of padding if sizes agree
 
         return {
             "rotary": self._cached(("encoder rotary", height, width, device), rotary),
@@ -613,10 +616,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         start, length = (cache.length if cache else 0), quantized.shape[1]
         x = self.post_quant_proj(quantized.to(self.post_quant_proj.weight.dtype))
         x = x + self.token_embed.weight[start : start + length]
-        if start == 0:
-            mask = self._causal_mask(length, quantized.device)
-        else:
-            mask = self._causal_mask(start + length, quantized.device)[start:]
+        mask = self._causal_mask(start, start + length, quantized.device)
         if cache is None:
             x = self._run_blocks(self.causal_blocks, x, {"attention_mask": mask})
         else:
@@ -624,12 +624,13 @@ class DARTokenizer(ModelMixin, ConfigMixin):
                 x = block(x, {"attention_mask": mask, "cache": (cache, index)})
         return layer_norm(x)
 
-    def _causal_mask(self, length: int, device: torch.device) -> torch.Tensor:
+    def _causal_mask(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
+        """Which codes before ``stop`` the codes ``[start, stop)`` see, ``(1, 1, stop - start, stop)`` bool."""
         mask = self._cached(
             ("causal", device),
-            lambda: torch.ones(self.config.num_tokens, self.config.num_tokens, dtype=torch.bool).tril(),
+            lambda: torch.ones(1, 1, self.config.num_tokens, self.config.num_tokens, dtype=torch.bool).tril(),
         )
-        return mask[:length, :length]
+        return mask[..., start:stop, :stop]
 
     def condition(self, codes: torch.Tensor, cache: CausalCache | None = None) -> torch.Tensor:
         """Conditions ``(B, n, decoder_dim)`` of a sequence of codes ``(B, n)``, for any n up to N.
@@ -653,11 +654,13 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         config, cache = self.config, CausalCache(len(self.causal_blocks))
         stride = config.num_tokens // config.num_groups
         last = config.num_tokens - config.tokens_per_group
-        ends = sorted({min(k * stride, last) + config.tokens_per_group for k in range(config.num_groups)})
+        ends = sorted({min(k * stride, last) + config.tokens_per_group for k in range(config.num_groups + 1)})
         pending: torch.Tensor | None = None
         conditions: torch.Tensor | None = None
         for codes in groups:
             self._check_codes(codes)
+            if pending is not None and len(codes) != len(pending):
+                raise ValueError(f"pieces of one sequence differ in batch size: {len(pending)} and {len(codes)}.")
             pending = codes.to(self.device) if pending is None else torch.cat([pending, codes.to(self.device)], dim=1)
             if cache.length + pending.shape[1] > config.num_tokens:
                 raise ValueError(f"a sequence has {config.num_tokens} codes, got {cache.length + pending.shape[1]}.")
@@ -801,6 +804,8 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         for conditions in self._condition_stream(groups):
             batch_size = len(conditions)
             if sample is None:
+                if isinstance(generator, list) and len(generator) != batch_size:
+                    raise ValueError(f"got {len(generator)} generators for codes of {batch_size} images.")
                 shape = (batch_size, self.config.in_channels, *size)
                 sample = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
             elif len(sample) != batch_size:

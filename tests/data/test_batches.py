@@ -165,7 +165,7 @@ def test_samples(tmp_path):
 
 def test_samples_without_labels():
     samples = ImageSamples(load_images("digits", label_column=None), ImageTransform((8, 8), 1))
-    assert "label" not in samples[0, 0] and samples.labels is None
+    assert "label" not in samples[0, 0] and not samples.labels
 
 
 def test_samples_from_files(tmp_path):

@@ -134,7 +134,7 @@ def test_old_latents_are_forgotten():
     keeper = CodebookKeeper(2, 1000, 0, 1000, seed=0)
     for step in range(200):
         keeper.observe(step, *batch(step))
-    kept = torch.cat(keeper.latents)
+    kept = keeper.latents
     newest = torch.cat([batch(step)[1].flatten(0, 1) for step in range(192, 200)])
     assert torch.equal(kept, newest)  # 64 for each of 2 codes, 16 a step
 

@@ -1,7 +1,6 @@
 """Where images come from: scikit-learn's digits, a folder of images, parquet files, or any data set of the Hub."""
 
 import os
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -18,6 +17,7 @@ def load_images(
     config_name: str | None = None,
     image_column: str = "image",
     label_column: str | None = "label",
+    class_names: list[str] | None = None,
 ) -> datasets.Dataset:
     """Load a data set of images, with labels if asked for.
 
@@ -27,6 +27,7 @@ def load_images(
         config_name: configuration of a Hub data set.
         image_column: column with the images.
         label_column: column with the classes; None where no labels are needed.
+        class_names: number the classes in this order, as another split does.
 
     Returns:
         A data set with the columns "image" and, with labels, "label" (a `datasets.ClassLabel`).
@@ -47,35 +48,56 @@ def load_images(
     dataset = dataset.rename_columns({column: role for role, column in columns.items() if column != role})
     if not isinstance(dataset.features["image"], datasets.Image):
         dataset = dataset.cast_column("image", datasets.Image())
-    if label_column and not isinstance(dataset.features["label"], datasets.ClassLabel):
-        dataset = dataset.class_encode_column("label")
-    return dataset
+    return _with_class_labels(dataset, name, class_names) if label_column else dataset
+
+
+def _with_class_labels(dataset: datasets.Dataset, name: str, class_names: list[str] | None) -> datasets.Dataset:
+    """The data set with "label" as a `datasets.ClassLabel`; integers keep their values, names are sorted."""
+    feature, labels = dataset.features["label"], dataset["label"][:]
+    if isinstance(feature, datasets.ClassLabel) and class_names in (None, feature.names):
+        return dataset
+    if None in labels:
+        raise ValueError(f"{labels.count(None)} of {len(labels)} images of {name} have no label.")
+    if isinstance(feature, datasets.ClassLabel):
+        labels = [feature.names[label] for label in labels]
+    elif isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint")):
+        if min(labels) < 0:
+            raise ValueError(f"the labels of {name} must not be negative, got {min(labels)}.")
+        class_names = class_names or [str(label) for label in range(max(labels) + 1)]
+    elif not isinstance(feature, datasets.Value):
+        raise ValueError(f"the labels of {name} are neither integers nor strings but {feature}.")
+    labels = [str(label) for label in labels]
+    class_names = class_names or sorted(set(labels))
+    unknown = sorted(set(labels) - set(class_names))
+    if unknown:
+        raise ValueError(f"{name} has classes that the training split does not have: {', '.join(unknown)}.")
+    numbers = {class_name: number for number, class_name in enumerate(class_names)}
+    dataset = dataset.remove_columns("label").add_column("label", [numbers[label] for label in labels])
+    return dataset.cast_column("label", datasets.ClassLabel(names=class_names))
 
 
 def _load(name: str, split: str, config_name: str | None) -> datasets.Dataset:
     if name == DIGITS:
         return load_digits(split)
+    path = os.path.expanduser(name)
     try:
-        if os.path.isfile(name):
-            return datasets.load_dataset("parquet", data_files={split: name}, split=split)
-        if os.path.isdir(name) or not name.startswith((".", "/", "~")):
-            return datasets.load_dataset(name, config_name, split=split)
+        if os.path.isfile(path):
+            return datasets.load_dataset("parquet", data_files={split: path}, split=split)
+        if os.path.isdir(path) or not name.startswith((".", "/", "~")):
+            return datasets.load_dataset(path, config_name, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise ValueError(
-            f"no data set {name!r}: give 'digits', a folder, a parquet file or a Hub id. {error}"
-        ) from error
+        raise ValueError(f"no data set {name!r} (digits, a folder, a parquet file, a Hub id): {error}") from error
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"cannot load split {split!r} of {name}: {error}") from error
-    raise ValueError(f"no such file or folder: {Path(name).expanduser()}.")
+    raise ValueError(f"no such file or folder: {path}.")
 
 
 def available_splits(name: str, config_name: str | None = None) -> list[str]:
     """Names of the splits of a data set."""
+    path = os.path.expanduser(name)
     if name == DIGITS:
         return ["train", "test"]
-    if os.path.isfile(name):
-        return ["train"]
-    return datasets.get_dataset_split_names(name, config_name)
+    return ["train"] if os.path.isfile(path) else datasets.get_dataset_split_names(path, config_name)
 
 
 def load_digits(split: str) -> datasets.Dataset:

@@ -59,8 +59,9 @@ def random_crop(
     image: Image.Image, height: int, width: int, rng: random.Random, min_scale: float = 0.8
 ) -> Image.Image:
     """ADM's random crop: a random window of ``min_scale`` to 1.0 of the largest one that fits."""
-    scale = rng.uniform(1.0, 1.0 / min_scale)
-    image = _resize_to_cover(image, math.ceil(height * scale), math.ceil(width * scale))
+    side = min(height, width)
+    scale = rng.randint(side, math.ceil(side / min_scale)) / side
+    image = _resize_to_cover(image, round(height * scale), round(width * scale))
     return _cut(image, rng.randint(0, image.height - height), rng.randint(0, image.width - width), height, width)
 
 
@@ -72,7 +73,7 @@ def ten_crop(image: Image.Image, height: int, width: int, index: int) -> Image.I
     """
     if not 0 <= index < 10:
         raise ValueError(f"ten_crop has crops 0 to 9, got {index}.")
-    image = center_crop(image, round(height * TEN_CROP_MARGIN), round(width * TEN_CROP_MARGIN))
+    image = center_crop(image, int(height * TEN_CROP_MARGIN), int(width * TEN_CROP_MARGIN))
     bottom, right = image.height - height, image.width - width
     top, left = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)][index % 5]
     image = _cut(image, top, left, height, width)

@@ -6,6 +6,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_dar import DARConfig
 from ..data import ImageSamples, ImageTransform, available_splits, load_images
@@ -42,13 +43,16 @@ def _image_samples(
     config = tokenizer.config
     size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
 
-    def load(split: str, limit: int | None, transform: ImageTransform) -> ImageSamples:
+    def load(
+        split: str, limit: int | None, transform: ImageTransform, class_names: list[str] | None = None
+    ) -> ImageSamples:
         dataset = load_images(
             args.dataset_name,
             split,
             config_name=args.dataset_config_name,
             image_column=args.image_column,
             label_column=args.label_column if with_labels else None,
+            class_names=class_names,
         )
         return ImageSamples(dataset.select(range(min(limit or len(dataset), len(dataset)))), transform)
 
@@ -60,7 +64,10 @@ def _image_samples(
         split = next((name for name in ("validation", "test") if name in splits), None)
     if split is None:
         return train, None
-    return train, load(split, args.max_validation_samples, ImageTransform(size, config.in_channels))
+    class_names = train.dataset.features["label"].names if with_labels else None
+    return train, load(
+        split, args.max_validation_samples, ImageTransform(size, config.in_channels), class_names=class_names
+    )
 
 
 def build_tokenizer_stage(args: TokenizerArguments) -> TokenizerStage:
@@ -74,20 +81,16 @@ def build_tokenizer_stage(args: TokenizerArguments) -> TokenizerStage:
         raise ValueError(f"preset {args.preset!r} has no tokenizer; use v1 or digits.")
     set_seed(args.seed)
     model = _make(DARTokenizer, options | parse_overrides(args.model_overrides))
-    stage = TokenizerStage(model, *_rearranged(args, model))
+    train, validation = _image_samples(args, model, with_labels=False)
+    stage = TokenizerStage(model, train, args, validation)
     stage.start_fresh()
     return stage
-
-
-def _rearranged(args: TokenizerArguments, model: DARTokenizer) -> tuple:
-    train, validation = _image_samples(args, model, with_labels=False)
-    return train, args, validation
 
 
 def _make(model_class: type, options: dict[str, Any]) -> Any:
     try:
         return model_class(**options)
-    except TypeError as error:
+    except (TypeError, StrictDataclassError) as error:
         raise ValueError(f"{model_class.__name__}: {error}.") from error
 
 
@@ -109,15 +112,20 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
     train, validation = _image_samples(args, tokenizer, with_labels=True)
     label_feature = train.dataset.features["label"]
     assert isinstance(label_feature, datasets.ClassLabel)  # load_images makes it one
-    config = DARConfig(
-        **options
+    overrides = parse_overrides(args.model_overrides)
+    unknown = set(overrides) - set(DARConfig().to_dict())
+    if unknown:
+        raise ValueError(f"DARConfig has no options {', '.join(sorted(unknown))}.")
+    config = _make(
+        DARConfig,
+        options
         | dict(
             codebook_size=tokenizer.config.codebook_size,
             num_image_tokens=tokenizer.config.num_tokens,
             tokens_per_group=tokenizer.config.tokens_per_group,
             num_classes=label_feature.num_classes,
         )
-        | parse_overrides(args.model_overrides)
+        | overrides,
     )
     set_seed(args.seed)
     return ARStage(DARForCausalLM(config), tokenizer, train, args, validation, dict(enumerate(label_feature.names)))

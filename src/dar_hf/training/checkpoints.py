@@ -41,8 +41,12 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if (path / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+    found = {}
+    for path in folder.glob(f"{CHECKPOINT_PREFIX}*"):
+        step = path.name.removeprefix(CHECKPOINT_PREFIX)
+        if step.isdecimal() and (path / STATE_FILE).is_file():
+            found[int(step)] = path
+    return [found[step] for step in sorted(found)]
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict, keep: int | None) -> None:

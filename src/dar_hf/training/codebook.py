@@ -8,6 +8,8 @@ starts where those latents are, and codes nobody uses are moved to where images 
 import torch
 import torch.nn.functional as F
 
+from ..data import draw_seed
+
 KMEANS_ITERATIONS = 20
 KMEANS_SAMPLES_PER_CODE = 64
 
@@ -50,30 +52,28 @@ class CodebookKeeper:
         self.revive_every, self.revive_until = revive_every, revive_until
         self.seed = seed
         self.counts = torch.zeros(codebook_size, dtype=torch.long)
-        self.latents: list[torch.Tensor] = []
+        self.latents = torch.empty(0)
 
     def observe(self, step: int, codes: torch.Tensor, latents: torch.Tensor) -> None:
         """Note codes ``(B, N)`` and latents ``(B, N, D)`` of a whole step, all processes in the stream's order."""
+        latents = latents.detach().float().flatten(0, 1).cpu()
         if step < self.continuous_steps:
-            self.latents.append(latents.flatten(0, 1).detach().cpu())
             wanted = KMEANS_SAMPLES_PER_CODE * self.codebook_size
-            while len(self.latents) > 1 and sum(len(part) for part in self.latents[1:]) >= wanted:
-                self.latents.pop(0)
+            self.latents = torch.cat([self.latents.reshape(-1, latents.shape[1]), latents])[-wanted:]
         else:
             self.counts += torch.bincount(codes.flatten().cpu(), minlength=self.codebook_size)
-            self.latents = [latents.flatten(0, 1).detach().cpu()]
+            self.latents = latents
 
     def replacements(self, step: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Codes to move after this step and their new unit vectors, ``(n,)`` and ``(n, D)``, or None."""
-        if not self.latents:
+        if len(self.latents) == 0:
             return None
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        points = torch.cat(self.latents)
-        if step + 1 == self.continuous_steps:
-            self.latents = []
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, 6, step))
+        points, in_use = self.latents, step + 1 - self.continuous_steps
+        if in_use == 0:
+            self.latents = torch.empty(0)
             return torch.arange(self.codebook_size), spherical_kmeans(points, self.codebook_size, generator)
-        in_time = self.continuous_steps < step + 1 <= self.revive_until
-        if not self.revive_every or not in_time or (step + 1) % self.revive_every:
+        if not self.revive_every or in_use < 0 or step + 1 > self.revive_until or in_use % self.revive_every:
             return None
         dead = (self.counts == 0).nonzero().flatten()
         self.counts.zero_()
@@ -82,8 +82,7 @@ class CodebookKeeper:
         return dead, points[torch.randint(len(points), (len(dead),), generator=generator)]
 
     def state_dict(self) -> dict:
-        return {"counts": self.counts, "latents": torch.cat(self.latents) if self.latents else torch.empty(0)}
+        return {"counts": self.counts, "latents": self.latents}
 
     def load_state_dict(self, state: dict) -> None:
-        self.counts = state["counts"]
-        self.latents = [state["latents"]] if len(state["latents"]) else []
+        self.counts, self.latents = state["counts"], state["latents"]

@@ -86,8 +86,8 @@ class LoopArguments:
 
     def __post_init__(self):
         positive = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
-        for name in positive:
-            if getattr(self, name) < 1:
+        for name in (*positive, "max_train_samples", "max_validation_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
@@ -134,7 +134,9 @@ def claim_output_dir(args: LoopArguments, saved_class: str) -> Path:
     for index in ("model_index.json", "config.json"):
         if (folder / index).is_file():
             content = json.loads((folder / index).read_text())
-            found = content.get("_class_name") or ", ".join(content.get("architectures") or ["another model"])
+            found = content.get("_class_name")
+            found = found[-1] if isinstance(found, list) else found  # self-contained folders: [file, class]
+            found = found or ", ".join(content.get("architectures") or ["another model"])
             if found != saved_class:
                 raise ValueError(f"output_dir {folder} holds a {found}, not a {saved_class}: choose another folder.")
             break
@@ -262,6 +264,8 @@ class TrainingLoop:
                 batch_sampler=sampler,  # type: ignore[arg-type]
                 num_workers=workers,
                 pin_memory=self.accelerator.device.type == "cuda",
+                # without its own generator the loader draws from the global one, and a resumed run drops other units
+                generator=torch.Generator().manual_seed(self.args.seed),
                 persistent_workers=workers > 0,
             )
         )
@@ -295,6 +299,8 @@ class TrainingLoop:
                 if accelerator.sync_gradients:
                     losses = self._checked(step, logged)
                     norm = accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
+                    if accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):  # fp16 skips such steps
+                        raise NonFiniteLossError(f"the gradient norm is {float(norm)} at step {step + 1}.")
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         if self.ema is not None:

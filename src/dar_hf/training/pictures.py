@@ -44,8 +44,9 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 
 def read_history(path: Path) -> list[dict]:
-    """The lines of a run's ``history.jsonl``."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The lines of a run's ``history.jsonl``, without a last one that a crash cut off."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plot_history(histories: dict[str, list[dict]], path: Path, smoothing: int = 25) -> bool:
@@ -64,7 +65,7 @@ def plot_history(histories: dict[str, list[dict]], path: Path, smoothing: int = 
     figure = Figure(figsize=(6 * len(histories), 4), layout="constrained")
     panels = figure.subplots(1, len(histories), squeeze=False)[0]
     for axes, (title, history) in zip(panels, histories.items(), strict=True):
-        names = [name for name in (history[0] if history else {}) if name.startswith("loss/")]
+        names = dict.fromkeys(name for line in history for name in line if name.startswith("loss/"))
         for name in names:
             points = [(line["step"], line[name]) for line in history if line.get(name, 0) > 0]
             if not points:
