@@ -31,6 +31,7 @@ from .scheduling_dar import FlowMatchAdamsBashforthScheduler, shift_time
 
 NORM_EPS = 1e-6  # every LayerNorm of the tokenizer
 SHORT_SEQUENCE = 128  # up to here the fused attention of CPUs is several times slower backwards than plain matmuls
+CODE_DTYPES = (torch.int16, torch.int32, torch.int64)
 NUM_REPA_ROWS = 16  # rows of the feature grid that REPA compares: DINOv2 at 224 pixels has 16
 
 
@@ -441,9 +442,9 @@ class DARTokenizer(ModelMixin, ConfigMixin):
             if name.startswith(("num_", "codebook_", "max_")) and value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         self.register_to_config(
-            tokens_per_group=tokens_per_group or num_tokens // num_groups,
-            num_inference_steps=num_inference_steps or num_groups,
-            condition_dim=condition_dim or decoder_dim,
+            tokens_per_group=num_tokens // num_groups if tokens_per_group is None else tokens_per_group,
+            num_inference_steps=num_groups if num_inference_steps is None else num_inference_steps,
+            condition_dim=decoder_dim if condition_dim is None else condition_dim,
         )
         config = self.config
         _check_config(config)
@@ -539,7 +540,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         self._check_size(*pixel_values.shape[2:])
 
     def _check_codes(self, codes: torch.Tensor) -> None:
-        if codes.ndim != 2 or codes.is_floating_point():
+        if codes.ndim != 2 or codes.dtype not in CODE_DTYPES:
             raise ValueError(
                 f"codes must be integers of shape (batch, tokens), got {codes.dtype} of {tuple(codes.shape)}."
             )
@@ -644,7 +645,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         self._check_codes(codes)
         if cache is not None and cache.length + codes.shape[1] > self.config.num_tokens:
             raise ValueError(f"{cache.length} + {codes.shape[1]} codes are more than {self.config.num_tokens}.")
-        return self._condition(self.quantizer.embed(codes), cache)
+        return self._condition(self.quantizer.embed(codes.long()), cache)
 
     def _condition_stream(self, groups: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Conditions so far, each time a group is complete, however the codes arrive.
@@ -666,7 +667,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
                 raise ValueError(f"a sequence has {config.num_tokens} codes, got {cache.length + pending.shape[1]}.")
             while ends and cache.length + pending.shape[1] >= ends[0]:
                 size = ends.pop(0) - cache.length
-                new = self._condition(self.quantizer.embed(pending[:, :size]), cache)
+                new = self._condition(self.quantizer.embed(pending[:, :size].long()), cache)
                 pending = pending[:, size:]
                 conditions = new if conditions is None else torch.cat([conditions, new], dim=1)
                 yield conditions
@@ -772,13 +773,13 @@ class DARTokenizer(ModelMixin, ConfigMixin):
             raise ValueError(f"start_step must lie in [0, {num_steps}), got {start_step}.")
         if noise is not None:
             self._check_images(noise)
-            height, width = height or noise.shape[2], width or noise.shape[3]
-            if (height, width) != tuple(noise.shape[2:]):
+            if (height or noise.shape[2], width or noise.shape[3]) != tuple(noise.shape[2:]):
                 raise ValueError(
                     f"noise of size {tuple(noise.shape[2:])} does not fit height={height}, width={width}."
                 )
-        default = _pair(self.config.sample_size)
-        height, width = height or default[0], width or default[1]
+        default = _pair(self.config.sample_size) if noise is None else noise.shape[2:]
+        height = default[0] if height is None else height
+        width = default[1] if width is None else width
         self._check_size(height, width)
         # a copy, so that two streams can run at once on one pipeline
         scheduler = (

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -225,6 +226,32 @@ def test_a_run_leaves_model_history_curves_and_record(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-2", "checkpoint-4"]
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["arguments"]["max_train_steps"] == 6 and record["images_per_step"] == 4
+
+
+def test_the_wrapped_model_goes_before_the_process_group(tmp_path, monkeypatch):
+    """Freed after it, torch's DDP joins a thread of the gloo group that may be waiting for the GIL: a deadlock."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    stage, args = tokenizer_stage(tmp_path)
+    accelerator, wrapped, gone = make_accelerator(args), [], []
+    prepare = accelerator.prepare
+
+    def prepare_wrapped(model, optimizer):
+        wrapper = accelerator._models[:] = [Wrapper(prepare(model, optimizer)[0])]
+        wrapped.append(weakref.ref(wrapper[0]))
+        return wrapper[0], accelerator._optimizers[0]
+
+    monkeypatch.setattr(accelerator, "prepare", prepare_wrapped)
+    monkeypatch.setattr(accelerator, "end_training", lambda: gone.append(wrapped[0]() is None))
+    train(stage, args, accelerator)
+    assert gone == [True]
 
 
 def nan_at(step):

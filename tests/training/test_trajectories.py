@@ -21,7 +21,7 @@ from .helpers import overrides
 pytestmark = pytest.mark.slow
 
 TRAIN = Path(__file__).parents[2] / "examples" / "train.py"
-TIMEOUT = 240
+TIMEOUT = 120
 
 TOKENIZER_MODEL = {
     "encoder_dim": 64,
@@ -91,9 +91,16 @@ class Command:
             self.line += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
 
     def run(self):
-        self.result = subprocess.run(
-            self.line, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT, cwd=self.folder.parent
+        process = subprocess.Popen(
+            self.line, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+        try:
+            output, error = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its workers, which a kill would leave behind
+            output, error = process.communicate()
+            error += f"\nstopped after {TIMEOUT} seconds"
+        self.result = subprocess.CompletedProcess(self.line, process.returncode, output, error)
         return self
 
     def run_until_killed(self, trace):

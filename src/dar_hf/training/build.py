@@ -91,7 +91,7 @@ def _make(model_class: type, options: dict[str, Any]) -> Any:
     try:
         return model_class(**options)
     except (TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{model_class.__name__}: {error}.") from error
+        raise ValueError(f"{model_class.__name__}: {error.__cause__ or error}") from error
 
 
 def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARStage:
