@@ -104,7 +104,7 @@ class ImageSamples(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def image(self, index: int) -> Image.Image:
-        """The decoded image, upright and in the transform's mode."""
+        """The decoded image, as it is stored."""
         if index in self._decoded:
             return self._decoded[index]
         source = self.dataset[index]["image"]

@@ -5,6 +5,7 @@ the whole step holds, so the layout of the batch changes nothing but speed. See 
 a function of its seed and step.
 """
 
+import gc
 import json
 import logging
 import math
@@ -24,7 +25,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..data import GlobalBatchSampler
-from .checkpoints import find_checkpoint, read_state, save_checkpoint, write_json
+from .checkpoints import find_checkpoint, read_state, save_checkpoint, write_json, write_text
 from .pictures import plot_history, read_history, save_picture
 from .stage import Stage
 
@@ -216,6 +217,8 @@ class TrainingLoop:
             if json.loads(json.dumps(value)) != state.get(name):
                 raise ValueError(f"cannot resume {checkpoint}: {name} was {state.get(name)} and is now {value}.")
         self.accelerator.load_state(str(checkpoint))
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # accelerate restores custom states on the CPU
         self.start_step = state["step"]
         self.history = [line for line in read_history(self._history_path) if line["step"] <= self.start_step]
         logger.info("resumed from %s", checkpoint)
@@ -338,7 +341,7 @@ class TrainingLoop:
         """Train to the end and save the model."""
         args, accelerator = self.args, self.accelerator
         if accelerator.is_main_process:
-            self._history_path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            write_text(self._history_path, "".join(json.dumps(line) + "\n" for line in self.history))
         batches = self._batches()
         self.model.train()
         progress = tqdm(
@@ -406,6 +409,11 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
             "dar-hf", config={k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
         )
     loop.run()
+    # the wrapped model must go before the process group: otherwise its reducer destroys the group last, which joins
+    # the communication thread under the interpreter's lock and can wait for ever
+    accelerator.free_memory()
+    del loop
+    gc.collect()
     accelerator.end_training()
 
 
