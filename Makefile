@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := outputs/digits
+PIP_OPTIONS ?=
 DEMO_TOKENIZER_OPTIONS ?=
 DEMO_AR_OPTIONS ?=
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-fast check clean
 
 install: $(VENV)/.installed
 
-# editable, with every version fixed by constraints.txt (torch alone would pull gigabytes of CUDA)
+# editable, with every version fixed by constraints.txt. PyPI's torch for Linux brings CUDA; on a machine without a GPU,
+# make install PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu" saves gigabytes
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) -c constraints.txt -e ".[demo,dev]"
 	touch $@
 
 demo: install
@@ -25,6 +27,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest tests
+
+test-fast: install
+	$(BIN)/python -m pytest tests -m "not slow"
 
 check: install
 	$(BIN)/ruff check .

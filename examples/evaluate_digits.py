@@ -2,7 +2,9 @@
 
     python examples/evaluate_digits.py --pipeline outputs/digits/pipeline --output_dir outputs/digits
 
-Writes reconstructions.png, samples.png, previews.png, loss.png and report.json. The judge is a support-vector
+Writes reconstructions.png (inputs above outputs), samples.png (a row a class), previews.png (the same samples after
+each group, side by side), preview_strip.png (one of each class, a row a group), loss.png and report.json.
+The judge is a support-vector
 classifier trained on the real training digits; it never saw a generated one.
 """
 
@@ -93,13 +95,16 @@ def measure_generation(pipe: DARPipeline, count: int, judge: Judge, guidance_sca
 
 
 def draw(folder: Path, images: torch.Tensor, reconstructions: torch.Tensor, steps: list[torch.Tensor]) -> None:
-    """The three grids. Generated samples go round the classes; rows of the pictures are classes."""
-    save_picture(
-        image_grid(interleave_rows(images[:16], reconstructions[:16], columns=8), 8), folder / "reconstructions.png"
-    )
-    by_class = [step[: 10 * SHOWN].unflatten(0, (SHOWN, 10)).transpose(0, 1).flatten(0, 1) for step in steps]
-    save_picture(image_grid(by_class[-1], SHOWN), folder / "samples.png")
-    save_picture(image_grid(torch.cat([step[::SHOWN] for step in by_class]), 10), folder / "previews.png")
+    """The grids. Generated samples go round the classes, so sample i is of class i % 10."""
+    pairs = interleave_rows(images[:16], reconstructions[:16], columns=8)
+    save_picture(image_grid(pairs, 8), folder / "reconstructions.png")
+    shown = min(SHOWN, len(steps[0]) // 10)
+    by_class = [step[: 10 * shown].unflatten(0, (shown, 10)).transpose(0, 1) for step in steps]  # (10, shown, C, H, W)
+    save_picture(image_grid(by_class[-1].flatten(0, 1), shown), folder / "samples.png")
+    blank = torch.ones_like(by_class[0][:, :1])  # a white column between the groups
+    columns = torch.cat([part for step in by_class for part in (step, blank)][:-1], dim=1)
+    save_picture(image_grid(columns.flatten(0, 1), columns.shape[1]), folder / "previews.png")
+    save_picture(image_grid(torch.cat([step[:, 0] for step in by_class]), 10), folder / "preview_strip.png")
 
 
 def main() -> None:
@@ -110,6 +115,8 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=None, help="default: the pipeline's own")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.num_images < 10:
+        parser.error(f"--num_images must be at least 10, one of each class, got {args.num_images}")
     started, folder = time.perf_counter(), Path(args.output_dir)
 
     pipe = DARPipeline.from_pretrained(args.pipeline)

@@ -7,6 +7,7 @@ Every option of a preset can be changed on the command line or in a file given b
 """
 
 import sys
+from typing import NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -14,7 +15,7 @@ from transformers import HfArgumentParser
 from dar_hf.presets import get_preset
 from dar_hf.training import ARArguments, TokenizerArguments, train
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
-from dar_hf.training.loop import NonFiniteLossError, claim_output_dir, make_accelerator
+from dar_hf.training.loop import NonFiniteLossError, ResumeError, claim_output_dir, make_accelerator
 
 STAGES = {"tokenizer": TokenizerArguments, "ar": ARArguments}
 
@@ -28,6 +29,8 @@ def parse(stage: str, argv: list[str]) -> TokenizerArguments | ARArguments:
     if known.config:
         with open(known.config) as file:
             from_file = yaml.safe_load(file) or {}
+        if not isinstance(from_file, dict):
+            raise ValueError(f"{known.config} must hold options by name, not a {type(from_file).__name__}.")
     given = "--preset" in argv or any(arg.startswith("--preset=") for arg in argv)
     preset = get_preset(known.preset if given else from_file.get("preset", known.preset))
 
@@ -41,24 +44,30 @@ def parse(stage: str, argv: list[str]) -> TokenizerArguments | ARArguments:
     return parser.parse_args_into_dataclasses(argv)[0]
 
 
+def fail(error: BaseException | str, code: int) -> NoReturn:
+    """End with one line on stderr."""
+    print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
-        sys.exit(f"usage: train.py {{{','.join(STAGES)}}} [options]; --help after the stage lists them")
-    stage_name, argv = sys.argv[1], sys.argv[2:]
+    stage_name, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if stage_name not in STAGES:
+        fail(f"usage: train.py {{{','.join(STAGES)}}} [options]; --help after the stage lists them", 2)
     try:
         args = parse(stage_name, argv)
         accelerator = make_accelerator(args)
-        saved_class = "DARTokenizer" if stage_name == "tokenizer" else "DARPipeline"
         with accelerator.main_process_first():
-            claim_output_dir(args, saved_class)
+            claim_output_dir(args, "DARTokenizer" if stage_name == "tokenizer" else "DARPipeline")
         stage = build_tokenizer_stage(args) if stage_name == "tokenizer" else build_ar_stage(args, accelerator.device)
+    except (ValueError, TypeError, OSError, ImportError, yaml.YAMLError) as error:
+        fail(error, 2)
+    try:
         train(stage, args, accelerator)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except ResumeError as error:
+        fail(error, 2)
     except NonFiniteLossError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
+        fail(error, 1)
 
 
 if __name__ == "__main__":

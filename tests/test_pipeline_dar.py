@@ -276,7 +276,8 @@ def test_last_of_the_stream_is_the_call(tiny_pipeline, options, output_type):
     last = outputs[-1]
     assert (last.step, last.num_steps, last.num_tokens) == (result.step, result.num_steps, result.num_tokens)
     if output_type == "codes":
-        assert len(outputs) == 1
+        assert all(torch.equal(output.images, last.images[:, : output.num_tokens]) for output in outputs)
+        assert last.num_tokens == options.get("num_tokens", 16) == last.images.shape[1]
     else:
         steps = [output.step for output in outputs]
         assert steps == list(range(steps[0], result.step + 1)) and len(steps) == min(
@@ -559,7 +560,7 @@ PREFIX = torch.zeros(1, 4, dtype=torch.long)
         (0, {"num_inference_steps": 2.5}, "num_inference_steps must be a positive integer"),
         (0, {"num_tokens": 0}, "num_tokens must be a positive integer"),
         (0, {"num_tokens": 17}, r"num_tokens must lie in \[1, 16\]"),
-        (0, {"num_tokens": 3}, "3 tokens complete no group of 4"),
+        (0, {"num_tokens": 3}, "num_tokens=3 completes no step: the first one needs 4"),
         (0, {"num_images_per_prompt": 0}, "num_images_per_prompt must be a positive integer"),
         (0, {"prefix_codes": PREFIX.float()}, "prefix_codes must be integers of shape"),
         (0, {"prefix_codes": PREFIX[0]}, "prefix_codes must be integers of shape"),

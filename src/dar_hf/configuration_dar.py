@@ -1,5 +1,7 @@
 """Configuration of the D-AR language model: a Llama over image codes, class tokens and one null class."""
 
+import operator
+
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
@@ -84,6 +86,10 @@ class DARConfig(LlamaConfig):
         Raises:
             ValueError: for a label outside [0, num_classes).
         """
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.num_classes:
+        try:
+            number = -1 if isinstance(label, bool) else operator.index(label)  # any integer type, numpy's and torch's
+        except TypeError:
+            number = -1
+        if not 0 <= number < self.num_classes:
             raise ValueError(f"class label must be an integer in [0, {self.num_classes}), got {label!r}.")
-        return self.codebook_size + label
+        return self.codebook_size + number

@@ -24,6 +24,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaModel,
     LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
 )
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
@@ -149,8 +151,14 @@ class DARModel(DARPreTrainedModel, LlamaModel):
     """The Llama body. Training mode drops classes (`class_dropout`) and input embeddings (`token_dropout`)."""
 
     def __init__(self, config: DARConfig):
-        super().__init__(config)
+        super(LlamaModel, self).__init__(config)  # not LlamaModel's own: it would build every layer a second time
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([DARDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def forward(
@@ -360,9 +368,9 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             raise ValueError(f"num_tokens must lie in [1, {config.num_image_tokens}], got {num_tokens}.")
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {group_size}.")
-        if isinstance(class_labels, int):
-            class_labels = [class_labels]
-        labels = class_labels.tolist() if isinstance(class_labels, torch.Tensor) else list(class_labels)
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.reshape(-1).tolist()
+        labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
         if not labels:
             raise ValueError("class_labels is empty: nothing to generate.")
         tokens = torch.tensor([[config.class_token_id(label)] for label in labels], device=self.device)
@@ -378,6 +386,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
 
     def check_prefix(self, codes: torch.Tensor, batch_size: int, num_tokens: int) -> torch.LongTensor:
         """The prefix ``(batch_size, n)`` on this model's device, or a ValueError that says what is wrong with it."""
+        codes = torch.as_tensor(codes)
         if codes.ndim != 2 or codes.is_floating_point() or len(codes) not in (1, batch_size):
             raise ValueError(
                 f"prefix_codes must be integers of shape (1 or {batch_size}, n), got {codes.dtype} of "
@@ -408,6 +417,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             while codes.shape[1] < stop:
                 inputs = tokens if schedule is None else self._with_null_rows(tokens)
                 logits = self(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+                codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
                 if schedule is not None:
                     logits = apply_guidance(logits, schedule[codes.shape[1]])
                 if warpers is None:

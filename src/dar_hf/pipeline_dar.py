@@ -5,9 +5,10 @@ of the original code, which slices its schedule twice there (the steps it skips 
 is entered once, at the step that ``strength`` selects.
 """
 
+import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,7 @@ class DARPipeline(DiffusionPipeline):
         self.register_to_config(id2label=None if id2label is None else {int(k): v for k, v in id2label.items()})
         self.labels: dict[str, int] = {}
         for label, names in (id2label or {}).items():
-            for name in str(names).split(","):
+            for name in (str(names), *str(names).split(",")):
                 self.labels[name.strip()] = int(label)
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=1,
@@ -130,8 +131,9 @@ class DARPipeline(DiffusionPipeline):
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
             if name not in self.labels:
-                known = ", ".join(list(self.labels)[:20]) or "none: the pipeline has no id2label"
-                more = f", … ({len(self.labels)} in all)" if len(self.labels) > 20 else ""
+                names_known = [known for known in self.labels if "," not in known]
+                known = ", ".join(names_known[:20]) or "none: the pipeline has no id2label"
+                more = f", … ({len(names_known)} in all)" if len(names_known) > 20 else ""
                 raise ValueError(f"unknown class name {name!r}; known names: {known}{more}.")
         return [self.labels[name] for name in names]
 
@@ -181,22 +183,35 @@ class DARPipeline(DiffusionPipeline):
         Raises:
             ValueError: for arguments out of range or that exclude each other, before any model runs.
         """
-        options = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "__class__")}
-        (output,) = deque(self.stream(**options), maxlen=1)
+        arguments = {name: value for name, value in locals().items() if name in _ARGUMENTS}
+        request = self._prepare(**arguments)
+        (last,) = deque(self._run(request), maxlen=1)
+        output = self._output(request, last)  # only the last preview is converted
         return output if return_dict else (output.images,)
 
-    def stream(self, class_labels: int | str | list[int] | list[str], **options: Any) -> Iterator[DARPipelineOutput]:
+    def stream(self, *args: Any, **kwargs: Any) -> Iterator[DARPipelineOutput]:
         """The same call as a generator: one `DARPipelineOutput` per denoising step, as soon as its codes are there.
 
         Takes every argument of calling the pipeline but ``return_dict``. The last output is what the call returns.
+
+        Raises:
+            ValueError: as calling the pipeline, at once and not at the first step.
         """
-        unknown = set(options) - set(self.__call__.__annotations__) | ({"return_dict"} & set(options))
-        if unknown:
-            raise TypeError(f"stream() got unexpected arguments: {', '.join(sorted(unknown))}.")
-        return self._run(self._check(class_labels, **options))
+        bound = _STREAM_SIGNATURE.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        request = self._prepare(**{name: bound.arguments[name] for name in _ARGUMENTS})
+        return (self._output(request, step) for step in self._run(request))
+
+    def _output(self, request: _Request, step: DARPreview) -> DARPipelineOutput:
+        if request.output_type == "codes":
+            images = step.sample
+        else:
+            images = self.image_processor.postprocess(step.sample, request.output_type)
+        return DARPipelineOutput(images, step.step, step.num_steps, step.num_tokens)
 
     @torch.no_grad()
-    def _run(self, request: _Request) -> Iterator[DARPipelineOutput]:
+    def _run(self, request: _Request) -> Iterator[DARPreview]:
+        """The composition: groups of codes from the transformer, a denoising step of the tokenizer for each."""
         self._interrupt = False
         self._guidance_scale = request.guidance_scale
         self._num_timesteps = request.num_steps - request.start_step
@@ -207,34 +222,41 @@ class DARPipeline(DiffusionPipeline):
                 pieces.append(group)
                 yield group
 
-        try:
-            if request.output_type == "codes":
-                for _ in groups():
-                    pass
-                codes = torch.cat(pieces, dim=1)
-                yield DARPipelineOutput(codes, request.num_steps, request.num_steps, codes.shape[1])
-                return
-            previews = self.tokenizer.decode_stream(
+        if request.output_type == "codes":
+            steps = self._undecoded(request, groups())
+        else:
+            steps = self.tokenizer.decode_stream(
                 groups(),
                 noise=request.noise,
                 num_inference_steps=request.num_steps,
                 scheduler=self.scheduler,
                 start_step=request.start_step,
             )
+        try:
             with self.progress_bar(total=self._num_timesteps) as progress:
-                for preview in previews:
+                for step in steps:
                     progress.update()
-                    stop = self._report(request, preview, pieces)
-                    yield DARPipelineOutput(
-                        images=self.image_processor.postprocess(preview.sample, request.output_type),
-                        step=preview.step,
-                        num_steps=preview.num_steps,
-                        num_tokens=preview.num_tokens,
-                    )
+                    stop = self._report(request, step, pieces)
+                    yield step
                     if stop or self._interrupt:
                         return
         finally:
             self.maybe_free_model_hooks()
+
+    def _undecoded(self, request: _Request, groups: Iterator[torch.Tensor]) -> Iterator[DARPreview]:
+        """The steps that codes complete, with the codes so far in the place of the picture; nothing is decoded.
+
+        Where the last step needs fewer codes than there are, it comes once more with all of them.
+        """
+        windows = self.tokenizer.step_windows(request.num_steps)
+        num_steps, step, shown, codes = request.num_steps, request.start_step, 0, None
+        for group in groups:
+            codes = group if codes is None else torch.cat([codes, group], dim=1)
+            while step < num_steps and windows[step][1] <= codes.shape[1]:
+                step, shown = step + 1, codes.shape[1]
+                yield DARPreview(step, num_steps, shown, codes, timestep=0.0, latents=request.noise)
+        if codes is not None and shown < codes.shape[1]:
+            yield DARPreview(step, num_steps, codes.shape[1], codes, timestep=0.0, latents=request.noise)
 
     def _stream_codes(self, request: _Request) -> Iterator[torch.Tensor]:
         config = self.tokenizer.config
@@ -261,28 +283,33 @@ class DARPipeline(DiffusionPipeline):
 
     # Arguments
 
-    def _check(
+    @torch.no_grad()
+    def _prepare(
         self,
         class_labels: int | str | list[int] | list[str],
-        guidance_scale: GuidanceScale = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        num_inference_steps: int | None = None,
-        num_tokens: int | None = None,
-        num_images_per_prompt: int = 1,
-        prefix_codes: torch.Tensor | None = None,
-        layout_image: Any = None,
-        layout_tokens: int | None = None,
-        image: Any = None,
-        strength: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        guidance_scale: GuidanceScale,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        num_inference_steps: int | None,
+        num_tokens: int | None,
+        num_images_per_prompt: int,
+        prefix_codes: torch.Tensor | None,
+        layout_image: Any,
+        layout_tokens: int | None,
+        image: Any,
+        strength: float | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str] | None,
     ) -> _Request:
-        """Turn a call's arguments into a `_Request`, or raise the ValueError that says what is wrong."""
+        """Check a call's arguments, all of them before any model runs, and make of them what `_run` needs.
+
+        Raises:
+            ValueError: that says what was given and what is accepted.
+        """
         config = self.tokenizer.config
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
@@ -290,10 +317,6 @@ class DARPipeline(DiffusionPipeline):
         given = [name for name, value in sources.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other.")
-        if (layout_image is None) != (layout_tokens is None):
-            raise ValueError("layout_image and layout_tokens go together: give both or neither.")
-        if (image is None) != (strength is None):
-            raise ValueError("image and strength go together: give both or neither.")
         if image is not None and latents is not None:
             raise ValueError("image and latents exclude each other: the noise of image-to-image is drawn.")
         callback_inputs = callback_on_step_end_tensor_inputs or self._callback_tensor_inputs
@@ -309,28 +332,31 @@ class DARPipeline(DiffusionPipeline):
         num_tokens = _positive_int("num_tokens", config.num_tokens if num_tokens is None else num_tokens)
         if num_tokens > config.num_tokens:
             raise ValueError(f"num_tokens must lie in [1, {config.num_tokens}], got {num_tokens}.")
-        if num_tokens < config.tokens_per_group and output_type != "codes":
-            raise ValueError(f"{num_tokens} tokens complete no group of {config.tokens_per_group}: nothing to show.")
         labels = [label for label in self._label_ids(class_labels) for _ in range(num_images_per_prompt)]
+        generator = list(generator) if isinstance(generator, tuple) else generator
         check_generators(generator, len(labels))
         if guidance_scale is None:
             guidance_scale = self.transformer.generation_config.guidance_scale
         guidance_schedule(guidance_scale, config.num_tokens)
         sampling_warpers(temperature, top_k, top_p)
-
-        start_step = 0
-        if layout_image is not None:
-            if isinstance(layout_tokens, bool) or not isinstance(layout_tokens, int) or layout_tokens < 0:
-                raise ValueError(f"layout_tokens must be an integer >= 0, got {layout_tokens!r}.")
-            if layout_tokens > num_tokens:
-                raise ValueError(f"layout_tokens={layout_tokens} is more than num_tokens={num_tokens}.")
-            prefix_codes = self._encode(layout_image, len(labels))[1][:, :layout_tokens]
-        noise = self._noise(len(labels), generator, latents)
-        if image is not None and strength is not None:
-            pixels, codes = self._encode(image, len(labels))
-            noise, start_step, prefix_codes = self._noised(pixels, codes, noise, strength, num_steps)
+        _check_layout(layout_image, layout_tokens, num_tokens)
+        start_step = _start_step(image, strength, num_steps)
+        needed = self.tokenizer.step_windows(num_steps)[start_step % num_steps][1]
+        if num_tokens < needed and output_type != "codes":
+            raise ValueError(f"num_tokens={num_tokens} completes no step: the first one needs {needed}.")
         if prefix_codes is not None:
             prefix_codes = self.transformer.check_prefix(prefix_codes, len(labels), num_tokens)
+        pixels = self._pixels(image if layout_image is None else layout_image, len(labels))
+        noise = self._noise(len(labels), generator, latents)
+
+        if pixels is not None:
+            prefix_codes = self.tokenizer.encode(pixels).codes
+            if layout_image is not None:
+                prefix_codes = prefix_codes[:, :layout_tokens]
+            elif start_step == num_steps:  # nothing is generated anew: the reconstruction, from pure noise
+                start_step, prefix_codes = 0, prefix_codes[:, :num_tokens]
+            else:
+                noise, prefix_codes = self._noised(pixels, prefix_codes, noise, start_step, num_steps)
         return _Request(
             labels=labels,
             guidance_scale=guidance_scale,
@@ -349,59 +375,81 @@ class DARPipeline(DiffusionPipeline):
         )
 
     def _label_ids(self, class_labels: int | str | list[int] | list[str]) -> list[int]:
-        labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+        single = isinstance(class_labels, str) or not isinstance(class_labels, Iterable) or _is_scalar(class_labels)
+        labels: list[Any] = [class_labels] if single else list(class_labels)  # type: ignore[arg-type]
         if not labels:
             raise ValueError("class_labels is empty: nothing to generate.")
-        ids: list[Any] = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]
-        for label in ids:
-            self.transformer.config.class_token_id(label)
-        return ids
+        ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]
+        config = self.transformer.config
+        return [config.class_token_id(label) - config.codebook_size for label in ids]
 
     def _noise(self, batch_size: int, generator: Any, latents: torch.Tensor | None) -> torch.Tensor:
-        config, device = self.tokenizer.config, self._execution_device
-        size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-        shape = (batch_size, config.in_channels, *size)
+        shape = (batch_size, self.tokenizer.config.in_channels, *self.tokenizer.image_size)
+        device = self._execution_device
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(latents.shape) != shape or not torch.isfinite(latents).all():
             raise ValueError(f"latents must be finite and of shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(device, torch.float32)
 
-    @torch.no_grad()
-    def _encode(self, image: Any, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels in [-1, 1] and codes of an image given in any form diffusers takes, centre-cropped to the size."""
-        size = self.tokenizer.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        mode = "crop" if isinstance(image, PIL.Image.Image) or _is_pil_list(image) else "default"
-        pixels = self.image_processor.preprocess(image, height, width, resize_mode=mode)
+    def _pixels(self, image: Any, batch_size: int) -> torch.Tensor | None:
+        """Pixels in [-1, 1] of images in any form diffusers takes, centre-cropped to the model's size."""
+        if image is None:
+            return None
+        first = image[0] if isinstance(image, (list, tuple)) and image else image
+        mode = "crop" if isinstance(first, PIL.Image.Image) else "default"
+        pixels = self.image_processor.preprocess(image, *self.tokenizer.image_size, resize_mode=mode)
         if len(pixels) not in (1, batch_size):
             raise ValueError(f"got {len(pixels)} images for {batch_size} labels: give one image, or one for each.")
-        pixels = pixels.to(self._execution_device, torch.float32).expand(batch_size, -1, -1, -1)
-        return pixels, self.tokenizer.encode(pixels).codes
+        return pixels.to(self._execution_device, torch.float32).expand(batch_size, -1, -1, -1)
 
     def _noised(
-        self, pixels: torch.Tensor, codes: torch.Tensor, noise: torch.Tensor, strength: float, num_steps: int
-    ) -> tuple[torch.Tensor, int, torch.Tensor]:
-        """Start sample, start step and kept codes of image-to-image; at strength 0 everything is kept."""
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
-            raise ValueError(f"strength must lie in [0, 1], got {strength!r}.")
-        start_step = num_steps - min(int(num_steps * strength), num_steps)
-        if start_step == num_steps:
-            return noise, 0, codes
+        self, pixels: torch.Tensor, codes: torch.Tensor, noise: torch.Tensor, start_step: int, num_steps: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image-to-image: the noisy sample at ``start_step``, and the codes of the groups before it."""
         scheduler = FlowMatchAdamsBashforthScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(num_steps)
-        sample = scheduler.add_noise(
-            pixels * self.tokenizer.config.data_std, noise, float(scheduler.timesteps[start_step])
-        )
-        kept = self.tokenizer.step_windows(num_steps)[start_step][0]
-        return sample, start_step, codes[:, :kept]
+        clean = pixels * self.tokenizer.config.data_std
+        sample = scheduler.add_noise(clean, noise, float(scheduler.timesteps[start_step]))
+        return sample, codes[:, : self.tokenizer.step_windows(num_steps)[start_step][0]]
 
 
-def _is_pil_list(image: Any) -> bool:
-    return isinstance(image, (list, tuple)) and bool(image) and isinstance(image[0], PIL.Image.Image)
+_SIGNATURE = inspect.signature(DARPipeline.__call__)
+_ARGUMENTS = [name for name in _SIGNATURE.parameters if name not in ("self", "return_dict")]
+_STREAM_SIGNATURE = _SIGNATURE.replace(
+    parameters=[parameter for name, parameter in _SIGNATURE.parameters.items() if name != "return_dict"],
+    return_annotation=Iterator[DARPipelineOutput],
+)
+DARPipeline.stream.__signature__ = _STREAM_SIGNATURE  # type: ignore[attr-defined]  # for help() and editors
+
+
+def _is_scalar(value: Any) -> bool:
+    return getattr(value, "ndim", None) == 0  # a numpy or torch number
 
 
 def _positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     return value
+
+
+def _check_layout(layout_image: Any, layout_tokens: int | None, num_tokens: int) -> None:
+    if (layout_image is None) != (layout_tokens is None):
+        raise ValueError("layout_image and layout_tokens go together: give both or neither.")
+    if layout_tokens is None:
+        return
+    if isinstance(layout_tokens, bool) or not isinstance(layout_tokens, int) or layout_tokens < 0:
+        raise ValueError(f"layout_tokens must be an integer >= 0, got {layout_tokens!r}.")
+    if layout_tokens > num_tokens:
+        raise ValueError(f"layout_tokens={layout_tokens} is more than num_tokens={num_tokens}.")
+
+
+def _start_step(image: Any, strength: float | None, num_steps: int) -> int:
+    """First step that image-to-image runs; ``num_steps`` where strength leaves none, 0 without an image."""
+    if (image is None) != (strength is None):
+        raise ValueError("image and strength go together: give both or neither.")
+    if strength is None:
+        return 0
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in [0, 1], got {strength!r}.")
+    return num_steps - min(int(num_steps * strength), num_steps)

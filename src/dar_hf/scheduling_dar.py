@@ -5,12 +5,11 @@ velocity ``x_1 - x_0``. Departures from the original code: none by default. ``va
 ``solver_order=1`` are ours.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
 
 
 def shift_time(u: torch.Tensor, shift: float) -> torch.Tensor:
@@ -18,9 +17,8 @@ def shift_time(u: torch.Tensor, shift: float) -> torch.Tensor:
     return u / (u + shift * (1.0 - u))
 
 
-@dataclass
-class FlowMatchAdamsBashforthSchedulerOutput(BaseOutput):
-    """One solver step.
+class FlowMatchAdamsBashforthSchedulerOutput(NamedTuple):
+    """One solver step: a named tuple, to be unpacked or read by name.
 
     Attributes:
         prev_sample: the sample at the next timestep of the grid, float32.
@@ -28,7 +26,7 @@ class FlowMatchAdamsBashforthSchedulerOutput(BaseOutput):
     """
 
     prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor | None = None
+    pred_original_sample: torch.Tensor
 
 
 class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
@@ -130,7 +128,7 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
         pred_original_sample = sample + (1.0 - time) * velocity
         self._previous_velocity, self._previous_index = velocity, index
         if not return_dict:
-            return prev_sample, pred_original_sample
+            return (prev_sample, pred_original_sample)
         return FlowMatchAdamsBashforthSchedulerOutput(prev_sample, pred_original_sample)
 
     def add_noise(

@@ -31,7 +31,7 @@ from .scheduling_dar import FlowMatchAdamsBashforthScheduler, shift_time
 
 NORM_EPS = 1e-6  # every LayerNorm of the tokenizer
 SHORT_SEQUENCE = 128  # up to here the fused attention of CPUs is several times slower backwards than plain matmuls
-CODE_DTYPES = (torch.int16, torch.int32, torch.int64)
+CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 NUM_REPA_ROWS = 16  # rows of the feature grid that REPA compares: DINOv2 at 224 pixels has 16
 
 
@@ -402,7 +402,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["GatedBlock", "DiffusionBlock"]
     _repeated_blocks = ["GatedBlock", "DiffusionBlock"]
-    _keep_in_fp32_modules = ["quantizer"]
+    _keep_in_fp32_modules = ["quant_proj", "quantizer"]
 
     @register_to_config
     def __init__(
@@ -439,7 +439,8 @@ class DARTokenizer(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         for name, value in self.config.items():
-            if name.startswith(("num_", "codebook_", "max_")) and value is not None and value < 1:
+            flag_or_index = isinstance(value, bool) or name in ("repa_layer", "tokens_per_group")
+            if isinstance(value, int) and not flag_or_index and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         self.register_to_config(
             tokens_per_group=num_tokens // num_groups if tokens_per_group is None else tokens_per_group,
@@ -467,7 +468,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
     def reset_parameters(
         self, gate: float = 0.0, modulation_std: float = 0.0, output_std: float = 0.0, post_quant_std: float = 0.0
     ) -> None:
-        """Set the start values that decide whether codes come into use; everything else keeps torch's own.
+        """Set the start values that decide whether codes come into use.
 
         Args:
             gate: gates of the encoder and causal blocks (0 in the paper: every block starts as the identity).
@@ -490,9 +491,15 @@ class DARTokenizer(ModelMixin, ConfigMixin):
 
     # Sizes, tables and checks
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return _pair(self.config.sample_size)
+
     def _cached(self, key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         if key not in self._tables:
-            self._tables[key] = make().to(key[-1])
+            with torch.inference_mode(False):  # or training after a call in inference mode could not use it
+                self._tables[key] = make().to(key[-1])
         return self._tables[key]
 
     def _rotary(self, height: int, width: int, device: torch.device) -> torch.Tensor:
@@ -520,7 +527,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         }
 
     def _check_size(self, height: int, width: int) -> None:
-        expected = _pair(self.config.sample_size)
+        expected = self.image_size
         for patch in (self.config.encoder_patch_size, self.config.diffusion_patch_size):
             if height < patch or width < patch or height % patch or width % patch:
                 raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {patch}.")
@@ -579,8 +586,9 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         patches = layer_norm(patches.flatten(2).transpose(1, 2))
         x = torch.cat([patches, queries.to(patches.dtype).expand(len(patches), -1, -1)], dim=1)
         x = self._run_blocks(self.encoder_blocks, x, tables)
-        latents = self.quant_proj(layer_norm(x[:, -num_tokens:]))
-        return F.normalize(latents.float(), dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            latents = F.linear(layer_norm(x[:, -num_tokens:].float()), self.quant_proj.weight.float())
+            return F.normalize(latents, dim=-1)
 
     def _run_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, attention: dict) -> torch.Tensor:
         for block in blocks:
@@ -662,6 +670,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
             self._check_codes(codes)
             if pending is not None and len(codes) != len(pending):
                 raise ValueError(f"pieces of one sequence differ in batch size: {len(pending)} and {len(codes)}.")
+            self._bring_in()
             pending = codes.to(self.device) if pending is None else torch.cat([pending, codes.to(self.device)], dim=1)
             if cache.length + pending.shape[1] > config.num_tokens:
                 raise ValueError(f"a sequence has {config.num_tokens} codes, got {cache.length + pending.shape[1]}.")
@@ -777,7 +786,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"noise of size {tuple(noise.shape[2:])} does not fit height={height}, width={width}."
                 )
-        default = _pair(self.config.sample_size) if noise is None else noise.shape[2:]
+        default = self.image_size if noise is None else noise.shape[2:]
         height = default[0] if height is None else height
         width = default[1] if width is None else width
         self._check_size(height, width)
@@ -789,6 +798,10 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         )
         scheduler.set_timesteps(num_steps)
         return self._denoise(groups, generator, noise, (height, width), scheduler, start_step)
+
+    @apply_forward_hook
+    def _bring_in(self) -> None:
+        """Under model offloading, have this model moved to its device: codes arrive while another one is there."""
 
     @torch.no_grad()
     def _denoise(
@@ -865,6 +878,11 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         device, batch_size = pixel_values.device, len(pixel_values)
         if timesteps is None:
             timesteps = rand_tensor(batch_size, generator, device)
+        if timesteps.shape != (batch_size,) or (noise is not None and noise.shape != pixel_values.shape):
+            raise ValueError(
+                f"{batch_size} images need as many timesteps and noise of their shape, got {tuple(timesteps.shape)} "
+                f"and {None if noise is None else tuple(noise.shape)}."
+            )
         if noise is None:
             noise = randn_tensor(pixel_values.shape, generator=generator, device=device, dtype=torch.float32)
         config = self.config
@@ -928,6 +946,8 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"tokens_per_group={config.tokens_per_group} does not fit num_tokens={config.num_tokens}.")
     if config.condition_dim != config.decoder_dim:
         raise ValueError(f"condition_dim={config.condition_dim} must equal decoder_dim={config.decoder_dim}.")
+    if not (config.data_std > 0 and config.time_shift > 0):
+        raise ValueError(f"data_std and time_shift must be positive, got {config.data_std} and {config.time_shift}.")
     if config.adaptive_head and not config.share_time_embedding:
         raise ValueError("adaptive_head=True reads the shared time embedding: set share_time_embedding=True.")
     if config.repa_layer is not None and not 0 <= config.repa_layer < config.diffusion_depth:

@@ -11,7 +11,6 @@ from dar_hf.training.checkpoints import (
     find_checkpoint,
     list_checkpoints,
     read_state,
-    replacing,
     save_checkpoint,
     write_json,
 )
@@ -67,41 +66,6 @@ def test_write_json_never_shows_a_half_written_file(tmp_path, monkeypatch):
 
 
 # Folders
-
-
-def test_replacing_swaps_the_folder(tmp_path):
-    target = tmp_path / "model"
-    for text in ("old", "new"):
-        with replacing(target) as temporary:
-            (temporary / f"{text}.txt").write_text(text)
-            assert not (target / f"{text}.txt").exists()
-    assert [path.name for path in target.iterdir()] == ["new.txt"]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_replacing_leaves_the_old_folder_when_the_block_raises(tmp_path, error):
-    target = tmp_path / "model"
-    with replacing(target) as temporary:
-        (temporary / "weights").write_text("old")
-    with pytest.raises(error), replacing(target) as temporary:
-        (temporary / "weights").write_text("half")
-        raise error
-    assert (target / "weights").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_replacing_starts_empty_after_a_killed_run(tmp_path):
-    target = tmp_path / "model"
-    with replacing(target) as temporary:
-        left_over = temporary
-    left_over.mkdir()
-    (left_over / "junk").write_text("from a killed run")
-    with replacing(target) as temporary:
-        assert list(temporary.iterdir()) == []
-
-
-# Checkpoints
 
 
 def test_checkpoints_are_listed_by_step(tmp_path):

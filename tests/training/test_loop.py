@@ -170,14 +170,21 @@ def test_another_model_is_never_overwritten(tmp_path, file, content, found, opti
 
 def test_a_pipeline_is_no_place_for_a_tokenizer(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DARPipeline"}))
-    claim(tmp_path, "DARPipeline")
     with pytest.raises(ValueError, match="holds a DARPipeline"):
         claim(tmp_path, "DARTokenizer")
 
 
 def test_a_self_contained_pipeline_is_a_pipeline(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": ["pipeline_dar", "DARPipeline"]}))
-    claim(tmp_path, "DARPipeline")
+    claim(tmp_path, "DARPipeline", overwrite_output_dir=True)
+
+
+def test_a_finished_model_without_a_run_needs_a_decision(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "DARTokenizer"}))
+    with pytest.raises(ValueError, match="holds an earlier run or model"):
+        claim(tmp_path)
+    claim(tmp_path, overwrite_output_dir=True)
+    assert (tmp_path / "config.json").is_file()  # the old model stays until the new one is there
 
 
 @pytest.mark.parametrize("trace", ["checkpoints", "history.jsonl"])
@@ -310,7 +317,7 @@ def test_the_checkpoint_before_a_failure_can_be_resumed(tmp_path):
         ({"train_batch_size": 2}, "images_per_step"),
         ({"max_train_steps": 8}, "max_train_steps"),
         ({"max_train_samples": 30}, "num_samples"),
-        ({"model": {"num_encoder_layers": 2}}, "model"),
+        ({"model": {"num_encoder_layers": 2}}, "model num_encoder_layers"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes, named):

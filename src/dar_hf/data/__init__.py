@@ -1,6 +1,6 @@
 """Images and labels for both stages: where they come from, how they are cut, and the order in which they are seen."""
 
-from .batches import GlobalBatchSampler, ImageSamples, draw_seed, dropped, normal_noise, sample_times
+from .batches import GlobalBatchSampler, ImageSamples, SeedFor, draw_seed, dropped, normal_noise, sample_times
 from .sources import available_splits, load_images
 from .transforms import ImageTransform, center_crop, convert_channels, random_crop, ten_crop
 
@@ -8,6 +8,7 @@ __all__ = [
     "GlobalBatchSampler",
     "ImageSamples",
     "ImageTransform",
+    "SeedFor",
     "available_splits",
     "center_crop",
     "convert_channels",

@@ -8,6 +8,7 @@ processes and accumulation steps, and a resumed run needs no more than its step 
 import io
 import random
 from collections.abc import Iterator, Sequence
+from enum import IntEnum
 
 import datasets
 import torch
@@ -16,6 +17,17 @@ from PIL import Image
 from .transforms import ImageTransform
 
 _MASK = (1 << 64) - 1
+
+
+class SeedFor(IntEnum):
+    """What a seed is for: different purposes never share a generator."""
+
+    ORDER = 1
+    SAMPLE = 2
+    TIME = 3
+    NOISE = 4
+    CLASS_DROPOUT = 5
+    CODEBOOK = 6
 
 
 def draw_seed(*parts: int) -> int:
@@ -77,9 +89,9 @@ class GlobalBatchSampler:
             for position in range(first, first + self.batch_size):
                 if position // self.num_samples != epoch:
                     epoch = position // self.num_samples
-                    generator = torch.Generator().manual_seed(draw_seed(self.seed, 1, epoch))
+                    generator = torch.Generator().manual_seed(draw_seed(self.seed, SeedFor.ORDER, epoch))
                     order = torch.randperm(self.num_samples, generator=generator)
-                batch.append((int(order[position % self.num_samples]), draw_seed(self.seed, 2, position)))
+                batch.append((int(order[position % self.num_samples]), draw_seed(self.seed, SeedFor.SAMPLE, position)))
             yield batch
 
 
@@ -131,7 +143,7 @@ class ImageSamples(torch.utils.data.Dataset):
 
 def sample_times(seeds: torch.Tensor) -> torch.Tensor:
     """One uniform time in [0, 1) for each sample's seed; ``(B,)`` float32."""
-    return torch.tensor([random.Random(draw_seed(int(seed), 3)).random() for seed in seeds])
+    return torch.tensor([random.Random(draw_seed(int(seed), SeedFor.TIME)).random() for seed in seeds])
 
 
 def normal_noise(seeds: torch.Tensor, shape: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -139,10 +151,13 @@ def normal_noise(seeds: torch.Tensor, shape: Sequence[int], device: torch.device
     generator = torch.Generator(device)
     noise = torch.empty(len(seeds), *shape, device=device)
     for row, seed in zip(noise, seeds.tolist(), strict=True):
-        row.normal_(generator=generator.manual_seed(draw_seed(seed, 4)))
+        row.normal_(generator=generator.manual_seed(draw_seed(seed, SeedFor.NOISE)))
     return noise
 
 
 def dropped(seeds: torch.Tensor, rate: float) -> torch.Tensor:
     """Which samples lose their class, ``(B,)`` bool, each from its own seed."""
-    return torch.tensor([random.Random(draw_seed(int(seed), 5)).random() < rate for seed in seeds], dtype=torch.bool)
+    return torch.tensor(
+        [random.Random(draw_seed(int(seed), SeedFor.CLASS_DROPOUT)).random() < rate for seed in seeds],
+        dtype=torch.bool,
+    )

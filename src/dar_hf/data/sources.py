@@ -54,10 +54,11 @@ def load_images(
 def _with_class_labels(dataset: datasets.Dataset, name: str, class_names: list[str] | None) -> datasets.Dataset:
     """The data set with "label" as a `datasets.ClassLabel`; integers keep their values, names are sorted."""
     feature, labels = dataset.features["label"], dataset["label"][:]
+    missing = labels.count(None) + labels.count(-1)  # -1 is how data sets hide the labels of a test split
+    if missing:
+        raise ValueError(f"{missing} of {len(labels)} images of {name} have no label.")
     if isinstance(feature, datasets.ClassLabel) and class_names in (None, feature.names):
         return dataset
-    if None in labels:
-        raise ValueError(f"{labels.count(None)} of {len(labels)} images of {name} have no label.")
     if isinstance(feature, datasets.ClassLabel):
         labels = [feature.names[label] for label in labels]
     elif isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint")):

@@ -1,5 +1,6 @@
 """Stage 2: the language model on the codes of a finished tokenizer (D-AR, section 3.3)."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,9 +150,8 @@ class ARStage(Stage):
         labels = [label for label in range(rows) for _ in range(SAMPLE_COLUMNS)]
         generator = torch.Generator(self.model.device).manual_seed(self.args.seed)
         codes = torch.cat(list(self.model.stream_codes(labels, generator=generator)), dim=1)
-        config = self.tokenizer.config
-        size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-        noise = normal_noise(torch.arange(len(labels)), (config.in_channels, *size), codes.device)
+        shape = (self.tokenizer.config.in_channels, *self.tokenizer.image_size)
+        noise = normal_noise(torch.arange(len(labels)), shape, codes.device)
         images = self.tokenizer.to(codes.device).decode(codes, noise=noise).sample
         return figures, {"samples": image_grid(images, SAMPLE_COLUMNS)}
 
@@ -160,5 +160,7 @@ class ARStage(Stage):
         DARPipeline(self.tokenizer, self.model, scheduler, self.id2label).save_pretrained(folder)
 
     def describe(self) -> dict:
-        names = ("codebook_size", "num_classes", "num_image_tokens", "hidden_size", "num_hidden_layers")
-        return {name: getattr(self.model.config, name) for name in names}
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tokenizer.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return {**self.model.config.to_diff_dict(), "tokenizer": digest.hexdigest()}

@@ -1,6 +1,8 @@
 """From arguments to a stage: data sets, models and overrides."""
 
 import ast
+import logging
+from functools import partial
 from typing import Any
 
 import datasets
@@ -16,6 +18,10 @@ from ..tokenizer_dar import DARTokenizer
 from .ar_stage import ARArguments, ARStage
 from .loop import LoopArguments
 from .tokenizer_stage import TokenizerArguments, TokenizerStage
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_PART = 20  # one in so many images is held out for validation where there is no split for it
 
 
 def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
@@ -40,34 +46,52 @@ def _image_samples(
     args: LoopArguments, tokenizer: DARTokenizer, with_labels: bool
 ) -> tuple[ImageSamples, ImageSamples | None]:
     """Training and validation images in the tokenizer's size; validation is always the plain centre crop."""
-    config = tokenizer.config
-    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    size, channels = tokenizer.image_size, tokenizer.config.in_channels
+    train, validation = _splits(args, with_labels)
+    train = _subset(train, args.max_train_samples, args.seed)
+    transform = ImageTransform(size, channels, args.crop, args.flip, args.pixel_noise)
+    if validation is None:
+        return ImageSamples(train, transform), None
+    validation = _subset(validation, args.max_validation_samples, args.seed)
+    return ImageSamples(train, transform), ImageSamples(validation, ImageTransform(size, channels))
 
-    def load(
-        split: str, limit: int | None, transform: ImageTransform, class_names: list[str] | None = None
-    ) -> ImageSamples:
-        dataset = load_images(
-            args.dataset_name,
-            split,
-            config_name=args.dataset_config_name,
-            image_column=args.image_column,
-            label_column=args.label_column if with_labels else None,
-            class_names=class_names,
-        )
-        return ImageSamples(dataset.select(range(min(limit or len(dataset), len(dataset)))), transform)
 
-    train_transform = ImageTransform(size, config.in_channels, args.crop, args.flip, args.pixel_noise)
-    train = load(args.train_split, args.max_train_samples, train_transform)
-    split = args.validation_split
-    if split is None:
-        splits = available_splits(args.dataset_name, args.dataset_config_name)
-        split = next((name for name in ("validation", "test") if name in splits), None)
-    if split is None:
-        return train, None
-    class_names = train.dataset.features["label"].names if with_labels else None
-    return train, load(
-        split, args.max_validation_samples, ImageTransform(size, config.in_channels), class_names=class_names
+def _splits(args: LoopArguments, with_labels: bool) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The training split and one for validation, held out of the former where there is none that can be used."""
+    if not args.dataset_name:
+        raise ValueError("dataset_name is missing: digits, a folder, a parquet file or a Hub id.")
+    load = partial(
+        load_images,
+        args.dataset_name,
+        config_name=args.dataset_config_name,
+        image_column=args.image_column,
+        label_column=args.label_column if with_labels else None,
     )
+    train = load(args.train_split)
+    class_names = train.features["label"].names if with_labels else None
+    if args.validation_split:
+        return train, load(args.validation_split, class_names=class_names)
+    available = available_splits(args.dataset_name, args.dataset_config_name)
+    for split in ("validation", "test"):
+        if split in available:
+            try:
+                return train, load(split, class_names=class_names)
+            except ValueError as error:
+                logger.warning("not validating on the split %s: %s", split, error)
+    held_out = min(args.max_validation_samples, len(train) // HELD_OUT_PART)
+    if held_out == 0:
+        return train, None
+    logger.warning("no split to validate on: holding out %d of %d training images", held_out, len(train))
+    parts = train.train_test_split(test_size=held_out, seed=args.seed)
+    return parts["train"], parts["test"]
+
+
+def _subset(dataset: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+    """A random choice of ``limit`` rows in their order: the first ones of a folder would all be of one class."""
+    if limit is None or limit >= len(dataset):
+        return dataset
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return dataset.select(sorted(order[:limit].tolist()))
 
 
 def build_tokenizer_stage(args: TokenizerArguments) -> TokenizerStage:
@@ -108,7 +132,7 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
     try:
         tokenizer = DARTokenizer.from_pretrained(args.tokenizer).to(device)
     except OSError as error:
-        raise ValueError(f"no tokenizer at {args.tokenizer!r}: {error}") from error
+        raise ValueError(f"no tokenizer at {args.tokenizer!r}, neither as a folder nor on the Hub.") from error
     train, validation = _image_samples(args, tokenizer, with_labels=True)
     label_feature = train.dataset.features["label"]
     assert isinstance(label_feature, datasets.ClassLabel)  # load_images makes it one

@@ -8,10 +8,11 @@ starts where those latents are, and codes nobody uses are moved to where images 
 import torch
 import torch.nn.functional as F
 
-from ..data import draw_seed
+from ..data import SeedFor, draw_seed
 
 KMEANS_ITERATIONS = 20
 KMEANS_SAMPLES_PER_CODE = 64
+ASSIGNED_AT_ONCE = 8192  # points; against 16384 codes that is half a gigabyte
 
 
 def spherical_kmeans(points: torch.Tensor, num_clusters: int, generator: torch.Generator) -> torch.Tensor:
@@ -27,7 +28,7 @@ def spherical_kmeans(points: torch.Tensor, num_clusters: int, generator: torch.G
     start = torch.randperm(len(points), generator=generator)[:num_clusters].to(points.device)
     centres = points[start]
     for _ in range(KMEANS_ITERATIONS):
-        nearest = (points @ centres.T).argmax(dim=-1)
+        nearest = torch.cat([(part @ centres.T).argmax(dim=-1) for part in points.split(ASSIGNED_AT_ONCE)])
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)
         counts = torch.bincount(nearest, minlength=num_clusters)
         fresh = torch.randint(len(points), (num_clusters,), generator=generator).to(points.device)
@@ -68,7 +69,7 @@ class CodebookKeeper:
         """Codes to move after this step and their new unit vectors, ``(n,)`` and ``(n, D)``, or None."""
         if len(self.latents) == 0:
             return None
-        generator = torch.Generator().manual_seed(draw_seed(self.seed, 6, step))
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, SeedFor.CODEBOOK, step))
         points, in_use = self.latents, step + 1 - self.continuous_steps
         if in_use == 0:
             self.latents = torch.empty(0)

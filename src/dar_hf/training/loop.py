@@ -31,6 +31,8 @@ from .stage import Stage
 
 logger = logging.getLogger(__name__)
 
+ON_HOST = ("seed", "index")  # read one by one: on a GPU each would wait for the device
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -42,7 +44,7 @@ class LoopArguments:
 
     preset: str = _option("v1", "named size and recipe, see dar_hf.presets")
     output_dir: str = _option("outputs/run", "folder for the model, checkpoints, curves and pictures")
-    dataset_name: str = _option("digits", "digits, a folder of images or parquet files, a parquet file, or a Hub id")
+    dataset_name: str = _option("", "digits, a folder of images or parquet files, a parquet file, or a Hub id")
     dataset_config_name: str | None = _option(None, "configuration of a Hub data set")
     train_split: str = _option("train", "split to train on")
     validation_split: str | None = _option(
@@ -142,11 +144,12 @@ def claim_output_dir(args: LoopArguments, saved_class: str) -> Path:
                 raise ValueError(f"output_dir {folder} holds a {found}, not a {saved_class}: choose another folder.")
             break
     traces = [folder / name for name in ("checkpoints", "history.jsonl")]
-    if not args.resume_from_checkpoint and any(path.exists() for path in traces):
+    models = [folder / name for name in ("model_index.json", "config.json")]
+    if not args.resume_from_checkpoint and any(path.exists() for path in traces + models):
         if not args.overwrite_output_dir:
             raise ValueError(
-                f"output_dir {folder} holds an earlier run: pass --resume_from_checkpoint latest to continue it, "
-                "--overwrite_output_dir to start over, or choose another folder."
+                f"output_dir {folder} holds an earlier run or model: pass --resume_from_checkpoint latest to continue "
+                "it, --overwrite_output_dir to start over, or choose another folder."
             )
         for path in traces:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -158,12 +161,25 @@ class NonFiniteLossError(RuntimeError):
     """A loss term became NaN or infinite; the message names the term and the step."""
 
 
+class ResumeError(ValueError):
+    """There is no checkpoint to resume from, or it belongs to another run."""
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """What changed, by name; of dictionaries only the entries that differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return f"{name} was {old} and is now {new}"
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return ", ".join(f"{name} {key} was {old.get(key)} and is now {new.get(key)}" for key in changed)
+
+
 class TrainingLoop:
     """One run of one stage. Use `train`."""
 
     def __init__(self, stage: Stage, args: LoopArguments, accelerator: Accelerator):
         self.stage, self.args, self.accelerator = stage, args, accelerator
         self.folder = Path(args.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if args.gradient_checkpointing:
             enable = getattr(stage.model, "enable_gradient_checkpointing", None)
             (enable or stage.model.gradient_checkpointing_enable)()
@@ -178,6 +194,7 @@ class TrainingLoop:
         )
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.parameters = list(stage.model.parameters())
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
         self.ema = EMAModel(self.parameters, decay=args.ema_decay, foreach=True) if args.ema_decay else None
@@ -209,14 +226,20 @@ class TrainingLoop:
         """Continue from the checkpoint the arguments name.
 
         Raises:
-            ValueError: if there is none, or it comes from another model, data set, batch or schedule.
+            ResumeError: if there is none, or it comes from another model, data set, batch or schedule.
         """
-        checkpoint = find_checkpoint(self.folder / "checkpoints", self.args.resume_from_checkpoint or "latest")
+        try:
+            checkpoint = find_checkpoint(self.folder / "checkpoints", self.args.resume_from_checkpoint or "latest")
+        except ValueError as error:
+            raise ResumeError(str(error)) from error
         state = read_state(checkpoint)
         for name, value in self._description().items():
-            if json.loads(json.dumps(value)) != state.get(name):
-                raise ValueError(f"cannot resume {checkpoint}: {name} was {state.get(name)} and is now {value}.")
+            value = json.loads(json.dumps(value))  # tuples come back as lists
+            if value != state.get(name):
+                raise ResumeError(f"cannot resume {checkpoint}: {_difference(name, state.get(name), value)}.")
         self.accelerator.load_state(str(checkpoint))
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["peak_lr"] = peak  # the command line's, not the checkpoint's
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # accelerate restores custom states on the CPU
         self.start_step = state["step"]
@@ -292,7 +315,10 @@ class TrainingLoop:
         logged = torch.zeros(len(stage.terms), device=accelerator.device)
         norm = torch.zeros(())
         for batch in batches:
-            batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+            batch = {
+                name: value if name in ON_HOST else value.to(accelerator.device, non_blocking=True)
+                for name, value in batch.items()
+            }
             with accelerator.accumulate(self.model):
                 output = stage.forward(self.model, batch, step)
                 values = [term.function(output, batch) / totals[term.per] for term in stage.terms]
@@ -382,7 +408,10 @@ class TrainingLoop:
             with self.averaged_weights():
                 self.stage.model.eval()
                 self.stage.save(temporary)
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name in ("config.json", "model_index.json")):
+            indices = ("config.json", "model_index.json")
+            for name in indices:  # the old index goes first and the new one comes last: no index over mixed parts
+                (self.folder / name).unlink(missing_ok=True)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name in indices):
                 target = self.folder / path.name
                 if target.is_dir():
                     shutil.rmtree(target)
@@ -397,7 +426,7 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
     """Train ``stage`` and leave the finished model in ``args.output_dir``.
 
     Raises:
-        ValueError: for a checkpoint that does not fit the run.
+        ResumeError: for a checkpoint that does not fit the run.
         NonFiniteLossError: when a loss term stops being finite.
     """
     set_seed(args.seed + accelerator.process_index)  # dropout differs between processes; all else has its own seed

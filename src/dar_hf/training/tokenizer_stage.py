@@ -1,7 +1,7 @@
 """Stage 1: the sequential diffusion tokenizer on images (D-AR, section 3.2).
 
-The terms here are flow matching, codebook and commitment losses. Further terms (perceptual, representation
-alignment, adversarial) are `LossTerm` objects appended to ``terms``.
+The terms here are flow matching, codebook and commitment losses. A further term (perceptual, say) is one more
+`LossTerm` in ``terms``: it gets the model's whole output and the batch.
 """
 
 from collections import deque
@@ -112,10 +112,8 @@ class TokenizerStage(Stage):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 (encoder if name.split(".")[0] in ENCODER_PARTS else decoder).append(parameter)
-        return [
-            {"params": decoder, "lr": args.learning_rate},
-            {"params": encoder, "lr": args.encoder_learning_rate or args.learning_rate},
-        ]
+        rate = args.learning_rate if args.encoder_learning_rate is None else args.encoder_learning_rate
+        return [{"params": decoder, "lr": args.learning_rate}, {"params": encoder, "lr": rate}]
 
     def amounts(self, batch: dict) -> dict[str, float]:
         starts = self.model.group_start(sample_times(batch["seed"]))
