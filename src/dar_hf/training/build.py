@@ -14,7 +14,7 @@ from ..configuration_dar import DARConfig
 from ..data import ImageSamples, ImageTransform, available_splits, load_images
 from ..modeling_dar import DARForCausalLM
 from ..presets import get_preset
-from ..tokenizer_dar import DARTokenizer
+from ..tokenizer_dar import SHORT_SEQUENCE, DARTokenizer
 from .ar_stage import ARArguments, ARStage
 from .loop import LoopArguments
 from .tokenizer_stage import TokenizerArguments, TokenizerStage
@@ -152,4 +152,7 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
         | overrides,
     )
     set_seed(args.seed)
-    return ARStage(DARForCausalLM(config), tokenizer, train, args, validation, dict(enumerate(label_feature.names)))
+    model = DARForCausalLM(config)
+    if torch.device(device).type == "cpu" and config.num_image_tokens <= SHORT_SEQUENCE:
+        model.set_attn_implementation("eager")  # for training only: it is not saved
+    return ARStage(model, tokenizer, train, args, validation, dict(enumerate(label_feature.names)))
