@@ -4,6 +4,7 @@
     accelerate launch examples/train.py ar --preset digits --tokenizer outputs/tokenizer --output_dir outputs/pipeline
 
 Every option of a preset can be changed on the command line or in a file given by --config; the command line wins.
+--help after the stage lists all options.
 """
 
 import sys
@@ -52,6 +53,9 @@ def fail(error: BaseException | str, code: int) -> NoReturn:
 
 def main() -> None:
     stage_name, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if stage_name in ("-h", "--help"):
+        print(__doc__)
+        return
     if stage_name not in STAGES:
         fail(f"usage: train.py {{{','.join(STAGES)}}} [options]; --help after the stage lists them", 2)
     try:

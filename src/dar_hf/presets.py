@@ -96,15 +96,13 @@ PRESETS: dict[str, Preset] = {
         ),
         tokenizer_recipe=dict(
             dataset_name="digits",
-            max_train_steps=3_500,
+            max_train_steps=4_000,
             train_batch_size=64,
             learning_rate=1.5e-3,
             # the encoder must not run ahead of the decoder, which has to learn to look at the conditions first: Adam
             # turns its tiny early gradients into full-size steps, and it collapses to one code. Half as fast again
             # (3e-4) costs 1 dB, as fast as the decoder is no gain (examples/LOG.md)
             encoder_learning_rate=6e-4,
-            # latents stay near their codes: a third of the quantization error
-            commit_weight=4.0,
             adam_epsilon=1e-6,
             warmup_steps=200,
             decay_fraction=0.4,
@@ -119,11 +117,11 @@ PRESETS: dict[str, Preset] = {
             revive_every=10,
             revive_until=0.8,
             max_validation_samples=360,
-            validation_steps=1_750,
+            validation_steps=2_000,
         ),
         ar_recipe=dict(
             dataset_name="digits",
-            max_train_steps=1_000,
+            max_train_steps=900,
             train_batch_size=64,
             learning_rate=1e-3,
             warmup_steps=100,
@@ -134,7 +132,7 @@ PRESETS: dict[str, Preset] = {
             # one grey level gives each digit many sequences
             pixel_noise=0.1,
             max_validation_samples=360,
-            validation_steps=500,
+            validation_steps=450,
             guidance_scale=[2.0],
         ),
     ),

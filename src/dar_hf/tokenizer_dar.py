@@ -698,8 +698,16 @@ class DARTokenizer(ModelMixin, ConfigMixin):
 
         Returns:
             A tensor like ``sample``.
+
+        Raises:
+            ValueError: for a sample or a condition of another shape.
         """
         self._check_images(sample)
+        if condition.ndim != 3 or (len(condition), condition.shape[2]) != (len(sample), self.config.condition_dim):
+            raise ValueError(
+                f"condition must have the shape ({len(sample)}, tokens, {self.config.condition_dim}), "
+                f"got {tuple(condition.shape)}."
+            )
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(len(sample))
         return self._velocity(sample, timestep, condition)[0].to(sample.dtype)
 
