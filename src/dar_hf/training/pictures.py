@@ -55,7 +55,7 @@ def plot_history(histories: dict[str, list[dict]], path: Path, smoothing: int = 
     Args:
         histories: lines of ``history.jsonl`` by title.
         path: PNG to write.
-        smoothing: running mean over this many logged points, drawn over the raw curve.
+        smoothing: centred running mean over at most this many logged points, drawn over the raw curve.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -71,9 +71,10 @@ def plot_history(histories: dict[str, list[dict]], path: Path, smoothing: int = 
             if not points:
                 continue
             steps, values = np.array(points).T
-            window = min(smoothing, len(values))
+            window = min(smoothing, max(1, len(values) // 10))
+            first = (window - 1) // 2
             smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            (line,) = axes.plot(steps[window - 1 :], smooth, label=name.removeprefix("loss/"))
+            (line,) = axes.plot(steps[first : first + len(smooth)], smooth, label=name.removeprefix("loss/"))
             axes.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.7)
         axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3, which="both")
