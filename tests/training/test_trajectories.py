@@ -288,7 +288,7 @@ MISTAKES = {
     "column": "no column 'picture' for the images; it has image, label",
     "labels": "no column 'label' for the labels; it has image",
     "vae": "holds a AutoencoderKL, not a DARTokenizer",
-    "second run": "holds an earlier run: pass --resume_from_checkpoint latest",
+    "second run": "holds an earlier run or model: pass --resume_from_checkpoint latest",
     "option": "encoder_dmi",
     "size": "hidden size (33)",
 }
