@@ -313,12 +313,8 @@ class DARPipeline(DiffusionPipeline):
         config = self.tokenizer.config
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-        sources = {"prefix_codes": prefix_codes, "layout_image": layout_image, "image": image}
-        given = [name for name, value in sources.items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other.")
-        if image is not None and latents is not None:
-            raise ValueError("image and latents exclude each other: the noise of image-to-image is drawn.")
+        _exclude(prefix_codes=prefix_codes, layout_image=layout_image, image=image)
+        _exclude(image=image, latents=latents)  # the noise of image-to-image is drawn
         callback_inputs = callback_on_step_end_tensor_inputs or self._callback_tensor_inputs
         if not set(callback_inputs) <= set(self._callback_tensor_inputs):
             raise ValueError(
@@ -349,14 +345,12 @@ class DARPipeline(DiffusionPipeline):
         pixels = self._pixels(image if layout_image is None else layout_image, len(labels))
         noise = self._noise(len(labels), generator, latents)
 
-        if pixels is not None:
-            prefix_codes = self.tokenizer.encode(pixels).codes
-            if layout_image is not None:
-                prefix_codes = prefix_codes[:, :layout_tokens]
-            elif start_step == num_steps:  # nothing is generated anew: the reconstruction, from pure noise
-                start_step, prefix_codes = 0, prefix_codes[:, :num_tokens]
-            else:
-                noise, prefix_codes = self._noised(pixels, prefix_codes, noise, start_step, num_steps)
+        if layout_image is not None:
+            prefix_codes = self.tokenizer.encode(pixels).codes[:, :layout_tokens]
+        elif start_step == num_steps:  # strength 0, nothing is generated anew: the reconstruction, from pure noise
+            start_step, prefix_codes = 0, self.tokenizer.encode(pixels).codes[:, :num_tokens]
+        elif pixels is not None:
+            noise, prefix_codes = self._noised(pixels, noise, start_step, num_steps)
         return _Request(
             labels=labels,
             guidance_scale=guidance_scale,
@@ -404,14 +398,15 @@ class DARPipeline(DiffusionPipeline):
         return pixels.to(self._execution_device, torch.float32).expand(batch_size, -1, -1, -1)
 
     def _noised(
-        self, pixels: torch.Tensor, codes: torch.Tensor, noise: torch.Tensor, start_step: int, num_steps: int
+        self, pixels: torch.Tensor, noise: torch.Tensor, start_step: int, num_steps: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Image-to-image: the noisy sample at ``start_step``, and the codes of the groups before it."""
         scheduler = FlowMatchAdamsBashforthScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(num_steps)
         clean = pixels * self.tokenizer.config.data_std
         sample = scheduler.add_noise(clean, noise, float(scheduler.timesteps[start_step]))
-        return sample, codes[:, : self.tokenizer.step_windows(num_steps)[start_step][0]]
+        kept = self.tokenizer.step_windows(num_steps)[start_step][0]
+        return sample, self.tokenizer.encode(pixels).codes[:, :kept]
 
 
 _SIGNATURE = inspect.signature(DARPipeline.__call__)
@@ -421,6 +416,13 @@ _STREAM_SIGNATURE = _SIGNATURE.replace(
     return_annotation=Iterator[DARPipelineOutput],
 )
 DARPipeline.stream.__signature__ = _STREAM_SIGNATURE  # type: ignore[attr-defined]  # for help() and editors
+
+
+def _exclude(**arguments: Any) -> None:
+    """Refuse more than one of arguments that exclude each other."""
+    given = [name for name, value in arguments.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other.")
 
 
 def _is_scalar(value: Any) -> bool:
