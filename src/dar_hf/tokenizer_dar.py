@@ -661,9 +661,8 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         Codes are cut where groups end, so that the same arithmetic runs for one long sequence and for a slow stream.
         """
         config, cache = self.config, CausalCache(len(self.causal_blocks))
-        stride = config.num_tokens // config.num_groups
-        last = config.num_tokens - config.tokens_per_group
-        ends = sorted({min(k * stride, last) + config.tokens_per_group for k in range(config.num_groups + 1)})
+        starts = self.group_start(torch.arange(config.num_groups + 1, dtype=torch.float64) / config.num_groups)
+        ends = sorted({start + config.tokens_per_group for start in starts.tolist()})
         pending: torch.Tensor | None = None
         conditions: torch.Tensor | None = None
         for codes in groups:
@@ -736,7 +735,6 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         Returns:
             ``sample (B, C, H, W)`` float32, not clamped.
         """
-        self._check_codes(codes)
         sample = None
         for preview in self.decode_stream(
             [codes],

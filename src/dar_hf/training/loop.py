@@ -31,6 +31,7 @@ from .stage import Stage
 
 logger = logging.getLogger(__name__)
 
+MODEL_INDICES = ("model_index.json", "config.json")  # say what a finished folder holds
 ON_HOST = ("seed", "index")  # read one by one: on a GPU each would wait for the device
 
 
@@ -134,7 +135,7 @@ def claim_output_dir(args: LoopArguments, saved_class: str) -> Path:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file.")
-    for index in ("model_index.json", "config.json"):
+    for index in MODEL_INDICES:
         if (folder / index).is_file():
             content = json.loads((folder / index).read_text())
             found = content.get("_class_name")
@@ -144,7 +145,7 @@ def claim_output_dir(args: LoopArguments, saved_class: str) -> Path:
                 raise ValueError(f"output_dir {folder} holds a {found}, not a {saved_class}: choose another folder.")
             break
     traces = [folder / name for name in ("checkpoints", "history.jsonl")]
-    models = [folder / name for name in ("model_index.json", "config.json")]
+    models = [folder / name for name in MODEL_INDICES]
     if not args.resume_from_checkpoint and any(path.exists() for path in traces + models):
         if not args.overwrite_output_dir:
             raise ValueError(
@@ -192,8 +193,6 @@ class TrainingLoop:
             weight_decay=args.weight_decay,
             fused=True,
         )
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.parameters = list(stage.model.parameters())
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
@@ -201,12 +200,14 @@ class TrainingLoop:
         for state in (self.ema, stage.keeper):
             if state is not None:
                 accelerator.register_for_checkpointing(state)
+        self.description = self._describe()
         self.history: list[dict] = []
         self.start_step = 0
 
     # Checkpoints and history
 
-    def _description(self) -> dict:
+    def _describe(self) -> dict:
+        """What makes the run the one it is; a resumed run must agree in all of it."""
         world = self.accelerator.num_processes
         args = self.args
         return {
@@ -219,7 +220,7 @@ class TrainingLoop:
         }
 
     def _save_checkpoint(self, step: int) -> None:
-        state = {"step": step, **self._description()}
+        state = {"step": step, **self.description}
         save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.args.checkpoints_total_limit)
 
     def resume(self) -> None:
@@ -233,13 +234,11 @@ class TrainingLoop:
         except ValueError as error:
             raise ResumeError(str(error)) from error
         state = read_state(checkpoint)
-        for name, value in self._description().items():
+        for name, value in self.description.items():
             value = json.loads(json.dumps(value))  # tuples come back as lists
             if value != state.get(name):
                 raise ResumeError(f"cannot resume {checkpoint}: {_difference(name, state.get(name), value)}.")
         self.accelerator.load_state(str(checkpoint))
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["peak_lr"] = peak  # the command line's, not the checkpoint's
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # accelerate restores custom states on the CPU
         self.start_step = state["step"]
@@ -307,8 +306,8 @@ class TrainingLoop:
     def _step(self, step: int, batches: list[dict]) -> dict[str, float]:
         """One optimizer step; returns its losses, gradient norm and learning rate."""
         accelerator, args, stage = self.accelerator, self.args, self.stage
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * args.learning_rate_factor(step)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * args.learning_rate_factor(step)
         totals = self._totals(batches)
         # backward averages over processes and accumulation steps; the losses are divided by totals already
         scale = accelerator.num_processes * args.gradient_accumulation_steps
@@ -383,7 +382,7 @@ class TrainingLoop:
             done = step + 1
             progress.update()
             if done % args.logging_steps == 0 or done == args.max_train_steps:
-                elapsed, images = time.perf_counter() - clock, self._description()["images_per_step"]
+                elapsed, images = time.perf_counter() - clock, self.description["images_per_step"]
                 line["images_per_second"] = (done - clock_step) * images / max(elapsed, 1e-9)
                 clock, clock_step = time.perf_counter(), done
                 self._log({"step": done, **line, **self.stage.statistics()})
@@ -408,17 +407,18 @@ class TrainingLoop:
             with self.averaged_weights():
                 self.stage.model.eval()
                 self.stage.save(temporary)
-            indices = ("config.json", "model_index.json")
-            for name in indices:  # the old index goes first and the new one comes last: no index over mixed parts
+            for (
+                name
+            ) in MODEL_INDICES:  # the old index goes first and the new one comes last: no index over mixed parts
                 (self.folder / name).unlink(missing_ok=True)
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name in indices):
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name in MODEL_INDICES):
                 target = self.folder / path.name
                 if target.is_dir():
                     shutil.rmtree(target)
                 os.replace(path, target)
             temporary.rmdir()
             plot_history({self.stage.name: self.history}, self.folder / "loss.png")
-            write_json(self.folder / "training.json", {"arguments": vars(self.args), **self._description()})
+            write_json(self.folder / "training.json", {"arguments": vars(self.args), **self.description})
         self.accelerator.wait_for_everyone()
 
 

@@ -6,7 +6,6 @@ The terms here are flow matching, codebook and commitment losses. A further term
 
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ class TokenizerStage(Stage):
         self.terms = [
             LossTerm("flow", 1.0, "images", lambda output, batch: flow_matching_sum(output, data_std)),
             LossTerm("codebook", args.vq_weight, "tokens", lambda output, batch: codebook_sum(output)),
-            LossTerm("commitment", args.commit_weight, "tokens", partial(self._commitment)),
+            LossTerm("commitment", args.commit_weight, "tokens", self._commitment),
         ]
         self.keeper = CodebookKeeper(
             model.config.codebook_size,
