@@ -1,7 +1,5 @@
 """Checkpoints are complete or absent, whatever happens while they are written."""
 
-import json
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -12,7 +10,6 @@ from dar_hf.training.checkpoints import (
     list_checkpoints,
     read_state,
     save_checkpoint,
-    write_json,
 )
 
 from .helpers import fresh_process
@@ -33,36 +30,6 @@ def fake_checkpoint(folder, name, complete=True):
 
 def names(folder):
     return [path.name for path in list_checkpoints(folder)]
-
-
-# JSON
-
-
-def test_write_json(tmp_path):
-    write_json(tmp_path / "a.json", {"x": [1, 2]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, 2]}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
-    write_json(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"x": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
-
-
-def test_write_json_never_shows_a_half_written_file(tmp_path, monkeypatch):
-    write_json(tmp_path / "a.json", {"x": 1})
-    seen = []
-
-    def interrupted(source, target):
-        seen.append(json.loads((tmp_path / "a.json").read_text()))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_json(tmp_path / "a.json", {"x": 2})
-    assert seen == [{"x": 1}] and json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
 
 # Folders

@@ -25,7 +25,8 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..data import GlobalBatchSampler
-from .checkpoints import find_checkpoint, read_state, save_checkpoint, write_json, write_text
+from ..files import write_json, write_text
+from .checkpoints import find_checkpoint, read_state, save_checkpoint
 from .pictures import plot_history, read_history, save_picture
 from .stage import Stage
 

@@ -1,0 +1,49 @@
+"""Files and folders that are complete or absent: written under a temporary name, then renamed."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    """Write JSON under a temporary name, then rename."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``path`` when the block ends and vanishes when it fails.
+
+    Raises:
+        FileExistsError: if ``path`` is a file or a folder that is not empty, before the block and after it.
+    """
+    path = Path(path)
+
+    def check() -> None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"{path} exists and is not an empty folder: choose another one.")
+
+    check()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        inside = temporary / "content"  # mkdtemp's folder is its owner's alone; this one gets the usual rights
+        inside.mkdir()
+        yield inside
+        check()
+        if path.is_dir():
+            path.rmdir()
+        os.replace(inside, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
