@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dar_hf import DARConfig, DARForCausalLM, DARTokenizer
-from dar_hf.presets import PRESETS, get_preset
+from dar_hf.presets import PRESETS, get_preset, parse_options, sampling_preset
 from dar_hf.training.ar_stage import ARArguments
 from dar_hf.training.tokenizer_stage import TokenizerArguments
 
@@ -101,3 +101,36 @@ def test_a_preset_is_a_copy():
 def test_unknown_preset(name):
     with pytest.raises(ValueError, match=f"unknown preset '{name}'; there are .*digits"):
         get_preset(name)
+
+
+def test_sampling_of_the_paper():
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert sampling_preset("L") == plain | {"guidance_scale": [1.1, 8.0]}
+    assert sampling_preset("XL") == plain | {"guidance_scale": [1.1, 10.0]}
+    assert sampling_preset("B") == sampling_preset("XXL") == sampling_preset("3B") == plain
+    sampling_preset("L")["guidance_scale"][0] = 5.0
+    assert sampling_preset("L")["guidance_scale"] == [1.1, 8.0]
+
+
+@pytest.mark.parametrize("name", ["v1", "digits", "M"])
+def test_no_sampling_preset(name):
+    with pytest.raises(ValueError, match=f"no sampling preset '{name}'; there are B, L, XL, XXL, 3B"):
+        sampling_preset(name)
+
+
+def test_options():
+    items = ["sample_size=64", "low_rank_queries=False", "data_std=0.5", "repa_layer=None", "rope_type=default"]
+    assert parse_options(items) == {
+        "sample_size": 64,
+        "low_rank_queries": False,
+        "data_std": 0.5,
+        "repa_layer": None,
+        "rope_type": "default",
+    }
+    assert parse_options(None) == {}
+
+
+@pytest.mark.parametrize("item", ["sample_size", "=3", ""])
+def test_options_without_name_or_value(item):
+    with pytest.raises(ValueError, match="as name=value, got"):
+        parse_options([item])

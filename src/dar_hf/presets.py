@@ -1,11 +1,12 @@
 """Named sizes and recipes.
 
-A preset holds up to four dictionaries: the options of `DARTokenizer` and `DARConfig`, and the recipes (options of
-`TokenizerArguments` and `ARArguments`) of the two stages. ``v1`` is the ImageNet 256x256 tokenizer of the paper;
-``B`` to ``3B`` are the language models over its codes; ``digits`` is a whole small system that trains from scratch on
-two CPU cores in minutes.
+A preset holds up to five dictionaries: the options of `DARTokenizer` and `DARConfig`, the recipes (options of
+`TokenizerArguments` and `ARArguments`) of the two stages, and how images are sampled. ``v1`` is the ImageNet 256x256
+tokenizer of the paper; ``B`` to ``3B`` are the language models over its codes; ``digits`` is a whole small system that
+trains from scratch on two CPU cores in minutes.
 """
 
+import ast
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ class Preset:
     transformer: dict[str, Any] = field(default_factory=dict)
     tokenizer_recipe: dict[str, Any] = field(default_factory=dict)
     ar_recipe: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
 # Paper, section 4: one learning rate, zero gates and no care for the codebook: 1.28 M images fill it. The rate belongs
@@ -52,22 +54,30 @@ _IMAGENET_AR_RECIPE = dict(
 )
 
 
-def _llama(layers: int, heads: int, dim: int, **recipe: Any) -> Preset:
-    """A LlamaGen size; the mlp is 8/3 of the width, rounded up to a multiple of 256."""
+def _llama(layers: int, heads: int, dim: int, guidance: list[float] | None = None) -> Preset:
+    """A LlamaGen size; the mlp is 8/3 of the width, rounded up to a multiple of 256.
+
+    ``guidance`` is the scale, linear over the image tokens, behind the FID that the paper reports; it samples from the
+    whole distribution.
+    """
+    scale = {} if guidance is None else {"guidance_scale": guidance}
     transformer = dict(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         hidden_size=dim,
         intermediate_size=-(-(8 * dim // 3) // 256) * 256,
     )
-    return Preset(transformer=transformer, ar_recipe=_IMAGENET_AR_RECIPE | recipe)
+    sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **scale)
+    return Preset(transformer=transformer, ar_recipe=_IMAGENET_AR_RECIPE | scale, sampling=sampling)
 
+
+PAPER_SIZES = ("B", "L", "XL", "XXL", "3B")  # of the language model
 
 PRESETS: dict[str, Preset] = {
     "v1": Preset(tokenizer={}, tokenizer_recipe=_V1_RECIPE),
     "B": _llama(12, 12, 768),
-    "L": _llama(24, 16, 1024, guidance_scale=[1.1, 8.0]),
-    "XL": _llama(36, 20, 1280, guidance_scale=[1.1, 10.0]),
+    "L": _llama(24, 16, 1024, guidance=[1.1, 8.0]),
+    "XL": _llama(36, 20, 1280, guidance=[1.1, 10.0]),
     "XXL": _llama(48, 24, 1536),
     "3B": _llama(24, 32, 3200),
     "digits": Preset(
@@ -148,3 +158,35 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}.")
     return deepcopy(PRESETS[name])
+
+
+def sampling_preset(name: str) -> dict[str, Any]:
+    """Generation options with which the paper samples from the size ``name``: entries of a ``GenerationConfig``.
+
+    Raises:
+        ValueError: for a name that has none.
+    """
+    sampling = PRESETS[name].sampling if name in PRESETS else {}
+    if not sampling:
+        raise ValueError(
+            f"no sampling preset {name!r}; there are {', '.join(n for n in PRESETS if PRESETS[n].sampling)}."
+        )
+    return deepcopy(sampling)
+
+
+def parse_options(options: list[str] | None) -> dict[str, Any]:
+    """``["sample_size=64", "low_rank_queries=False"]`` as a dictionary of Python values.
+
+    Raises:
+        ValueError: for an item that is not ``name=value``.
+    """
+    result = {}
+    for item in options or []:
+        name, separator, value = item.partition("=")
+        if not separator or not name:
+            raise ValueError(f"options are given as name=value, got {item!r}.")
+        try:
+            result[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[name] = value
+    return result

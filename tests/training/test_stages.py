@@ -14,7 +14,7 @@ from PIL import Image
 from dar_hf import DARConfig, DARPipeline, DARTokenizer
 from dar_hf.presets import get_preset
 from dar_hf.training import TokenizerStage, train
-from dar_hf.training.build import build_ar_stage, build_tokenizer_stage, parse_overrides
+from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
 from dar_hf.training.checkpoints import find_checkpoint
 from dar_hf.training.loop import TrainingLoop, claim_output_dir, make_accelerator
 from dar_hf.training.losses import cross_entropy_sum
@@ -421,24 +421,6 @@ def test_every_recipe_is_accepted(command, stage, preset):
     args, recipe = command.parse(stage, ["--preset", preset]), get_preset(preset)
     wanted = recipe.tokenizer_recipe if stage == "tokenizer" else recipe.ar_recipe
     assert wanted and {name: getattr(args, name) for name in wanted} == wanted
-
-
-def test_overrides():
-    items = ["sample_size=64", "low_rank_queries=False", "data_std=0.5", "repa_layer=None", "rope_type=default"]
-    assert parse_overrides(items) == {
-        "sample_size": 64,
-        "low_rank_queries": False,
-        "data_std": 0.5,
-        "repa_layer": None,
-        "rope_type": "default",
-    }
-    assert parse_overrides(None) == {}
-
-
-@pytest.mark.parametrize("item", ["sample_size", "=3", ""])
-def test_overrides_without_name_or_value(item):
-    with pytest.raises(ValueError, match="takes name=value, got"):
-        parse_overrides([item])
 
 
 @pytest.mark.parametrize("item", ["encoder_dmi=32", "encoder_dim=33", "num_tokens=15", "codebook_size=0"])

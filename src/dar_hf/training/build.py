@@ -1,6 +1,5 @@
 """From arguments to a stage: data sets, models and overrides."""
 
-import ast
 import logging
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..configuration_dar import DARConfig
 from ..data import ImageSamples, ImageTransform, available_splits, load_images
 from ..modeling_dar import DARForCausalLM
-from ..presets import get_preset
+from ..presets import get_preset, parse_options
 from ..tokenizer_dar import SHORT_SEQUENCE, DARTokenizer
 from .ar_stage import ARArguments, ARStage
 from .loop import LoopArguments
@@ -22,24 +21,6 @@ from .tokenizer_stage import TokenizerArguments, TokenizerStage
 logger = logging.getLogger(__name__)
 
 HELD_OUT_PART = 20  # one in so many images is held out for validation where there is no split for it
-
-
-def parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
-    """``["sample_size=64", "low_rank_queries=False"]`` as a dictionary of Python values.
-
-    Raises:
-        ValueError: for an item that is not ``name=value``.
-    """
-    result = {}
-    for item in overrides or []:
-        name, separator, value = item.partition("=")
-        if not separator or not name:
-            raise ValueError(f"model_overrides takes name=value, got {item!r}.")
-        try:
-            result[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            result[name] = value
-    return result
 
 
 def _image_samples(
@@ -104,7 +85,7 @@ def build_tokenizer_stage(args: TokenizerArguments) -> TokenizerStage:
     if not options and args.preset != "v1":
         raise ValueError(f"preset {args.preset!r} has no tokenizer; use v1 or digits.")
     set_seed(args.seed)
-    model = _make(DARTokenizer, options | parse_overrides(args.model_overrides))
+    model = _make(DARTokenizer, options | parse_options(args.model_overrides))
     train, validation = _image_samples(args, model, with_labels=False)
     stage = TokenizerStage(model, train, args, validation)
     stage.start_fresh()
@@ -136,7 +117,7 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
     train, validation = _image_samples(args, tokenizer, with_labels=True)
     label_feature = train.dataset.features["label"]
     assert isinstance(label_feature, datasets.ClassLabel)  # load_images makes it one
-    overrides = parse_overrides(args.model_overrides)
+    overrides = parse_options(args.model_overrides)
     unknown = set(overrides) - set(DARConfig().to_dict())
     if unknown:
         raise ValueError(f"DARConfig has no options {', '.join(sorted(unknown))}.")

@@ -1,0 +1,71 @@
+"""Convert checkpoints of the original D-AR code to a pipeline folder (or, given one file, to that model's folder).
+
+    python examples/convert_checkpoint.py --tokenizer tokenizer.pt --transformer dar_l.pt --output_dir outputs/dar-l
+
+Nothing in the files is executed. What a file does not say comes from --config or name=value options.
+"""
+
+import argparse
+import logging
+import sys
+
+from dar_hf import DARPipeline, FlowMatchAdamsBashforthScheduler
+from dar_hf.conversion import convert_tokenizer, convert_transformer
+from dar_hf.files import new_folder
+from dar_hf.labels import imagenet_labels, read_labels
+from dar_hf.presets import parse_options
+
+
+def millions(module) -> float:
+    return 0.0 if module is None else sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def build(args: argparse.Namespace):
+    """The pipeline, or the one model there is."""
+    tokenizer = transformer = None
+    if args.tokenizer:
+        tokenizer = convert_tokenizer(args.tokenizer, args.config, **parse_options(args.tokenizer_options))
+        head = millions(tokenizer.denoiser.repa_head)
+        print(f"tokenizer: {millions(tokenizer) - head:.1f} M parameters + {head:.1f} M (REPA head, for training)")
+    if args.transformer:
+        options = parse_options(args.transformer_options)
+        if tokenizer is not None:
+            config = tokenizer.config
+            options = {"num_image_tokens": config.num_tokens, "tokens_per_group": config.tokens_per_group} | options
+        transformer = convert_transformer(args.transformer, sampling=args.sampling, **options)
+        print(f"transformer: {millions(transformer):.1f} M parameters")
+    if tokenizer is None or transformer is None:
+        return tokenizer or transformer
+    num_classes = transformer.config.num_classes
+    labels = imagenet_labels() if num_classes == 1000 else None
+    if args.id2label:
+        labels = read_labels(args.id2label, num_classes)
+    scheduler = FlowMatchAdamsBashforthScheduler(shift=tokenizer.config.time_shift)
+    return DARPipeline(tokenizer, transformer, scheduler, id2label=labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", help="tokenizer checkpoint (.pt)")
+    parser.add_argument("--transformer", help="language model checkpoint (.pt)")
+    parser.add_argument("--output_dir", required=True, help="folder to make; must not exist or be empty")
+    parser.add_argument("--id2label", help="class names: JSON by id, or one a line; ImageNet's where there are 1,000")
+    parser.add_argument("--config", help="YAML file with the tokenizer's options in the original's names")
+    parser.add_argument("--sampling", help="take the sampling of this preset (L, XL) instead of the model's own")
+    parser.add_argument("--tokenizer_options", nargs="*", metavar="NAME=VALUE", help="options of DARTokenizer")
+    parser.add_argument("--transformer_options", nargs="*", metavar="NAME=VALUE", help="options of DARConfig")
+    args = parser.parse_args()
+    if not (args.tokenizer or args.transformer):
+        parser.error("give --tokenizer, --transformer or both")
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING)
+    logging.getLogger("dar_hf").setLevel(logging.INFO)  # says what was dropped
+    try:
+        with new_folder(args.output_dir) as folder:
+            build(args).save_pretrained(folder)
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert_checkpoint.py: {error}")
+    print(f"saved {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

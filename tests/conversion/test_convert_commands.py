@@ -1,0 +1,118 @@
+"""The commands, as a user runs them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dar_hf import DARForCausalLM, DARPipeline, DARTokenizer
+from dar_hf.conversion import convert_tokenizer, convert_transformer
+
+from . import originals
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def files(tmp_path):
+    weights = originals.tokenizer_weights(originals.TOKENIZER)
+    weights = {name: tensor * 0.05 for name, tensor in weights.items()}
+    originals.save(originals.tokenizer_checkpoint(weights, originals.TOKENIZER), tmp_path / "tokenizer.pt")
+    model = originals.transformer_checkpoint(originals.transformer_weights(**originals.TRANSFORMER), n_head=2)
+    torch.save(model, tmp_path / "transformer.pt")
+    return ["--tokenizer", str(tmp_path / "tokenizer.pt"), "--transformer", str(tmp_path / "transformer.pt")]
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_pipeline(files, tmp_path):
+    result = run("convert_checkpoint.py", *files, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    for line in ("tokenizer: ", " M (REPA head, for training)", "transformer: 0.5 M parameters", "codebook_used"):
+        assert line in result.stdout
+    pipeline = DARPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.transformer.config.num_image_tokens == 16  # the tokenizer's: the file does not say
+    assert pipeline.transformer.config.tokens_per_group == 4
+    assert pipeline.scheduler.config.shift == 2 and not pipeline.scheduler.config.variable_step
+    for converted, loaded in (
+        (convert_tokenizer(files[1]), pipeline.tokenizer),
+        (convert_transformer(files[3], num_image_tokens=16), pipeline.transformer),
+    ):
+        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in converted.state_dict().items())
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline([0, 4]).images[0].size == (16, 16)
+
+
+def test_options(files, tmp_path):
+    (tmp_path / "labels.json").write_text(json.dumps(["a", "b", "c", "d", "e"]))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"num_denoising_steps": 3}}))
+    result = run(
+        "convert_checkpoint.py",
+        *files,
+        *("--output_dir", tmp_path / "out", "--id2label", tmp_path / "labels.json", "--sampling", "XL"),
+        *("--config", tmp_path / "config.yaml", "--tokenizer_options", "strict_sample_size=True"),
+        *("--transformer_options", "num_attention_heads=2", "class_dropout=0.3"),
+    )
+    assert result.returncode == 0, result.stderr
+    pipeline = DARPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.get_label_ids("e") == [4]
+    assert pipeline.transformer.generation_config.guidance_scale == [1.1, 10.0]
+    assert pipeline.tokenizer.config.num_inference_steps == 3 and pipeline.tokenizer.config.strict_sample_size
+    assert pipeline.transformer.config.class_dropout == 0.3
+
+
+def test_one_model(files, tmp_path):
+    assert run("convert_checkpoint.py", *files[:2], "--output_dir", tmp_path / "a").returncode == 0
+    DARTokenizer.from_pretrained(tmp_path / "a")
+    options = ("--transformer_options", "num_image_tokens=16")
+    assert run("convert_checkpoint.py", *files[2:], *options, "--output_dir", tmp_path / "b").returncode == 0
+    DARForCausalLM.from_pretrained(tmp_path / "b")
+
+
+def test_what_goes_wrong_leaves_nothing(files, tmp_path):
+    (tmp_path / "labels.txt").write_text("a\n")
+    other = originals.transformer_weights(**originals.TRANSFORMER | {"vocab_size": 33})
+    torch.save(originals.transformer_checkpoint(other, n_head=2), tmp_path / "other.pt")
+    (tmp_path / "short.pt").write_bytes(Path(files[1]).read_bytes()[:10_000])
+    out = tmp_path / "out"
+    for options, message in (
+        ((*files, "--id2label", tmp_path / "labels.txt"), "must name the classes 0 to 4"),
+        ((*files[:3], tmp_path / "other.pt"), "disagree: codebook_size 32 and 33"),
+        ((*files[:1], tmp_path / "short.pt", *files[2:]), "short.pt"),
+        ((*files[:1], tmp_path / "none.pt", *files[2:]), "no checkpoint at"),
+        ((*files, "--tokenizer_options", "encoder_dim"), "name=value"),
+        ((*files, "--transformer_options", "num_image_tokens=17"), "number of tokens 16 and 17"),
+    ):
+        before = set(tmp_path.iterdir())
+        result = run("convert_checkpoint.py", *options, "--output_dir", out)
+        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+        assert set(tmp_path.iterdir()) == before
+
+
+def test_nothing_is_overwritten(files, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    for script, options in (("convert_checkpoint.py", files), ("export_llama.py", ["--model", tmp_path])):
+        result = run(script, *options, "--output_dir", tmp_path / "out")
+        assert result.returncode == 1 and "not an empty folder" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_export_llama(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    options = ("--model", tmp_path / "pipeline", "--subfolder", "transformer", "--output_dir", tmp_path / "llama")
+    result = run("export_llama.py", *options)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "llama" / "config.json").read_text())["model_type"] == "llama"
+    shutil.rmtree(tmp_path / "llama")
+    result = run("export_llama.py", "--model", tmp_path / "none", "--output_dir", tmp_path / "llama")
+    assert result.returncode == 1 and "Traceback" not in result.stderr and not (tmp_path / "llama").exists()

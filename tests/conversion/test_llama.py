@@ -1,0 +1,82 @@
+"""The plain Llama gives the codes that the D-AR model gives, through stock generate and nothing of ours."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from dar_hf.conversion import to_llama
+
+STOCK = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+prompt = torch.arange(model.config.num_classes)[:, None] + model.config.codebook_size
+assert type(model).__module__.startswith("transformers.") and "dar_hf" not in sys.modules
+torch.save(model.generate(prompt, do_sample=False)[:, 1:], sys.argv[2])
+"""
+
+
+def greedy(model):
+    return torch.cat(list(model.stream_codes(range(model.config.num_classes), temperature=0)), dim=1)
+
+
+def prompts(model):
+    return torch.arange(model.config.num_classes)[:, None] + model.config.codebook_size
+
+
+@pytest.mark.parametrize("options", [{}, {"num_attention_heads": 4, "num_key_value_heads": 2}, {"rope_theta": 100.0}])
+def test_greedy_codes(make_transformer, options):
+    model = make_transformer(**options)
+    llama = to_llama(model)
+    assert type(llama) is LlamaForCausalLM and not llama.training
+    assert torch.equal(llama.generate(prompts(model), do_sample=False)[:, 1:], greedy(model))
+
+
+@pytest.mark.slow
+def test_in_a_process_without_this_package(tiny_transformer, tmp_path):
+    to_llama(tiny_transformer).save_pretrained(tmp_path / "llama")
+    command = [sys.executable, "-c", STOCK, str(tmp_path / "llama"), str(tmp_path / "codes.pt")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "codes.pt"), greedy(tiny_transformer))
+
+
+def test_classes_are_never_sampled(tiny_transformer, tmp_path):
+    llama = to_llama(tiny_transformer)
+    with torch.no_grad():
+        llama.lm_head.weight[32:] = 50 * llama.lm_head.weight[:1]  # a class that scores best half the time
+    torch.manual_seed(0)
+    sampled = llama.generate(prompts(tiny_transformer), do_sample=True, temperature=5.0, top_k=0)[:, 1:]
+    assert sampled.shape == (5, 16) and sampled.max() < 32
+    llama.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generate(prompts(tiny_transformer), do_sample=True, temperature=5.0, top_k=0)[:, 1:].max() < 32
+
+
+def test_greedy_codes_where_the_generation_configuration_is_ignored(tiny_transformer):
+    llama, tokens = to_llama(tiny_transformer), prompts(tiny_transformer)
+    for _ in range(16):
+        with torch.no_grad():
+            tokens = torch.cat([tokens, llama(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(tokens[:, 1:], greedy(tiny_transformer))
+
+
+def test_sampling_comes_along(make_transformer):
+    model = make_transformer()
+    model.generation_config.update(do_sample=True, temperature=0.7, top_k=0, top_p=0.9, guidance_scale=[1.1, 8.0])
+    sampling = to_llama(model).generation_config
+    assert (sampling.do_sample, sampling.temperature, sampling.top_k, sampling.top_p) == (True, 0.7, 0, 0.9)
+    assert sampling.guidance_scale is None and sampling.max_new_tokens == 16 and sampling.eos_token_id is None
+    assert sampling.suppress_tokens == [32, 33, 34, 35, 36, 37]
+
+
+def test_it_is_a_copy(tiny_transformer):
+    llama = to_llama(tiny_transformer.to(torch.bfloat16))
+    assert llama.dtype == torch.float32
+    with torch.no_grad():
+        llama.model.norm.weight.zero_()
+    assert tiny_transformer.model.norm.weight.abs().min() > 0
+    assert llama.config.codebook_size == 32 and llama.config.num_image_tokens == 16
