@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -26,6 +27,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
+    eager_attention_forward,
 )
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
@@ -111,19 +113,103 @@ class GeneratorSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
+class FilledCacheLayer(DynamicLayer):
+    """Keys and values in one buffer of full length, of which attention sees the filled part.
+
+    A growing cache is copied whole at every token, and a static one is read whole. On CPUs half-precision keys and
+    values are held in float32, with which attention of a single query is several times faster there.
+    """
+
+    def __init__(self, max_length: int):
+        super().__init__()
+        self.max_length = max_length
+        self.buffers: list[torch.Tensor] = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.device = key_states.device
+        self.dtype = torch.float32 if self.device.type == "cpu" else key_states.dtype
+        batch_size, num_heads, _, head_dim = key_states.shape
+        shape = (batch_size, num_heads, self.max_length, head_dim)
+        self.buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)]
+        self.keys, self.values = (buffer[:, :, :0] for buffer in self.buffers)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.keys.shape[2]
+        stop = start + key_states.shape[2]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop].copy_(new)
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+class DARRMSNorm(LlamaRMSNorm):
+    """Llama's norm as torch's own operator, which is one kernel on GPUs."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class DARRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's rotary embedding; the sines carry the sign of the half they meet."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and signed sines, both ``(B, 1, L, head_dim)``."""
+        cos, sin = super().forward(x, position_ids)
+        first, second = sin.chunk(2, dim=-1)
+        return cos.unsqueeze(1), torch.cat([-first, second], dim=-1).unsqueeze(1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply `DARRotaryEmbedding` to ``x (B, heads, L, head_dim)``, whose two halves make the pairs."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
 class DARAttention(LlamaAttention):
     """Llama attention with dropout after the output projection."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        output, weights = super().forward(*args, **kwargs)
-        return F.dropout(output, self.config.resid_dropout, self.training), weights
+    def __init__(self, config: DARConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.resid_dropout = config.resid_dropout
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+            query = query.to(key.dtype)  # FilledCacheLayer's
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        output = self.o_proj(output.flatten(2).to(hidden_states.dtype))
+        return F.dropout(output, self.resid_dropout, self.training), weights
 
 
 class DARMLP(LlamaMLP):
     """Llama mlp with dropout after it."""
 
+    def __init__(self, config: DARConfig):
+        super().__init__(config)
+        self.ffn_dropout = config.ffn_dropout
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(super().forward(x), self.config.ffn_dropout, self.training)
+        return F.dropout(super().forward(x), self.ffn_dropout, self.training)
 
 
 class DARDecoderLayer(LlamaDecoderLayer):
@@ -131,6 +217,8 @@ class DARDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         self.self_attn = DARAttention(config, layer_idx)
         self.mlp = DARMLP(config)
+        self.input_layernorm = DARRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DARRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class DARPreTrainedModel(LlamaPreTrainedModel):
@@ -156,8 +244,8 @@ class DARModel(DARPreTrainedModel, LlamaModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([DARDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.norm = DARRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DARRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -410,7 +498,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     ) -> Iterator[torch.LongTensor]:
         """``tokens`` are the class tokens and the prefix; ``warpers`` None decodes greedily."""
         codes = tokens[:, 1:]
-        cache = DynamicCache(config=self.config)
+        cache = Cache(layers=[FilledCacheLayer(num_tokens) for _ in self.model.layers])
         yielded = 0
         while yielded < num_tokens:
             stop = min(yielded + group_size, num_tokens)
