@@ -125,9 +125,9 @@ def test_codes_come_from_the_transformer(tiny_pipeline):
     steps, _ = recorded(tiny_pipeline, [0, 3], generator=seeded(), latents=latents, **options)
     stream = tiny_pipeline.transformer.stream_codes([0, 3], generator=seeded(), **options)
     assert torch.equal(steps[-1]["codes"], torch.cat(list(stream), dim=1))
-    for name, value in [("guidance_scale", 1.0), ("temperature", 2.0), ("top_k", 2), ("top_p", 0.3)]:
+    for name, value in [("guidance_scale", 1.0), ("temperature", 2.0), ("top_k", 1), ("top_p", 0.3)]:
         other, _ = recorded(tiny_pipeline, [0, 3], generator=seeded(), latents=latents, **options | {name: value})
-        assert not torch.equal(other[-1]["codes"], steps[-1]["codes"])
+        assert not torch.equal(other[-1]["codes"], steps[-1]["codes"]), name
 
 
 def test_return_dict(tiny_pipeline):

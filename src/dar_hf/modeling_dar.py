@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
     LlamaDecoderLayer,
-    LlamaMLP,
     LlamaModel,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
@@ -32,6 +31,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_dar import DARConfig
+from .linear_dar import Linear, packed
 
 GuidanceScale: TypeAlias = float | tuple[float, float] | list[float] | None
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
@@ -169,12 +169,23 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-class DARAttention(LlamaAttention):
-    """Llama attention with dropout after the output projection."""
+class DARAttention(nn.Module):
+    """Llama's attention, with dropout after the output projection."""
+
+    is_causal = True
 
     def __init__(self, config: DARConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.resid_dropout = config.resid_dropout
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout, self.resid_dropout = config.attention_dropout, config.resid_dropout
+        queries, keys = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self,
@@ -201,20 +212,25 @@ class DARAttention(LlamaAttention):
         return F.dropout(output, self.resid_dropout, self.training), weights
 
 
-class DARMLP(LlamaMLP):
-    """Llama mlp with dropout after it."""
+class DARMLP(nn.Module):
+    """Llama's mlp, with dropout after it."""
 
     def __init__(self, config: DARConfig):
-        super().__init__(config)
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
         self.ffn_dropout = config.ffn_dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(super().forward(x), self.ffn_dropout, self.training)
+        x = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return F.dropout(x, self.ffn_dropout, self.training)
 
 
 class DARDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: DARConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+        super(LlamaDecoderLayer, self).__init__()  # not LlamaDecoderLayer's own: every part is ours
         self.self_attn = DARAttention(config, layer_idx)
         self.mlp = DARMLP(config)
         self.input_layernorm = DARRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -300,7 +316,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = DARModel(config)
         self.vocab_size = config.codebook_size
-        self.lm_head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.codebook_size, bias=False)
         self.post_init()
 
     @torch.no_grad()
@@ -499,22 +515,26 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         """``tokens`` are the class tokens and the prefix; ``warpers`` None decodes greedily."""
         codes = tokens[:, 1:]
         cache = Cache(layers=[FilledCacheLayer(num_tokens) for _ in self.model.layers])
+        rows = len(tokens) if schedule is None else 2 * len(tokens)
         yielded = 0
-        while yielded < num_tokens:
-            stop = min(yielded + group_size, num_tokens)
-            while codes.shape[1] < stop:
-                inputs = tokens if schedule is None else self._with_null_rows(tokens)
-                logits = self(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-                codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
-                if schedule is not None:
-                    logits = apply_guidance(logits, schedule[codes.shape[1]])
-                if warpers is None:
-                    tokens = logits.argmax(dim=-1, keepdim=True)
-                else:
-                    tokens = draw(warpers(None, logits), generator)[:, None]
-                codes = torch.cat([codes, tokens], dim=1)
-            yield codes[:, yielded:stop]
-            yielded = stop
+        with packed(self, rows):
+            while yielded < num_tokens:
+                stop = min(yielded + group_size, num_tokens)
+                while codes.shape[1] < stop:
+                    inputs = tokens if schedule is None else self._with_null_rows(tokens)
+                    logits = (
+                        self(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+                    )
+                    codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
+                    if schedule is not None:
+                        logits = apply_guidance(logits, schedule[codes.shape[1]])
+                    if warpers is None:
+                        tokens = logits.argmax(dim=-1, keepdim=True)
+                    else:
+                        tokens = draw(warpers(None, logits), generator)[:, None]
+                    codes = torch.cat([codes, tokens], dim=1)
+                yield codes[:, yielded:stop]
+                yielded = stop
 
 
 def sampling_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList | None:

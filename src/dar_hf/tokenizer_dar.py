@@ -27,11 +27,13 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from .linear_dar import Linear, has_fast_bf16, pack
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, shift_time
 
 NORM_EPS = 1e-6  # every LayerNorm of the tokenizer
 SHORT_SEQUENCE = 128  # up to here the fused attention of CPUs is several times slower backwards than plain matmuls
 CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+HALF_FROM = 512  # width from which the denoiser gains from bf16; smaller ones are bound by overheads
 NUM_REPA_ROWS = 16  # rows of the feature grid that REPA compares: DINOv2 at 224 pixels has 16
 
 
@@ -41,13 +43,13 @@ def layer_norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotary_table(height: int, width: int, head_dim: int, theta: float) -> torch.Tensor:
-    """Cosines and sines of the two-axis rotary embedding of a ``height x width`` grid.
+    """Rotations of the two-axis rotary embedding of a ``height x width`` grid, as complex numbers.
 
     The first half of the head dimension rotates with the row, the second with the column; angles are computed in
     float64 and stored in float32, as the original code does.
 
     Returns:
-        ``(2, height * width, 1, head_dim / 2)`` float32.
+        ``(height * width, 1, head_dim / 2)`` complex64.
     """
     per_axis = head_dim // 2
     frequencies = theta ** (-torch.arange(0, per_axis, 2, dtype=torch.float64) / per_axis)
@@ -55,14 +57,43 @@ def rotary_table(height: int, width: int, head_dim: int, theta: float) -> torch.
     columns = torch.arange(width, dtype=torch.float64)[None, :, None] * frequencies
     angles = torch.cat([rows.expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1)
     angles = angles.reshape(height * width, 1, per_axis)
-    return torch.stack([angles.cos(), angles.sin()]).float()
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
 def apply_rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rotate interleaved pairs of ``x (B, L, heads, head_dim)`` by ``table (2, L, 1, head_dim / 2)`` in float32."""
-    cos, sin = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    """Rotate interleaved pairs of ``x (B, L, heads, head_dim)`` by ``table (L, 1, head_dim / 2)`` in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+
+
+def _is_long_half_attention(query: torch.Tensor, key: torch.Tensor) -> bool:
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and key.shape[1] > SHORT_SEQUENCE
+        and not query.requires_grad
+        and not torch.compiler.is_compiling()
+    )
+
+
+def head_by_head_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of bf16 ``(B, L, heads, head_dim)`` on CPUs, where torch's fused kernel is no faster than in float32.
+
+    Two heads at a time, one for each half of the work of a matrix product, so that their scores stay in the cache.
+    """
+    output = torch.empty_like(query)
+    batch_size, length, num_heads, head_dim = query.shape
+    scores = query.new_empty(2, length, key.shape[1])
+    weights = torch.empty_like(scores)
+    for row in range(batch_size):
+        q, k, v = (x[row].transpose(0, 1).contiguous() for x in (query * head_dim**-0.5, key, value))
+        for head in range(0, num_heads, 2):
+            pair = slice(head, head + 2)
+            size = len(q[pair])
+            torch.bmm(q[pair], k[pair].transpose(1, 2), out=scores[:size])
+            torch.softmax(scores[:size], dim=-1, out=weights[:size])
+            output[row, :, pair] = torch.bmm(weights[:size], v[pair]).transpose(0, 1)
+    return output
 
 
 class CausalCache:
@@ -115,6 +146,8 @@ class DARAttnProcessor:
         if cache is not None:
             key, value = cache[0].update(cache[1], key, value)
         backend = self._attention_backend
+        if backend is None and attention_mask is None and _is_long_half_attention(query, key):
+            return attn.to_out(head_by_head_attention(query, key, value).flatten(2))
         if backend is None and query.requires_grad and query.device.type == "cpu" and key.shape[1] <= SHORT_SEQUENCE:
             backend = AttentionBackendName._NATIVE_MATH
         output = dispatch_attention_fn(
@@ -133,12 +166,12 @@ class DARAttention(nn.Module, AttentionModuleMixin):
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(dim, dim)
+        self.to_v = Linear(dim, dim)
         self.norm_q = nn.LayerNorm(head_dim, eps=NORM_EPS)
         self.norm_k = nn.LayerNorm(head_dim, eps=NORM_EPS)
-        self.to_out = nn.Linear(dim, dim)
+        self.to_out = Linear(dim, dim)
         self.set_processor(DARAttnProcessor())
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -149,7 +182,7 @@ class FeedForward(nn.Sequential):
     """Two linear layers around a SiLU, four times as wide inside."""
 
     def __init__(self, dim: int):
-        super().__init__(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+        super().__init__(Linear(dim, 4 * dim), nn.SiLU(), Linear(4 * dim, dim))
 
 
 class GatedBlock(nn.Module):
@@ -165,8 +198,8 @@ class GatedBlock(nn.Module):
         self.gate2 = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: torch.Tensor, attention: dict) -> torch.Tensor:
-        x = x + self.gate1 * self.attn(self.norm1(x), **attention)
-        return x + self.gate2 * self.mlp(self.norm2(x))
+        x = torch.addcmul(x, self.gate1, self.attn(self.norm1(x), **attention))
+        return torch.addcmul(x, self.gate2, self.mlp(self.norm2(x)))
 
 
 class TimestepEmbedding(nn.Module):
@@ -175,7 +208,7 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.dim = dim
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(Linear(dim, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         half = self.dim // 2
@@ -191,9 +224,9 @@ class DiffusionBlock(nn.Module):
     def __init__(self, dim: int, head_dim: int, own_time_embedding: bool):
         super().__init__()
         self.time_embed = TimestepEmbedding(dim) if own_time_embedding else None
-        self.condition_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.condition_embed = nn.Sequential(Linear(dim, dim), nn.SiLU(), Linear(dim, dim))
         self.cross_attn = DARAttention(dim, head_dim)
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.modulation = Linear(dim, 6 * dim)
         self.attn = DARAttention(dim, head_dim)
         self.mlp = FeedForward(dim)
 
@@ -215,8 +248,9 @@ class DiffusionBlock(nn.Module):
         )
         modulation = self.modulation(F.silu(time.unsqueeze(1) + attended))
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1 * self.attn(normed * (1 + scale1) + shift1, rotary=rotary)
-        return x + gate2 * self.mlp(layer_norm(x) * (1 + scale2) + shift2)
+        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(normed + shift1, normed, scale1), rotary=rotary))
+        normed = layer_norm(x)
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(normed + shift2, normed, scale2)))
 
 
 class AdaptiveHead(nn.Module):
@@ -224,8 +258,8 @@ class AdaptiveHead(nn.Module):
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
-        self.modulation = nn.Linear(dim, 2 * dim)
-        self.linear = nn.Linear(dim, out_dim)
+        self.modulation = Linear(dim, 2 * dim)
+        self.linear = Linear(dim, out_dim)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         shift, scale = self.modulation(F.silu(time))[:, None].chunk(2, dim=-1)
@@ -236,9 +270,7 @@ class RepaHead(nn.Sequential):
     """Projects decoder features to those of a frozen image encoder (training only)."""
 
     def __init__(self, dim: int, out_dim: int, hidden: int = 2048):
-        super().__init__(
-            nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_dim)
-        )
+        super().__init__(Linear(dim, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU(), Linear(hidden, out_dim))
 
 
 class Denoiser(nn.Module):
@@ -250,14 +282,14 @@ class Denoiser(nn.Module):
         self.patch_size = config.diffusion_patch_size
         self.repa_layer = config.repa_layer
         patch_dim = config.in_channels * self.patch_size**2
-        self.proj_in = nn.Linear(patch_dim, dim)
-        self.condition_proj = nn.Linear(config.condition_dim, dim)
+        self.proj_in = Linear(patch_dim, dim)
+        self.condition_proj = Linear(config.condition_dim, dim)
         self.time_embed: Any = TimestepEmbedding(dim) if config.share_time_embedding else None
         self.blocks = nn.ModuleList(
             DiffusionBlock(dim, head_dim, not config.share_time_embedding) for _ in range(config.diffusion_depth)
         )
         self.adaptive_head: Any = AdaptiveHead(dim, patch_dim) if config.adaptive_head else None
-        self.proj_out: Any = None if config.adaptive_head else nn.Linear(dim, patch_dim)
+        self.proj_out: Any = None if config.adaptive_head else Linear(dim, patch_dim)
         self.repa_head: Any = None if config.repa_layer is None else RepaHead(dim, config.repa_dim)
         self.gradient_checkpointing = False
 
@@ -404,6 +436,10 @@ class DARTokenizer(ModelMixin, ConfigMixin):
     _repeated_blocks = ["GatedBlock", "DiffusionBlock"]
     _keep_in_fp32_modules = ["quant_proj", "quantizer"]
 
+    decode_dtype: torch.dtype | None = None
+    """dtype in which `decode` runs the denoiser. None: the model's, but bf16 for float32 models of width 512 or more
+    where the hardware is faster with it; codes, conditions, time, rotary positions and the solver stay as they are."""
+
     @register_to_config
     def __init__(
         self,
@@ -453,15 +489,16 @@ class DARTokenizer(ModelMixin, ConfigMixin):
 
         self.patch_embed = nn.Conv2d(in_channels, encoder_dim, encoder_patch_size, stride=encoder_patch_size)
         self.query_embed = nn.Embedding(max_num_tokens, query_rank if low_rank_queries else encoder_dim)
-        self.query_proj = nn.Linear(query_rank, encoder_dim) if low_rank_queries else None
+        self.query_proj = Linear(query_rank, encoder_dim) if low_rank_queries else None
         self.encoder_blocks = nn.ModuleList(GatedBlock(encoder_dim, head_dim) for _ in range(num_encoder_layers))
-        self.quant_proj = nn.Linear(encoder_dim, codebook_dim, bias=False)
+        self.quant_proj = Linear(encoder_dim, codebook_dim, bias=False)
         self.quantizer = VectorQuantizer(codebook_size, codebook_dim)
-        self.post_quant_proj = nn.Linear(codebook_dim, decoder_dim, bias=False)
+        self.post_quant_proj = Linear(codebook_dim, decoder_dim, bias=False)
         self.token_embed = nn.Embedding(max_num_tokens, decoder_dim)
         self.causal_blocks = nn.ModuleList(GatedBlock(decoder_dim, head_dim) for _ in range(num_decoder_layers))
         self.denoiser = Denoiser(config)
         self.gradient_checkpointing = False
+        self._twin: tuple[list, Denoiser] | None = None  # see _decoding_denoiser
         self._tables: dict = {}  # rotary tables and masks by size, dtype and device; not parameters, not saved
         self.reset_parameters()
 
@@ -512,8 +549,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
 
         def rotary() -> torch.Tensor:
             table = rotary_table(height, width, self.config.attention_head_dim, self.config.rope_theta)
-            identity = torch.stack([torch.ones_like(table[0, :1]), torch.zeros_like(table[0, :1])])
-            return torch.cat([table, identity.expand(-1, num_tokens, -1, -1)], dim=1)
+            return torch.cat([table, torch.ones_like(table[:1]).expand(num_tokens, -1, -1)])
 
         def mask() -> torch.Tensor:
             length = num_patches + num_tokens
@@ -711,11 +747,43 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         return self._velocity(sample, timestep, condition)[0].to(sample.dtype)
 
     def _velocity(
-        self, sample: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor, output_repa: bool = False
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: torch.Tensor,
+        output_repa: bool = False,
+        denoiser: Denoiser | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        denoiser = self.denoiser if denoiser is None else denoiser
+        dtype = denoiser.condition_proj.weight.dtype
         patch = self.config.diffusion_patch_size
         rotary = self._rotary(sample.shape[2] // patch, sample.shape[3] // patch, sample.device)
-        return self.denoiser(sample.to(self.dtype), timestep, condition, rotary, output_repa)
+        return denoiser(sample.to(dtype), timestep, condition.to(dtype), rotary, output_repa)
+
+    def _decoding_denoiser(self, rows: int) -> Denoiser:
+        """The denoiser in `decode_dtype`: the model's own, or a copy, made anew when the original has changed."""
+        dtype = self.decode_dtype
+        if dtype is None:
+            gains = self.dtype == torch.float32 and self.config.diffusion_dim >= HALF_FROM
+            dtype = torch.bfloat16 if gains and has_fast_bf16(self.device) else self.dtype
+        if dtype == self.dtype:
+            self._twin = None
+            return self.denoiser
+        parameters = list(self.denoiser.parameters())
+        state = [dtype] + [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        state += [m.processor._attention_backend for m in self.denoiser.modules() if isinstance(m, DARAttention)]
+        if self._twin is None or self._twin[0] != state:
+            memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in parameters}
+            memo[id(self.denoiser.repa_head)] = None
+            twin = copy.deepcopy(self.denoiser, memo).eval()
+            pack(twin, rows)
+            self._twin = (state, twin)
+        return self._twin[1]
+
+    def train(self, mode: bool = True) -> "DARTokenizer":
+        if mode:
+            self._twin = None
+        return super().train(mode)
 
     @apply_forward_hook
     def decode(
@@ -820,6 +888,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         start_step: int,
     ) -> Iterator[DARPreview]:
         num_steps, step, sample = len(scheduler.timesteps), start_step, noise
+        denoiser = None
         windows = self.step_windows(num_steps)
         for conditions in self._condition_stream(groups):
             batch_size = len(conditions)
@@ -831,12 +900,15 @@ class DARTokenizer(ModelMixin, ConfigMixin):
             elif len(sample) != batch_size:
                 raise ValueError(f"noise for {len(sample)} images does not fit codes of {batch_size}.")
             sample = sample.to(self.device)
+            if denoiser is None:
+                denoiser = self._decoding_denoiser(
+                    batch_size * size[0] * size[1] // self.config.diffusion_patch_size**2
+                )
             while step < num_steps and windows[step][1] <= conditions.shape[1]:
                 start, stop = windows[step]
                 timestep = scheduler.timesteps[step]
-                velocity, _ = self._velocity(
-                    sample, timestep.to(self.device).expand(batch_size), conditions[:, start:stop]
-                )
+                time = timestep.to(self.device).expand(1)  # one for all images
+                velocity, _ = self._velocity(sample, time, conditions[:, start:stop], denoiser=denoiser)
                 preview = scheduler.preview(velocity, timestep, sample)
                 sample = scheduler.step(velocity, timestep, sample)[0]
                 step += 1

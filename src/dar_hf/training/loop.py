@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from ..data import GlobalBatchSampler
 from ..files import write_json, write_text
+from ..linear_dar import has_fast_bf16
 from .checkpoints import find_checkpoint, read_state, save_checkpoint
 from .pictures import plot_history, read_history, save_picture
 from .stage import Stage
@@ -121,10 +122,7 @@ def pick_precision(requested: str) -> str:
     """accelerate's name for the precision to train in; "auto" is bf16 where it is computed natively."""
     if requested != "auto":
         return requested
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    native = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return "bf16" if native else "no"
+    return "bf16" if has_fast_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
 
 
 def claim_output_dir(args: LoopArguments, saved_class: str) -> Path:
