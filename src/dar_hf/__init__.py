@@ -9,16 +9,17 @@ component as one file. Importing this package registers the classes with transfo
 pipeline loader; without that neither finds them.
 """
 
+__version__ = "0.1.0"
+
 from diffusers.pipelines import pipeline_loading_utils
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_dar import DARConfig
+from .hub import connect
 from .modeling_dar import DARForCausalLM, DARModel
 from .pipeline_dar import DARPipeline, DARPipelineOutput
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler
 from .tokenizer_dar import DARPreview, DARTokenizer, DARTokenizerEncoderOutput, DARTokenizerOutput
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DARConfig",
@@ -44,3 +45,6 @@ _LOADABLE = {
 }
 pipeline_loading_utils.LOADABLE_CLASSES["dar_hf"] = _LOADABLE
 pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(_LOADABLE)
+
+for _class in (DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler):
+    connect(_class)

@@ -7,20 +7,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..files import write_json
+
 CHECKPOINT_PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: dict | list) -> None:
-    """Write JSON under a temporary name, then rename."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

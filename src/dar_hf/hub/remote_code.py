@@ -1,0 +1,145 @@
+"""Self-contained folders: a saved model with the code that loads it, for machines where this package is not installed.
+
+diffusers 0.42 and transformers 5.23 find such code differently:
+
+- diffusers downloads one file for each component (``transformer/modeling_dar.py``, by the name that
+  ``model_index.json`` gives) and nothing that it imports from its own folder; the pipeline's file brings the files it
+  names itself, but not theirs. All of them meet in one flat folder before they are imported.
+- transformers reads ``auto_map`` in ``config.json`` and follows relative imports.
+
+So every exported file is a model file of this package with the siblings it imports put in the place of the import
+statement, except the pipeline's, which keeps its imports and has its siblings beside it. Nothing else is changed.
+"""
+
+import ast
+import json
+from pathlib import Path
+
+from .. import __version__
+from ..files import saved_class, write_json, write_text
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+COMPONENT_INDICES = ("config.json", "scheduler_config.json")
+
+# file and class of each component
+PIPELINE = ("pipeline_dar", "DARPipeline")
+COMPONENTS = {
+    "tokenizer": ("tokenizer_dar", "DARTokenizer"),
+    "transformer": ("modeling_dar", "DARForCausalLM"),
+    "scheduler": ("scheduling_dar", "FlowMatchAdamsBashforthScheduler"),
+}
+# where an Auto class of transformers or diffusers looks
+AUTO_MAPS = {
+    "DARForCausalLM": {
+        "AutoConfig": "modeling_dar.DARConfig",
+        "AutoModel": "modeling_dar.DARModel",
+        "AutoModelForCausalLM": "modeling_dar.DARForCausalLM",
+    },
+    "DARTokenizer": {"AutoModel": "tokenizer_dar.DARTokenizer"},
+}
+
+
+def standalone_source(module: str) -> str:
+    """Source of a model file of this package with the siblings it imports put where the import statement stood.
+
+    Args:
+        module: its name, such as "tokenizer_dar".
+
+    Raises:
+        ValueError: if two of the files define the same name, or an import is not ``from .sibling import name``.
+    """
+    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    lines = source.splitlines(keepends=True)
+    names = _defined(source)
+    for node in reversed(ast.parse(source).body):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        if node.level != 1 or not node.module or any(alias.asname for alias in node.names):
+            raise ValueError(f"{module}.py, line {node.lineno}: only `from .sibling import name` can be exported.")
+        sibling = standalone_source(node.module)
+        if twice := names & _defined(sibling):
+            raise ValueError(f"{module}.py and {node.module}.py both define {', '.join(sorted(twice))}.")
+        names |= _defined(sibling)
+        lines[node.lineno - 1 : node.end_lineno] = [
+            f"# {node.module}.py of the package, in the place of its import\n{sibling}\n# {module}.py again\n"
+        ]
+    return "".join(lines)
+
+
+def _defined(source: str) -> set[str]:
+    """Names that a file's own classes, functions and assignments have at the top level."""
+    names: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names
+
+
+def export_remote_code(folder: str | Path) -> list[Path]:
+    """Make a saved pipeline, tokenizer or language model load without this package.
+
+    Writes the code beside the weights and names it in ``model_index.json`` and ``config.json``. With the code's
+    consent, ``trust_remote_code=True``, these then load from the folder or from the Hub:
+    ``diffusers.DiffusionPipeline`` (pipelines), ``diffusers.AutoModel`` (tokenizers) and
+    ``transformers.AutoModelForCausalLM`` (language models). Where this package is imported its own classes load,
+    and no consent is needed. Exporting again refreshes the code.
+
+    Returns:
+        The code files written.
+
+    Raises:
+        FileNotFoundError: if the folder holds no saved model, or a pipeline's component is missing.
+        ValueError: if the folder holds another model than this package's.
+    """
+    folder = Path(folder)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return _export_component(folder, *_saved_component(folder))
+    content = json.loads(index.read_text(encoding="utf-8"))
+    if saved_class(content) != PIPELINE[1]:
+        raise ValueError(f"{folder} holds a {saved_class(content)}, not a {PIPELINE[1]}.")
+    found = {name: _saved_component(folder / name) for name in COMPONENTS}  # all are there before anything is written
+    for name, component in found.items():
+        if component != COMPONENTS[name]:
+            raise ValueError(f"{folder / name} holds a {component[1]}, not a {COMPONENTS[name][1]}.")
+    written = []
+    for name, (module, class_name) in COMPONENTS.items():
+        written += _export_component(folder / name, module, class_name)
+        written.append(_write_source(folder, module, standalone_source(module)))
+        content[name] = [module, class_name]
+    written.append(_write_source(folder, PIPELINE[0], (PACKAGE / f"{PIPELINE[0]}.py").read_text(encoding="utf-8")))
+    content["_class_name"] = list(PIPELINE)
+    write_json(index, content)  # last: it points to the files
+    return written
+
+
+def _saved_component(folder: Path) -> tuple[str, str]:
+    """File and class of the component that a folder holds."""
+    for name in COMPONENT_INDICES:
+        if (folder / name).is_file():
+            held = saved_class(json.loads((folder / name).read_text(encoding="utf-8")))
+            for component in COMPONENTS.values():
+                if component[1] == held:
+                    return component
+            raise ValueError(f"{folder} holds a {held}, which is no model of this package.")
+    raise FileNotFoundError(f"no saved model in {folder}: it has none of {', '.join(COMPONENT_INDICES)}.")
+
+
+def _export_component(folder: Path, module: str, class_name: str) -> list[Path]:
+    """Put a component's code beside it, and name it in its configuration where an Auto class looks for it there."""
+    path = _write_source(folder, module, standalone_source(module))
+    if class_name in AUTO_MAPS:
+        config = folder / "config.json"
+        write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAPS[class_name]})
+    return [path]
+
+
+def _write_source(folder: Path, module: str, source: str) -> Path:
+    path = folder / f"{module}.py"
+    write_text(path, f"# Generated from dar_hf {__version__}: {module}.py.\n{source}")
+    return path
