@@ -12,6 +12,7 @@ pipeline loader; without that neither finds them.
 __version__ = "0.1.0"
 
 from diffusers.pipelines import pipeline_loading_utils
+from diffusers.utils import TRANSFORMERS_COMPONENT_AUX_FILES
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_dar import DARConfig
@@ -45,6 +46,8 @@ _LOADABLE = {
 }
 pipeline_loading_utils.LOADABLE_CLASSES["dar_hf"] = _LOADABLE
 pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(_LOADABLE)
+# from the Hub it takes a component's weights and config.json only: the guidance saved with a model would be lost
+TRANSFORMERS_COMPONENT_AUX_FILES.append("transformer/generation_config.json")
 
 for _class in (DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler):
     connect(_class)

@@ -99,22 +99,25 @@ def export_remote_code(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index = folder / "model_index.json"
     if not index.is_file():
-        return _export_component(folder, *_saved_component(folder))
+        module, class_name = _saved_component(folder)
+        if class_name not in AUTO_MAPS:
+            raise ValueError(f"a {class_name} alone has no loader that takes its code: export the pipeline.")
+        written = [_write_source(folder, module, standalone_source(module))]
+        _name_code(folder, class_name)
+        return written
     content = json.loads(index.read_text(encoding="utf-8"))
     if saved_class(content) != PIPELINE[1]:
         raise ValueError(f"{folder} holds a {saved_class(content)}, not a {PIPELINE[1]}.")
-    found = {name: _saved_component(folder / name) for name in COMPONENTS}  # all are there before anything is written
-    for name, component in found.items():
-        if component != COMPONENTS[name]:
-            raise ValueError(f"{folder / name} holds a {component[1]}, not a {COMPONENTS[name][1]}.")
-    written = []
-    for name, (module, class_name) in COMPONENTS.items():
-        written += _export_component(folder / name, module, class_name)
-        written.append(_write_source(folder, module, standalone_source(module)))
-        content[name] = [module, class_name]
-    written.append(_write_source(folder, PIPELINE[0], (PACKAGE / f"{PIPELINE[0]}.py").read_text(encoding="utf-8")))
-    content["_class_name"] = list(PIPELINE)
-    write_json(index, content)  # last: it points to the files
+    for name, component in COMPONENTS.items():  # all are looked at before anything is written
+        if (held := _saved_component(folder / name)) != component:
+            raise ValueError(f"{folder / name} holds a {held[1]}, not a {component[1]}.")
+    written = [_write_source(folder, PIPELINE[0], (PACKAGE / f"{PIPELINE[0]}.py").read_text(encoding="utf-8"))]
+    for name, (module, _) in COMPONENTS.items():
+        source = standalone_source(module)
+        written += [_write_source(folder, module, source), _write_source(folder / name, module, source)]
+    _name_code(folder / "transformer", "DARForCausalLM")
+    entries = {name: list(component) for name, component in COMPONENTS.items()}
+    write_json(index, content | entries | {"_class_name": list(PIPELINE)})  # last: it points to the files
     return written
 
 
@@ -130,16 +133,20 @@ def _saved_component(folder: Path) -> tuple[str, str]:
     raise FileNotFoundError(f"no saved model in {folder}: it has none of {', '.join(COMPONENT_INDICES)}.")
 
 
-def _export_component(folder: Path, module: str, class_name: str) -> list[Path]:
-    """Put a component's code beside it, and name it in its configuration where an Auto class looks for it there."""
-    path = _write_source(folder, module, standalone_source(module))
-    if class_name in AUTO_MAPS:
-        config = folder / "config.json"
-        write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAPS[class_name]})
-    return [path]
+def _name_code(folder: Path, class_name: str) -> None:
+    """Name the code in ``config.json``, where the Auto classes look for it.
+
+    The generation configuration goes there, too: diffusers does not download the file of its own, and transformers
+    takes what is in ``config.json`` then.
+    """
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if generation.is_file():
+        config |= json.loads(generation.read_text(encoding="utf-8"))
+    write_json(path, config | {"auto_map": AUTO_MAPS[class_name]})
 
 
 def _write_source(folder: Path, module: str, source: str) -> Path:
     path = folder / f"{module}.py"
-    write_text(path, f"# Generated from dar_hf {__version__}: {module}.py.\n{source}")
+    write_text(path, f"# Generated from {module}.py of dar_hf {__version__}.\n{source}")
     return path

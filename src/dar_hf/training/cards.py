@@ -113,7 +113,7 @@ def _validation_results(folder: Path, dataset: tuple[str, str]) -> list[EvalResu
         figures |= {
             name.removeprefix("validation/"): value for name, value in line.items() if name.startswith("validation/")
         }
-    by_task = {"reconstruction": {}, "generation": {}}
+    by_task: dict[str, dict[str, float]] = {"reconstruction": {}, "generation": {}}
     for name, value in figures.items():
         by_task["generation" if name == "cross_entropy" else "reconstruction"][name] = value
     return report_results(by_task, dataset)

@@ -447,7 +447,8 @@ def claim_repository(args: LoopArguments, saved_class: str) -> None:
         PushError: if it cannot be written, or holds another kind of model.
     """
     try:
-        args.hub_model_id = prepare_repository(hub_repository(args), saved_class, private=args.hub_private_repo or None)
+        private = args.hub_private_repo or None
+        args.hub_model_id = prepare_repository(hub_repository(args), saved_class, private=private)
     except Exception as error:  # also what the transport raises
         raise PushError(f"cannot push to {hub_repository(args)}: {one_line(error)}") from error
 
