@@ -9,6 +9,7 @@ setup(
     license="MIT",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"dar_hf": ["assets/*"]},  # the template of cards
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

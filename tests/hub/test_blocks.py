@@ -6,7 +6,8 @@ from dar_hf.hub.blocks import merge_cards, replace_block, stamp
 
 def card(about="generated", use="code", metadata="license: mit", after=""):
     blocks = "".join(
-        f"<!-- dar-hf:{name} -->\n{text}\n<!-- /dar-hf:{name} -->\n\n" for name, text in (("about", about), ("use", use))
+        f"<!-- dar-hf:{name} -->\n{text}\n<!-- /dar-hf:{name} -->\n\n"
+        for name, text in (("about", about), ("use", use))
     )
     return f"---\n{metadata}\n---\n\n" + stamp(blocks) + after
 

@@ -44,7 +44,7 @@ def test_a_whole_card(tiny_pipeline):
         "| default guidance | 1.1 → 8 |",
         "| converted from | `a.pt` |",
         'DARPipeline.from_pretrained("user/x")',
-        "## Results\n\nThe paper's.\n\nClass-conditional generation, D\n\n|  |  |\n|---|---:|\n| FID | 3.25 |",
+        "## Results\n\nThe paper's.\n\nClass-conditional generation, D\n\n|  | value |\n|---|---:|\n| FID | 3.25 |",
         "<details><summary>Stage 1</summary>\n\n| option | value |\n|---|---|\n| `learning_rate` | 0.1 |",
         "## Limits\n\nOnly tiny.\n\n## Citation",
         "gao2025dar",

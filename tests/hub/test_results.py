@@ -40,9 +40,11 @@ def test_a_report_without_figures_gives_none():
 def test_the_papers_figures_are_marked_as_the_papers():
     for name in ("v1", "L", "XL"):
         assert {r.source_url for r in paper_results(name)} == {"https://arxiv.org/abs/2505.23660"}
-    assert [r.metric_value for r in paper_results("v1") if r.metric_args["num_inference_steps"] == 8] == [1.58, 1.52]
+    by_steps = {r.metric_args["num_inference_steps"]: r.metric_value for r in paper_results("v1")}
+    assert by_steps == {"4": 2.35, "8, Euler": 1.58, "8": 1.52, "12": 1.73, "16": 1.93}
     guided = [r for r in paper_results("XL") if r.metric_args["guidance_scale"] == "1.1 → 10"]
-    assert {r.metric_type: r.metric_value for r in guided} == {"fid": 2.09, "inception_score": 298.4, "precision": 0.79, "recall": 0.62}
+    figures = {"fid": 2.09, "inception_score": 298.4, "precision": 0.79, "recall": 0.62}
+    assert {r.metric_type: r.metric_value for r in guided} == figures
     with pytest.raises(ValueError, match="no figures of 'B'"):
         paper_results("B")
 

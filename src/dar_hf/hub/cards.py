@@ -193,7 +193,7 @@ def model_card(
         recipe=recipe or {},
         sections=sections or {},
     )
-    card.text = stamp(card.text)
+    card.text = stamp(card.text).rstrip() + "\n"
     return card
 
 

@@ -92,9 +92,11 @@ def take_report(report: str | Path, folder: str | Path) -> None:
         FileNotFoundError: if there is no report.
     """
     report, folder = Path(report), Path(folder)
+    if not report.is_file():
+        raise FileNotFoundError(f"no report {report}.")
     sources = {"report.json": report} | {name: report.with_name(name) for name in PICTURES}
     for name, source in sources.items():
-        if (name == "report.json" or source.is_file()) and source.resolve() != (folder / name).resolve():
+        if source.is_file() and source.resolve() != (folder / name).resolve():
             shutil.copyfile(source, folder / name)
 
 
