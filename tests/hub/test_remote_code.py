@@ -20,6 +20,12 @@ pipeline.set_progress_bar_config(disable=True)
 images = pipeline(["ray", 0], generator=torch.Generator().manual_seed(0), output_type="pt").images
 torch.save(images, sys.argv[2])
 """
+SNAPSHOT = """
+import sys
+from huggingface_hub import snapshot_download
+
+sys.argv[1] = snapshot_download(sys.argv[1])
+"""
 LANGUAGE_MODEL = """
 import importlib.util, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -40,6 +46,7 @@ codes = torch.arange(16)[None]
 torch.save(tokenizer.decode(codes, generator=torch.Generator().manual_seed(0)).sample, sys.argv[2])
 """
 WITHOUT_CONSENT = """
+import sys
 import diffusers, transformers
 
 for name in ("DiffusionPipeline", "AutoModel"):
@@ -56,8 +63,8 @@ assert not any("_dar" in name for name in sys.modules)
 """
 
 
-def run(hub, tmp_path, code, repository, *arguments):
-    done = hub.python(code, repository, tmp_path / "result.pt", *arguments, package=False)
+def run(hub, tmp_path, code, repository, *arguments, **changes):
+    done = hub.python(code, repository, tmp_path / "result.pt", *arguments, package=False, **changes)
     assert done.returncode == 0, done.stderr
     return torch.load(tmp_path / "result.pt", weights_only=True)
 
@@ -85,6 +92,8 @@ def test_a_pipeline_loads_without_the_package(hub, pipeline, folder, tmp_path):
     expected = pipeline(["ray", 0], generator=generator, output_type="pt").images
     assert torch.equal(run(hub, tmp_path, PIPELINE, folder / "pipeline"), expected)
     assert torch.equal(run(hub, tmp_path, PIPELINE, "user/x"), expected)
+    assert torch.equal(run(hub, tmp_path, SNAPSHOT + PIPELINE, "user/x"), expected)
+    assert torch.equal(run(hub, tmp_path, SNAPSHOT + PIPELINE, "user/x", HF_HUB_OFFLINE="1"), expected)
 
 
 @pytest.mark.slow
@@ -101,8 +110,8 @@ def test_a_language_model_loads_without_the_package(hub, pipeline, folder, tmp_p
 def test_a_tokenizer_loads_without_the_package(hub, pipeline, folder, tmp_path):
     push_folder(folder / "tokenizer", "user/tokenizer")
     expected = pipeline.tokenizer.decode(torch.arange(16)[None], generator=torch.Generator().manual_seed(0)).sample
-    assert torch.equal(run(hub, tmp_path, TOKENIZER, folder / "tokenizer"), expected)
-    assert torch.equal(run(hub, tmp_path, TOKENIZER, "user/tokenizer"), expected)
+    for place in (folder / "tokenizer", "user/tokenizer"):
+        torch.testing.assert_close(run(hub, tmp_path, TOKENIZER, place), expected)
 
 
 @pytest.mark.slow
