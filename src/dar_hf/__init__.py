@@ -5,7 +5,8 @@ group into one denoising step and a preview, and `DARPipeline.stream` is their c
 
 The five model files (``configuration_dar``, ``modeling_dar``, ``tokenizer_dar``, ``scheduling_dar``, ``pipeline_dar``)
 stand flat and import nothing but their siblings, because a Hub repository that carries its own code needs each
-component as one file. Importing this package registers the classes with transformers' Auto classes and diffusers'
+component as one file; what needs the rest of the package is given to their classes here (`dar_hf.hub.connect`).
+Importing this package registers the classes with transformers' Auto classes and diffusers'
 pipeline loader; without that neither finds them.
 """
 
@@ -49,5 +50,6 @@ pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(_LOADABLE)
 # from the Hub it takes a component's weights and config.json only: the guidance saved with a model would be lost
 TRANSFORMERS_COMPONENT_AUX_FILES.append("transformer/generation_config.json")
 
+# uploads with a card, advice beside the Hub's errors, and the installed classes for self-contained folders
 for _class in (DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler):
     connect(_class)
