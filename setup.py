@@ -9,7 +9,7 @@ setup(
     license="MIT",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"dar_hf": ["assets/*"]},
+    package_data={"dar_hf": ["assets/*"]},  # class names, the template of cards
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

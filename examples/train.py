@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from dar_hf.presets import get_preset
 from dar_hf.training import ARArguments, TokenizerArguments, train
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
-from dar_hf.training.loop import NonFiniteLossError, ResumeError, claim_output_dir, make_accelerator
+from dar_hf.training.loop import NonFiniteLossError, PushError, ResumeError, claim_output_dir, make_accelerator
 
 STAGES = {"tokenizer": TokenizerArguments, "ar": ARArguments}
 
@@ -70,7 +70,7 @@ def main() -> None:
         train(stage, args, accelerator)
     except ResumeError as error:
         fail(error, 2)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, PushError) as error:
         fail(error, 1)
 
 

@@ -5,20 +5,23 @@ group into one denoising step and a preview, and `DARPipeline.stream` is their c
 
 The five model files (``configuration_dar``, ``modeling_dar``, ``tokenizer_dar``, ``scheduling_dar``, ``pipeline_dar``)
 stand flat and import nothing but their siblings, because a Hub repository that carries its own code needs each
-component as one file. Importing this package registers the classes with transformers' Auto classes and diffusers'
+component as one file; what needs the rest of the package is given to their classes here (`dar_hf.hub.connect`).
+Importing this package registers the classes with transformers' Auto classes and diffusers'
 pipeline loader; without that neither finds them.
 """
 
+__version__ = "0.1.0"
+
 from diffusers.pipelines import pipeline_loading_utils
+from diffusers.utils import TRANSFORMERS_COMPONENT_AUX_FILES
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_dar import DARConfig
+from .hub import connect
 from .modeling_dar import DARForCausalLM, DARModel
 from .pipeline_dar import DARPipeline, DARPipelineOutput
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler
 from .tokenizer_dar import DARPreview, DARTokenizer, DARTokenizerEncoderOutput, DARTokenizerOutput
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DARConfig",
@@ -44,3 +47,9 @@ _LOADABLE = {
 }
 pipeline_loading_utils.LOADABLE_CLASSES["dar_hf"] = _LOADABLE
 pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(_LOADABLE)
+# from the Hub it takes a component's weights and config.json only: the guidance saved with a model would be lost
+TRANSFORMERS_COMPONENT_AUX_FILES.append("transformer/generation_config.json")
+
+# uploads with a card, advice beside the Hub's errors, and the installed classes for self-contained folders
+for _class in (DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler):
+    connect(_class)

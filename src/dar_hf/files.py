@@ -12,7 +12,7 @@ from pathlib import Path
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -47,3 +47,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         os.replace(inside, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def saved_class(index: dict) -> str:
+    """Class that a ``model_index.json`` or ``config.json`` names, whichever library wrote it.
+
+    Self-contained folders name ``[file, class]``; transformers names architectures.
+    """
+    found = index.get("_class_name") or index.get("architectures") or "another model"
+    return found[-1] if isinstance(found, list) else found

@@ -25,8 +25,10 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..data import GlobalBatchSampler
-from ..files import write_json, write_text
+from ..files import saved_class, write_json, write_text
+from ..hub import one_line, prepare_repository, push_folder
 from ..linear_dar import has_fast_bf16
+from .cards import write_run_card
 from .checkpoints import find_checkpoint, read_state, save_checkpoint
 from .pictures import plot_history, read_history, save_picture
 from .stage import Stage
@@ -89,6 +91,9 @@ class LoopArguments:
     logging_steps: int = _option(10, "steps between lines of history.jsonl")
     dataloader_num_workers: int = _option(0, "worker processes per data loader")
     report_to: str | None = _option(None, "tracker for accelerate, e.g. tensorboard")
+    push_to_hub: bool = _option(False, "upload the finished model, its card and pictures to the Hub")
+    hub_model_id: str | None = _option(None, "repository to upload to; default the name of output_dir")
+    hub_private_repo: bool = _option(False, "create that repository as a private one")
 
     def __post_init__(self):
         positive = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
@@ -125,7 +130,7 @@ def pick_precision(requested: str) -> str:
     return "bf16" if has_fast_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
 
 
-def claim_output_dir(args: LoopArguments, saved_class: str) -> Path:
+def claim_output_dir(args: LoopArguments, expected_class: str) -> Path:
     """The output folder, if this run may write there.
 
     Raises:
@@ -136,12 +141,11 @@ def claim_output_dir(args: LoopArguments, saved_class: str) -> Path:
         raise ValueError(f"output_dir {folder} is a file.")
     for index in MODEL_INDICES:
         if (folder / index).is_file():
-            content = json.loads((folder / index).read_text())
-            found = content.get("_class_name")
-            found = found[-1] if isinstance(found, list) else found  # self-contained folders: [file, class]
-            found = found or ", ".join(content.get("architectures") or ["another model"])
-            if found != saved_class:
-                raise ValueError(f"output_dir {folder} holds a {found}, not a {saved_class}: choose another folder.")
+            found = saved_class(json.loads((folder / index).read_text()))
+            if found != expected_class:
+                raise ValueError(
+                    f"output_dir {folder} holds a {found}, not a {expected_class}: choose another folder."
+                )
             break
     traces = [folder / name for name in ("checkpoints", "history.jsonl")]
     models = [folder / name for name in MODEL_INDICES]
@@ -159,6 +163,10 @@ def claim_output_dir(args: LoopArguments, saved_class: str) -> Path:
 
 class NonFiniteLossError(RuntimeError):
     """A loss term became NaN or infinite; the message names the term and the step."""
+
+
+class PushError(RuntimeError):
+    """The Hub took nothing, before training or after it; the message says why, and where the finished model is."""
 
 
 class ResumeError(ValueError):
@@ -418,16 +426,52 @@ class TrainingLoop:
             temporary.rmdir()
             plot_history({self.stage.name: self.history}, self.folder / "loss.png")
             write_json(self.folder / "training.json", {"arguments": vars(self.args), **self.description})
+            try:
+                write_run_card(self.folder, hub_repository(self.args) if self.args.push_to_hub else str(self.folder))
+            except ValueError as error:
+                logger.warning("README.md is left as it is: %s", error)
         self.accelerator.wait_for_everyone()
 
 
+def hub_repository(args: LoopArguments) -> str:
+    """The repository that a run is pushed to."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def claim_repository(args: LoopArguments, saved_class: str) -> None:
+    """Create the run's repository, so that what would refuse the finished model does so before training.
+
+    Raises:
+        PushError: if it cannot be written, or holds another kind of model.
+    """
+    try:
+        private = args.hub_private_repo or None
+        args.hub_model_id = prepare_repository(hub_repository(args), saved_class, private=private)
+    except Exception as error:  # also what the transport raises
+        raise PushError(f"cannot push to {hub_repository(args)}: {one_line(error)}") from error
+
+
+def _push(args: LoopArguments) -> None:
+    try:
+        url = push_folder(args.output_dir, hub_repository(args), f"Train {args.max_train_steps} steps")
+    except Exception as error:
+        raise PushError(
+            f"the finished model is in {args.output_dir}, but not on the Hub: {one_line(error)} "
+            f"To push it again: python examples/push_to_hub.py {args.output_dir} {hub_repository(args)}"
+        ) from error
+    print(f"pushed to {url.repo_url}")
+
+
 def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
-    """Train ``stage`` and leave the finished model in ``args.output_dir``.
+    """Train ``stage``, leave the finished model in ``args.output_dir``, and push it where ``args.push_to_hub``.
 
     Raises:
         ResumeError: for a checkpoint that does not fit the run.
         NonFiniteLossError: when a loss term stops being finite.
+        PushError: if the Hub takes nothing, before training or after; a finished model stays in its folder.
     """
+    if args.push_to_hub and accelerator.is_main_process:
+        claim_repository(args, stage.saved_class)
     set_seed(args.seed + accelerator.process_index)  # dropout differs between processes; all else has its own seed
     loop = TrainingLoop(stage, args, accelerator)
     if args.resume_from_checkpoint:
@@ -443,6 +487,8 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
     del loop
     gc.collect()
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        _push(args)
 
 
 def make_accelerator(args: LoopArguments) -> Accelerator:

@@ -1,0 +1,51 @@
+"""Push a finished folder to the Hub: a pipeline, a tokenizer or a language model, with its card and pictures.
+
+    python examples/push_to_hub.py outputs/digits/pipeline user/digits --report outputs/digits/report.json
+
+The card is made from the run's options, validation figures and report.json; what people wrote into the card, here or
+on the Hub, stays. --self_contained adds the code, so that the repository also loads where dar_hf is not installed.
+Log in first with `hf auth login`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dar_hf.hub import export_remote_code, one_line, push_folder
+from dar_hf.training.cards import take_report, write_run_card
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="the saved model or the output folder of a run")
+    parser.add_argument("repo_id", help="name or owner/name; created if missing")
+    parser.add_argument("--report", help="report.json to take into folder and card, with the pictures beside it")
+    parser.add_argument("--self_contained", action="store_true", help="add the code that loads the model")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--revision", help="branch to push to, created if missing; default main")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--commit_message")
+    args = parser.parse_args()
+    try:
+        if args.report:
+            take_report(args.report, args.folder)
+        if args.self_contained:
+            export_remote_code(args.folder)
+        if Path(args.folder, "training.json").is_file():
+            write_run_card(args.folder, args.repo_id)
+        commit = push_folder(
+            args.folder,
+            args.repo_id,
+            args.commit_message,
+            private=args.private or None,
+            revision=args.revision,
+            create_pr=args.create_pr,
+        )
+    except Exception as error:  # one line, whoever raised it
+        print(f"push_to_hub.py: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    print(commit.pr_url or commit.repo_url)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The Hub: uploads that keep what people wrote, model cards, and folders that carry their own code."""
+
+from .advice import advice, one_line
+from .blocks import merge_cards
+from .cards import empty_model, model_card
+from .methods import connect
+from .push import prepare_repository, push_card, push_folder, push_to_hub
+from .remote_code import export_remote_code
+from .results import paper_results, report_results
+
+__all__ = [
+    "advice",
+    "connect",
+    "empty_model",
+    "export_remote_code",
+    "merge_cards",
+    "model_card",
+    "one_line",
+    "paper_results",
+    "prepare_repository",
+    "push_card",
+    "push_folder",
+    "push_to_hub",
+    "report_results",
+]

@@ -1,0 +1,142 @@
+"""The blocks of a card: what this package wrote, told apart from what people wrote.
+
+A generated block stands between comments, the first of which holds a digest of its text. A block whose text has
+another digest was edited by hand. `merge_cards` replaces blocks that nobody touched; edited blocks, text outside
+blocks and metadata that somebody added or changed stay, and blocks that somebody deleted do not come back.
+"""
+
+import hashlib
+import logging
+import re
+from typing import Any
+
+import yaml
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.utils import yaml_dump
+
+logger = logging.getLogger(__name__)
+
+_BLANK = re.compile(r"<!-- dar-hf:(?P<name>\w+) -->(?P<text>.*?)<!-- /dar-hf:(?P=name) -->", re.DOTALL)
+_BLOCK = re.compile(
+    r"<!-- dar-hf:(?P<name>\w+) (?P<digest>[0-9a-f]{8}) -->(?P<text>.*?)<!-- /dar-hf:(?P=name) -->", re.DOTALL
+)
+_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(?P<yaml>.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+
+
+def _normal(text: str) -> str:
+    """Text without what editors change by themselves: line ends, blanks at them, blank lines around."""
+    return "\n".join(line.rstrip() for line in text.splitlines()).strip()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(_normal(text).encode()).hexdigest()[:8]
+
+
+def stamp(text: str) -> str:
+    """Give every block of a freshly rendered card the digest of its text."""
+    return _BLANK.sub(
+        lambda m: (
+            f"<!-- dar-hf:{m['name']} {_digest(m['text'])} -->\n{m['text'].strip()}\n<!-- /dar-hf:{m['name']} -->"
+        ),
+        text,
+    )
+
+
+def _edited(block: re.Match) -> bool:
+    return _digest(block["text"]) != block["digest"]
+
+
+def _split(card: str) -> tuple[str, str]:
+    """Front matter and text of a card."""
+    found = _FRONT_MATTER.match(card)
+    return (found["yaml"], card[found.end() :]) if found else ("", card)
+
+
+def replace_block(card: str, other: str, name: str) -> str:
+    """``card`` with its block ``name`` taken from ``other``, unless somebody edited it."""
+    source = next((m.group() for m in _BLOCK.finditer(other) if m["name"] == name), None)
+    if source is None:
+        return card
+    return _BLOCK.sub(lambda m: source if m["name"] == name and not _edited(m) else m.group(), card)
+
+
+def merge_cards(existing: str, new: str) -> str:
+    """A new card with everything that people wrote into the existing one.
+
+    - Blocks: an edited one of the existing card stays, another is replaced; if it has any of our blocks, those it
+      lacks were deleted and stay away.
+    - Text outside blocks stays. Where the new card has such text too, and one holds all of the other, that one is
+      taken; otherwise the new card's follows at the end.
+    - Metadata: keys of the existing card stay, lists are joined, results in the model-index are updated where they
+      are of the same metric, data and settings, and added otherwise.
+
+    Raises:
+        ValueError: if the existing card's metadata cannot be read.
+    """
+    old_yaml, old_text = _split(existing)
+    new_yaml, new_text = _split(new)
+    return f"---\n{_merge_yaml(old_yaml, new_yaml)}\n---\n{_merge_text(old_text, new_text)}"
+
+
+def _merge_text(old: str, new: str) -> str:
+    old_blocks, new_blocks = ({m["name"]: m for m in _BLOCK.finditer(text)} for text in (old, new))
+    if not old_blocks:
+        return f"{old.rstrip()}\n\n{new.lstrip()}" if _normal(old) else new
+    old_own, new_own = _normal(_BLOCK.sub("", old)), _normal(_BLOCK.sub("", new))
+    layout, rest = old, ""
+    if new_own not in old_own:
+        if old_own in new_own:
+            layout = new
+        else:
+            rest = f"\n{new_own}\n"
+
+    def choose(block: re.Match) -> str:
+        name = block["name"]
+        if name not in old_blocks:
+            return ""  # deleted by hand
+        if _edited(old_blocks[name]) or name not in new_blocks:
+            if _edited(old_blocks[name]) and name in new_blocks:
+                logger.warning("the card's part %r was edited by hand and is left as it is.", name)
+            return old_blocks[name].group()
+        return new_blocks[name].group()
+
+    return _BLOCK.sub(choose, layout) + rest
+
+
+def _read_yaml(text: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"the existing card's metadata is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("the existing card's metadata is not a list of keys and values.")
+    return content
+
+
+def _merge_yaml(old_yaml: str, new_yaml: str) -> str:
+    old, new = _read_yaml(old_yaml), _read_yaml(new_yaml)
+    merged = dict(old)
+    for key, value in new.items():
+        if key not in old:
+            merged[key] = value
+        elif key == "model-index":
+            merged[key] = _merge_index(old[key], value)
+        elif isinstance(old[key], list) and isinstance(value, list):
+            merged[key] = old[key] + [item for item in value if item not in old[key]]
+        elif old[key] != value:
+            logger.warning("the card keeps %s: %s (now it would be %s).", key, old[key], value)
+    if merged == old:
+        return old_yaml  # as it was written, comments included
+    return yaml_dump(merged, sort_keys=False).rstrip()
+
+
+def _merge_index(old: Any, new: list[dict]) -> Any:
+    """Both model-indices in one: of the same measurement the new value, of others both."""
+    try:
+        name, results = model_index_to_eval_results(old)
+    except (KeyError, TypeError, IndexError) as error:
+        logger.warning("the card's model-index cannot be read (%r) and is left as it is.", error)
+        return old
+    _, fresh = model_index_to_eval_results(new)
+    kept = [result for result in results if not any(result.is_equal_except_value(other) for other in fresh)]
+    return eval_results_to_model_index(name, kept + fresh)

@@ -1,0 +1,252 @@
+"""Uploads: a model, a saved folder or a card, in one commit, with everything kept that people wrote on the Hub."""
+
+import json
+import logging
+import re
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.repocard import RepoCard
+
+from ..files import saved_class
+from .advice import advice
+from .blocks import merge_cards, replace_block
+from .cards import empty_model, model_card
+
+logger = logging.getLogger(__name__)
+
+INDICES = ("model_index.json", "config.json", "scheduler_config.json")  # say what a folder holds
+LEFT_OUT = ("checkpoints", "__pycache__")  # of a training run's folder
+WEIGHTS = re.compile(
+    r"(?P<stem>model|diffusion_pytorch_model)(?:\.(?P<variant>[\w]+?))?(?:-\d+-of-\d+)?"
+    r"\.safetensors(?:\.index(?:\.(?P<index_variant>\w+))?\.json)?"
+)
+
+
+def prepare_repository(
+    repo_id: str,
+    class_name: str | None,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> str:
+    """Make sure that a repository and its branch exist and can take a model, creating them where needed.
+
+    Returns:
+        The repository's full id, with the owner.
+
+    Raises:
+        ValueError: if it holds another kind of model than ``class_name``.
+        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice.
+    """
+    api = HfApi(token=token)
+    with advice(repo_id):
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        if class_name is not None:
+            _check_class(api, repo_id, class_name, revision, subfolder)
+    return repo_id
+
+
+def _check_class(api: HfApi, repo_id: str, class_name: str, revision: str | None, subfolder: str | None) -> None:
+    paths = [_path(name, subfolder) for name in INDICES]
+    held = next((path for path in paths if api.file_exists(repo_id, path, revision=revision)), None)
+    if held is None:
+        return
+    index = json.loads(_read(api, repo_id, held, "model", revision))
+    if saved_class(index) != class_name:
+        raise ValueError(f"{repo_id} holds a {saved_class(index)}, not a {class_name}: push to another repository.")
+
+
+def _path(name: str, subfolder: str | None) -> str:
+    return str(PurePosixPath(subfolder or "", name))
+
+
+def _read(api: HfApi, repo_id: str, path: str, repo_type: str, revision: str | None) -> str:
+    return Path(api.hf_hub_download(repo_id, path, repo_type=repo_type, revision=revision)).read_text(encoding="utf-8")
+
+
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    commit_message: str | None = None,
+    *,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+    subfolder: str | None = None,
+    card: RepoCard | None = None,
+) -> CommitInfo:
+    """Upload a tokenizer, language model, scheduler or pipeline, with its card, in one commit.
+
+    Args:
+        repo_id: ``name`` (under the token's owner) or ``owner/name``; created if missing.
+        commit_message, commit_description: default "Upload" and the class.
+        private: whether a repository that is created is private.
+        token: default the one saved by ``hf auth login``.
+        revision: branch to push to, created if missing; default main.
+        create_pr: open a pull request instead of committing to the branch.
+        variant: part of the weights' file names, such as "bf16"; other variants in the repository stay.
+        max_shard_size: largest weights file, as a number of bytes or such as "5GB".
+        subfolder: folder in the repository to upload to; no card then.
+        card: default one made by `model_card`. What people wrote into an existing card stays (`merge_cards`).
+
+    Raises:
+        ValueError: if the repository holds another kind of model.
+        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice. Nothing was
+            uploaded then.
+    """
+    options = {"variant": variant, "max_shard_size": max_shard_size}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **{name: value for name, value in options.items() if value is not None})
+        return push_folder(
+            folder,
+            repo_id,
+            commit_message or f"Upload {type(model).__name__}",
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            subfolder=subfolder,
+            card=card,
+        )
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    commit_message: str | None = None,
+    *,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+    card: RepoCard | None = None,
+) -> CommitInfo:
+    """Upload a saved model, or a finished run with its pictures, in one commit; checkpoints and hidden files stay.
+
+    Takes the arguments of `push_to_hub`. The card is ``card``, else the folder's README.md, else one made by
+    `model_card`. Weights in the repository that these ones replace (other shards of the same) are deleted in the
+    same commit: loaders would take them. The folder is only read.
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if it or the repository holds another kind of model.
+        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice.
+    """
+    folder = Path(folder)
+    model = empty_model(folder)
+    class_name = type(model).__name__
+    repo_id = prepare_repository(
+        repo_id, class_name, private=private, token=token, revision=revision, subfolder=subfolder
+    )
+    files = {
+        _path(path.relative_to(folder).as_posix(), subfolder): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not _left_out(path.relative_to(folder))
+    }
+    if subfolder is None:
+        default = model_card(model, repo_id, self_contained=any(folder.glob("*_dar.py")))
+        files.pop("README.md", None)
+        local = folder / "README.md"
+        text = str(card or default)
+        if card is None and local.is_file():
+            text = replace_block(local.read_text(encoding="utf-8"), text, "use")  # it loads from the Hub now
+    else:
+        text = None
+    return _commit(
+        repo_id,
+        "model",
+        files,
+        text,
+        token,
+        revision,
+        create_pr,
+        commit_message or f"Upload {class_name}",
+        commit_description,
+    )
+
+
+def push_card(
+    card: RepoCard,
+    repo_id: str,
+    *,
+    commit_message: str = "Update the card",
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Upload a card to a repository that exists, a model's or a data set's; what people wrote there stays.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice.
+    """
+    return _commit(repo_id, card.repo_type, {}, str(card), token, revision, create_pr, commit_message, None)
+
+
+def _left_out(path: Path) -> bool:
+    return any(part in LEFT_OUT or part.startswith(".") for part in path.parts)
+
+
+def _commit(
+    repo_id: str,
+    repo_type: str,
+    files: dict[str, Path],
+    card: str | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
+    message: str,
+    description: str | None,
+) -> CommitInfo:
+    api = HfApi(token=token)
+    with advice(repo_id):
+        info = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+        there = [sibling.rfilename for sibling in info.siblings or []]
+        operations: list = [CommitOperationAdd(path, file) for path, file in files.items()]
+        operations += [CommitOperationDelete(path) for path in stale_weights(there, list(files))]
+        if card is not None:
+            if "README.md" in there:
+                card = merge_cards(_read(api, repo_id, "README.md", repo_type, info.sha), card)
+            operations.append(CommitOperationAdd("README.md", card.encode()))
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=message,
+            commit_description=description,
+            repo_type=repo_type,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=info.sha,  # refused if somebody changes the card meanwhile
+        )
+
+
+def stale_weights(there: list[str], uploaded: list[str]) -> list[str]:
+    """Weights among the files ``there`` that the uploaded ones replace under other names.
+
+    A model has one set of weights for each variant: a single file, or shards with their index.
+    """
+    sets = {_weights_set(path) for path in uploaded} - {None}
+    return [path for path in there if path not in uploaded and _weights_set(path) in sets]
+
+
+def _weights_set(path: str) -> tuple[str, str, str] | None:
+    """Folder, stem and variant of a weights file, or None for another file."""
+    pure = PurePosixPath(path)
+    found = WEIGHTS.fullmatch(pure.name)
+    if found is None:
+        return None
+    return str(pure.parent), found["stem"], found["variant"] or found["index_variant"] or ""

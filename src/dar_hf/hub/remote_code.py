@@ -1,0 +1,152 @@
+"""Self-contained folders: a saved model with the code that loads it, for machines where this package is not installed.
+
+diffusers 0.42 and transformers 5.23 find such code differently:
+
+- diffusers downloads one file for each component (``transformer/modeling_dar.py``, by the name that
+  ``model_index.json`` gives) and nothing that it imports from its own folder; the pipeline's file brings the files it
+  names itself, but not theirs. All of them meet in one flat folder before they are imported.
+- transformers reads ``auto_map`` in ``config.json`` and follows relative imports.
+
+So every exported file is a model file of this package with the siblings it imports put in the place of the import
+statement, except the pipeline's, which keeps its imports and has its siblings beside it. Nothing else is changed.
+"""
+
+import ast
+import json
+from pathlib import Path
+
+from .. import __version__
+from ..files import saved_class, write_json, write_text
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+COMPONENT_INDICES = ("config.json", "scheduler_config.json")
+
+# file and class of each component
+PIPELINE = ("pipeline_dar", "DARPipeline")
+COMPONENTS = {
+    "tokenizer": ("tokenizer_dar", "DARTokenizer"),
+    "transformer": ("modeling_dar", "DARForCausalLM"),
+    "scheduler": ("scheduling_dar", "FlowMatchAdamsBashforthScheduler"),
+}
+# where an Auto class of transformers or diffusers looks
+AUTO_MAPS = {
+    "DARForCausalLM": {
+        "AutoConfig": "modeling_dar.DARConfig",
+        "AutoModel": "modeling_dar.DARModel",
+        "AutoModelForCausalLM": "modeling_dar.DARForCausalLM",
+    },
+    "DARTokenizer": {"AutoModel": "tokenizer_dar.DARTokenizer"},
+}
+
+
+def standalone_source(module: str) -> str:
+    """Source of a model file of this package with the siblings it imports put where the import statement stood.
+
+    Args:
+        module: its name, such as "tokenizer_dar".
+
+    Raises:
+        ValueError: if two of the files define the same name, or an import is not ``from .sibling import name``.
+    """
+    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    lines = source.splitlines(keepends=True)
+    names = _defined(source)
+    for node in reversed(ast.parse(source).body):
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        if node.level != 1 or not node.module or any(alias.asname for alias in node.names):
+            raise ValueError(f"{module}.py, line {node.lineno}: only `from .sibling import name` can be exported.")
+        sibling = standalone_source(node.module)
+        if twice := names & _defined(sibling):
+            raise ValueError(f"{module}.py and {node.module}.py both define {', '.join(sorted(twice))}.")
+        names |= _defined(sibling)
+        lines[node.lineno - 1 : node.end_lineno] = [
+            f"# {node.module}.py of the package, in the place of its import\n{sibling}\n# {module}.py again\n"
+        ]
+    return "".join(lines)
+
+
+def _defined(source: str) -> set[str]:
+    """Names that a file's own classes, functions and assignments have at the top level."""
+    names: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names
+
+
+def export_remote_code(folder: str | Path) -> list[Path]:
+    """Make a saved pipeline, tokenizer or language model load without this package.
+
+    Writes the code beside the weights and names it in ``model_index.json`` and ``config.json``. With the code's
+    consent, ``trust_remote_code=True``, these then load from the folder or from the Hub:
+    ``diffusers.DiffusionPipeline`` (pipelines), ``diffusers.AutoModel`` (tokenizers) and
+    ``transformers.AutoModelForCausalLM`` (language models). Where this package is imported its own classes load,
+    and no consent is needed. Exporting again refreshes the code.
+
+    Returns:
+        The code files written.
+
+    Raises:
+        FileNotFoundError: if the folder holds no saved model, or a pipeline's component is missing.
+        ValueError: if the folder holds another model than this package's.
+    """
+    folder = Path(folder)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        module, class_name = _saved_component(folder)
+        if class_name not in AUTO_MAPS:
+            raise ValueError(f"a {class_name} alone has no loader that takes its code: export the pipeline.")
+        written = [_write_source(folder, module, standalone_source(module))]
+        _name_code(folder, class_name)
+        return written
+    content = json.loads(index.read_text(encoding="utf-8"))
+    if saved_class(content) != PIPELINE[1]:
+        raise ValueError(f"{folder} holds a {saved_class(content)}, not a {PIPELINE[1]}.")
+    for name, component in COMPONENTS.items():  # all are looked at before anything is written
+        if (held := _saved_component(folder / name)) != component:
+            raise ValueError(f"{folder / name} holds a {held[1]}, not a {component[1]}.")
+    written = [_write_source(folder, PIPELINE[0], (PACKAGE / f"{PIPELINE[0]}.py").read_text(encoding="utf-8"))]
+    for name, (module, _) in COMPONENTS.items():
+        source = standalone_source(module)
+        written += [_write_source(folder, module, source), _write_source(folder / name, module, source)]
+    _name_code(folder / "transformer", "DARForCausalLM")
+    entries = {name: list(component) for name, component in COMPONENTS.items()}
+    write_json(index, content | entries | {"_class_name": list(PIPELINE)})  # last: it points to the files
+    return written
+
+
+def _saved_component(folder: Path) -> tuple[str, str]:
+    """File and class of the component that a folder holds."""
+    for name in COMPONENT_INDICES:
+        if (folder / name).is_file():
+            held = saved_class(json.loads((folder / name).read_text(encoding="utf-8")))
+            for component in COMPONENTS.values():
+                if component[1] == held:
+                    return component
+            raise ValueError(f"{folder} holds a {held}, which is no model of this package.")
+    raise FileNotFoundError(f"no saved model in {folder}: it has none of {', '.join(COMPONENT_INDICES)}.")
+
+
+def _name_code(folder: Path, class_name: str) -> None:
+    """Name the code in ``config.json``, where the Auto classes look for it.
+
+    The generation configuration goes there, too: diffusers does not download the file of its own, and transformers
+    takes what is in ``config.json`` then.
+    """
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if generation.is_file():
+        config |= json.loads(generation.read_text(encoding="utf-8"))
+    write_json(path, config | {"auto_map": AUTO_MAPS[class_name]})
+
+
+def _write_source(folder: Path, module: str, source: str) -> Path:
+    path = folder / f"{module}.py"
+    write_text(path, f"# Generated from {module}.py of dar_hf {__version__}.\n{source}")
+    return path

@@ -1,0 +1,134 @@
+"""The commands that publish, as people run them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from training.helpers import QUICK, TINY_TOKENIZER, TINY_TRANSFORMER, fresh_process, overrides, tokenizer_stage
+
+from dar_hf.training import loop, train
+from dar_hf.training.loop import PushError, make_accelerator
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TWO_LINES = """
+from dar_hf import DARPipeline
+
+images = DARPipeline.from_pretrained("user/digits")([3, 1, 4]).images
+print(len(images), images[0].size)
+"""
+
+
+def command(hub, name, *arguments, **changes):
+    """Run a command as the user of a Hub."""
+    environment = hub.environment(**{"HF_TOKEN": "hf_test", **changes})
+    line = [sys.executable, EXAMPLES / name, *map(str, arguments)]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def options(**changes):
+    given = {name: value for name, value in (QUICK | changes).items() if value is not None}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.mark.slow
+def test_train_and_push_what_the_two_lines_load(hub, tmp_path):
+    tokenizer, pipeline = tmp_path / "tokenizer", tmp_path / "pipeline"
+    given = options(output_dir=tokenizer, continuous_steps=2)
+    done = command(hub, "train.py", "tokenizer", *given, "--model_overrides", *overrides(TINY_TOKENIZER))
+    assert done.returncode == 0, done.stderr
+    assert not hub.repositories
+    done = command(
+        hub,
+        "train.py",
+        "ar",
+        *options(output_dir=pipeline, tokenizer=tokenizer, hub_model_id="digits"),
+        *("--push_to_hub", "--hub_private_repo", "--model_overrides", *overrides(TINY_TRANSFORMER)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pushed to" in done.stdout
+    assert hub.repositories["model", "user/digits"].private
+    loaded = hub.python(TWO_LINES, HF_TOKEN="hf_test")
+    assert loaded.stdout.splitlines()[-1] == "3 (8, 8)", loaded.stderr
+
+    card = hub.read("user/digits", "README.md").decode()
+    files = set(hub.repositories["model", "user/digits"].files())
+    pictures = set(re.findall(r"!\[.*?\]\((.*?)\)", card))
+    assert {"samples.png", "loss.png"} == pictures <= files
+    assert not any("checkpoint" in name for name in files)
+    assert 'from_pretrained("user/digits")' in card and str(tmp_path) not in card
+    metadata = yaml.safe_load(card.split("---")[1])
+    metrics = {m["type"] for group in metadata["model-index"][0]["results"] for m in group["metrics"]}
+    assert metrics == {"psnr", "codebook_usage", "cross_entropy"}
+    assert "Tokenizer (stage 1)" in card and "Language model (stage 2)" in card
+    assert 'from_pretrained("user/digits")' in (pipeline / "README.md").read_text()
+
+    # a report comes later, and somebody has edited the card meanwhile
+    hub.write("user/digits", "README.md", card + "\n## Limits\n\nToo small.\n")
+    report = {"dataset": "test digits", "reconstruction": {"previews": [{"num_tokens": 4, "psnr": 17.5}]}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    Image.new("RGB", (8, 8)).save(tmp_path / "preview_strip.png")
+    push = ("push_to_hub.py", pipeline, "user/digits", "--report", tmp_path / "report.json", "--self_contained")
+    done = command(hub, *push)
+    assert done.returncode == 0, done.stderr
+    after = hub.read("user/digits", "README.md").decode()
+    files = set(hub.repositories["model", "user/digits"].files())
+    assert after.endswith("\n## Limits\n\nToo small.\n") and "| PSNR (dB) | 17.5 |" in after
+    assert "trust_remote_code=True" in after and {"preview_strip.png", "pipeline_dar.py", "report.json"} <= files
+    loaded = hub.python(TWO_LINES, HF_TOKEN="hf_test")
+    assert loaded.stdout.splitlines()[-1] == "3 (8, 8)", loaded.stderr
+
+
+def test_push_to_hub_says_in_one_line_what_is_wrong(hub, tmp_path, tiny_tokenizer):
+    done = command(hub, "push_to_hub.py", tmp_path, "user/x")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"push_to_hub.py: {tmp_path} holds no model: it has neither model_index.json nor config.json."
+    )
+    tiny_tokenizer.save_pretrained(tmp_path)
+    done = command(hub, "push_to_hub.py", tmp_path, "user/x", HF_TOKEN=None)
+    assert done.returncode == 1
+    assert "401" in done.stderr.splitlines()[-1] and "hf auth login" in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    with fresh_process():
+        stage, args = tokenizer_stage(tmp_path / "run", push_to_hub=True, hub_model_id="user/x")
+        yield stage, args
+
+
+def test_a_failed_upload_after_training_loses_nothing(hub, run, monkeypatch):
+    stage, args = run
+
+    def fail(*arguments, **keywords):
+        raise OSError("no route to the Hub")
+
+    monkeypatch.setattr(loop, "push_folder", fail)
+    with pytest.raises(PushError, match="no route to the Hub.*push_to_hub.py .*run user/x") as caught:
+        train(stage, args, make_accelerator(args))
+    assert args.output_dir in str(caught.value)
+    folder = Path(args.output_dir)
+    assert (folder / "diffusion_pytorch_model.safetensors").is_file() and (folder / "README.md").is_file()
+
+
+def test_what_would_refuse_the_model_does_so_before_training(hub, run, tiny_transformer):
+    stage, args = run
+    tiny_transformer.push_to_hub("user/x")
+    before = [parameter.clone() for parameter in stage.model.parameters()]
+    with pytest.raises(PushError, match="holds a DARForCausalLM, not a DARTokenizer"):
+        train(stage, args, make_accelerator(args))
+    assert all(torch.equal(a, b) for a, b in zip(before, stage.model.parameters(), strict=True))
+
+
+def test_a_tokenizer_is_pushed_after_training(hub, run):
+    stage, args = run
+    args.hub_model_id = None  # the folder's name
+    train(stage, args, make_accelerator(args))
+    assert "diffusion_pytorch_model.safetensors" in hub.repositories["model", "user/run"].files()
+    assert "DARTokenizer" in hub.read("user/run", "README.md").decode()
