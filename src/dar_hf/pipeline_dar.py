@@ -28,6 +28,7 @@ from .scheduling_dar import FlowMatchAdamsBashforthScheduler
 from .tokenizer_dar import DARPreview, DARTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
+_ROUNDING = 1e-3  # how far pixels may lie outside their range
 _IMAGE_KINDS = (PIL.Image.Image, np.ndarray, torch.Tensor)
 
 
@@ -494,6 +495,8 @@ class DARPipeline(DiffusionPipeline):
             default = self.tokenizer.image_size
             height, width = height or default[0], width or default[1]
             self.tokenizer.check_size(height, width)
+            mode = "RGB" if self.tokenizer.config.in_channels == 3 else "L"  # before resizing: a palette has no means
+            images = [image.convert(mode) for image in images]
             pixels = self.image_processor.preprocess(images, height, width, resize_mode="crop")
         else:
             pixels = self._pixels_of_arrays(name, images, height, width)
@@ -520,9 +523,9 @@ class DARPipeline(DiffusionPipeline):
             )
         self.tokenizer.check_size(rows, columns)
         low, high = (float(value) for value in pixels.aminmax()) if pixels.numel() else (math.nan, math.nan)
-        if not (low >= -1 and high <= 1):  # also catches NaN
+        if not (low >= -1 - _ROUNDING and high <= 1 + _ROUNDING):  # also catches NaN
             raise ValueError(f"{name} must lie in [0, 1] or [-1, 1], got values from {low:.4g} to {high:.4g}.")
-        return pixels if low < 0 else 2 * pixels - 1
+        return (pixels if low < -_ROUNDING else 2 * pixels - 1).clamp(-1, 1)
 
     def _noised(self, pixels: torch.Tensor, noise: torch.Tensor, start_step: int, num_steps: int) -> torch.Tensor:
         """Image-to-image: the noisy sample at ``start_step``."""

@@ -25,8 +25,8 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..data import GlobalBatchSampler
+from ..pictures import plot_history, read_history, save_picture
 from .checkpoints import find_checkpoint, read_state, save_checkpoint, write_json, write_text
-from .pictures import plot_history, read_history, save_picture
 from .stage import Stage
 
 logger = logging.getLogger(__name__)
