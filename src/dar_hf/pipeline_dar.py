@@ -279,12 +279,13 @@ class DARPipeline(DiffusionPipeline):
         noise = self._noise(pixels.shape, generator, latents)
         decoding = _Decoding(num_steps, noise, output_type)
         codes = self.tokenizer.encode(pixels).codes[:, :num_tokens]
-        if previews:
-            outputs = [self._output(decoding, step) for step in self._run(decoding, iter([codes]))]
-            outputs[-1].previews = [output.images for output in outputs]
-        else:
-            outputs = [self._output(decoding, step) for step in deque(self._run(decoding, iter([codes])), maxlen=1)]
-        return outputs[-1] if return_dict else (outputs[-1].images, outputs[-1].previews)[: 1 + previews]
+        steps = self._run(decoding, iter([codes]))
+        outputs = [self._output(decoding, step) for step in (steps if previews else deque(steps, maxlen=1))]
+        result = outputs[-1]
+        result.previews = [output.images for output in outputs] if previews else None
+        if return_dict:
+            return result
+        return (result.images, result.previews) if previews else (result.images,)
 
     def _output(self, decoding: _Decoding, step: DARPreview) -> DARPipelineOutput:
         if decoding.output_type in ("codes", "latent"):
