@@ -655,7 +655,7 @@ def test_one_channel(make_tokenizer, tiny_transformer):
     assert pipeline(0, layout_image=picture(), layout_tokens=4, output_type="pt").images.shape == (1, 1, 8, 8)
 
 
-def test_palettes_and_transparency_become_colours(tiny_pipeline):
+def test_a_palette_is_looked_up_before_resizing(tiny_pipeline):
     image = picture(size=(16, 16)).quantize(8)
     plain = tiny_pipeline.reconstruct(image.convert("RGB"), generator=seeded())
     assert same(tiny_pipeline.reconstruct(image, generator=seeded()).images, plain.images)
