@@ -24,7 +24,7 @@ from dar_hf.data import convert_channels
 from dar_hf.pictures import image_grid, save_animation, save_picture
 
 MAX_COLUMNS = 10
-TIMED_RUNS = 5
+TIMED_RUNS = 20
 
 
 def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:

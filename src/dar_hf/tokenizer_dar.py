@@ -691,7 +691,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             if pending is not None and len(codes) != len(pending):
                 raise ValueError(f"pieces of one sequence differ in batch size: {len(pending)} and {len(codes)}.")
             self._bring_in()
-            codes = codes if self.device.type == "meta" else codes.to(self.device)  # meta: offloaded layer by layer
+            device = self.device  # looked up once: diffusers searches all modules for it
+            codes = codes if device.type == "meta" else codes.to(device)  # meta: offloaded layer by layer
             pending = codes if pending is None else torch.cat([pending, codes], dim=1)
             if cache.length + pending.shape[1] > config.num_tokens:
                 raise ValueError(f"a sequence has {config.num_tokens} codes, got {cache.length + pending.shape[1]}.")
