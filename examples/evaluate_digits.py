@@ -23,7 +23,7 @@ from dar_hf import DARPipeline
 from dar_hf.data import ImageSamples, ImageTransform, load_images, normal_noise
 from dar_hf.files import write_json
 from dar_hf.metrics import codebook_statistics, psnr
-from dar_hf.training.pictures import image_grid, interleave_rows, plot_history, read_history, save_picture
+from dar_hf.pictures import image_grid, interleave_rows, plot_history, read_history, save_picture
 
 SHOWN = 8  # samples of each class in samples.png
 

@@ -332,6 +332,54 @@ def test_generate_continues_a_prefix_at_its_place_in_the_schedule(tiny_transform
     assert torch.equal(few[:, 1:], whole[:, :5])
 
 
+@pytest.mark.parametrize("guidance", [1.0, (0.0, 9.0)])
+def test_padding_on_the_left_changes_nothing(tiny_transformer, guidance):
+    """Also not the place in the guidance schedule, which counts from the class token."""
+    whole = plain_loop(tiny_transformer, [0, 3], guidance)
+    prompts = [torch.cat([classes(0), whole[:1, :5]], dim=1), torch.cat([classes(3), whole[1:, :2]], dim=1)]
+    padded = torch.cat([torch.cat([torch.zeros(1, 6 - p.shape[1], dtype=torch.long), p], dim=1) for p in prompts])
+    mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
+    codes = tiny_transformer.generate(
+        padded, attention_mask=mask, max_new_tokens=8, do_sample=False, guidance_scale=guidance
+    )
+    assert torch.equal(codes[0, 1:], whole[0, :13])
+    assert torch.equal(codes[1, 4:], whole[1, :10])
+
+
+def test_another_model_can_assist(tiny_transformer, make_transformer):
+    assistant = make_transformer(num_hidden_layers=1)
+    expected = tiny_transformer.generate(classes(3), do_sample=False, guidance_scale=1.0)
+    codes = tiny_transformer.generate(classes(3), do_sample=False, guidance_scale=1.0, assistant_model=assistant)
+    assert torch.equal(codes, expected)
+
+
+def test_generate_from_embeddings(tiny_transformer):
+    expected = tiny_transformer.generate(classes(0, 3), do_sample=False, max_new_tokens=6)
+    embeddings = tiny_transformer.get_input_embeddings()(classes(0, 3))
+    codes = tiny_transformer.generate(inputs_embeds=embeddings, do_sample=False, max_new_tokens=6)
+    assert torch.equal(codes, expected[:, 1:])
+
+
+def test_casting_keeps_the_rotary_frequencies(tiny_transformer, make_transformer, tmp_path):
+    tiny_transformer.save_pretrained(tmp_path)
+    loaded = DARForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for cast in (make_transformer().to(torch.bfloat16), make_transformer().bfloat16()):
+        assert cast.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert torch.equal(cast(classes(0, 3)).logits, loaded(classes(0, 3)).logits)
+
+
+def test_attentions_and_hidden_states(tiny_transformer):
+    tiny_transformer.set_attn_implementation("eager")
+    ids = torch.tensor([[32, 3, 4], [35, 7, 8]])
+    output = tiny_transformer(ids, output_attentions=True, output_hidden_states=True)
+    assert [tuple(h.shape) for h in output.hidden_states] == [(2, 3, 64)] * 3
+    assert [tuple(a.shape) for a in output.attentions] == [(2, 2, 3, 3)] * 2
+    logits, _, hidden_states, attentions = tiny_transformer(
+        ids, output_attentions=True, output_hidden_states=True, return_dict=False
+    )
+    assert torch.equal(logits, output.logits) and len(hidden_states) == 3 and len(attentions) == 2
+
+
 def test_generate_makes_one_whole_image_unless_told_otherwise(tiny_transformer):
     assert tiny_transformer.generate(classes(0, 1), do_sample=False).shape == (2, 17)
     assert tiny_transformer.generate(classes(0, 1), do_sample=False, max_length=5).shape == (2, 5)
@@ -621,6 +669,10 @@ def test_bad_stream(tiny_transformer, labels, options, message):
         ({"guidance_scale": (1.0, 2.0, 3.0)}, "a number or a pair"),
         ({"guidance_scale": float("nan")}, "finite numbers >= 0"),
         ({"do_sample": True, "generator": [seeded()] * 3}, "got 3 generators for a batch of 2"),
+        ({"do_sample": True, "generator": 3}, "generator must be a torch.Generator"),
+        ({"guidance_scale": 4.0, "prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens is not supported"),
+        ({"guidance_scale": 4.0, "assistant_model": object()}, "assistant_model is not supported"),
+        ({"guidance_scale": 4.0, "inputs_embeds": torch.zeros(2, 1, 64)}, "inputs_embeds is not supported"),
     ],
 )
 def test_bad_generate(tiny_transformer, options, message):

@@ -4,52 +4,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from pipeline_helpers import generated_codes, picture, pixels, recorded, same, seeded, tensor_of
 
 from dar_hf import DARForCausalLM, DARPipeline, DARPipelineOutput, DARTokenizer, FlowMatchAdamsBashforthScheduler
 
-OUTPUT_TYPES = ["pil", "np", "pt", "codes"]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def pixels(sample):
-    """Images in [-1, 1] as the pipeline returns them."""
-    return (sample / 2 + 0.5).clamp(0, 1)
-
-
-def picture(seed=0, size=(8, 8)):
-    values = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(values)
-
-
-def tensor_of(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
-
-
-def same(one, two):
-    """Equality of images of any output type."""
-    if isinstance(one, list):
-        return len(one) == len(two) and all(a.tobytes() == b.tobytes() for a, b in zip(one, two, strict=True))
-    return np.array_equal(np.asarray(one), np.asarray(two))
-
-
-def recorded(pipeline, *labels, **options):
-    """Raw tensors of every step, as a callback sees them, and the result."""
-    steps = []
-
-    def callback(pipe, step, timestep, tensors):
-        assert pipe is pipeline
-        steps.append({"step": step, "timestep": timestep} | {k: v.clone() for k, v in tensors.items()})
-
-    result = pipeline(*labels, output_type="pt", callback_on_step_end=callback, **options)
-    return steps, result
-
-
-def generated_codes(pipeline, labels, **options):
-    return pipeline(labels, output_type="codes", **options).images
-
+OUTPUT_TYPES = ["pil", "np", "pt", "codes", "latent"]
 
 # The contract
 
@@ -103,13 +62,14 @@ def test_output_types(tiny_pipeline):
     for result in results.values():
         assert isinstance(result, DARPipelineOutput)
         assert (result.step, result.num_steps, result.num_tokens) == (4, 4, 16)
-    pil, array, tensor, codes = (results[t].images for t in OUTPUT_TYPES)
+    pil, array, tensor, codes, latents = (results[t].images for t in OUTPUT_TYPES)
     assert [image.size for image in pil] == [(8, 8)] * 2 and pil[0].mode == "RGB"
     assert array.shape == (2, 8, 8, 3) and 0 <= array.min() < array.max() <= 1
     assert tensor.shape == (2, 3, 8, 8) and 0 <= tensor.min() < tensor.max() <= 1
     assert codes.shape == (2, 16) and codes.dtype == torch.long
     assert np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
     assert np.array_equal(np.stack([np.asarray(image) for image in pil]), (array * 255).round().astype("uint8"))
+    assert torch.equal(pixels(latents / 0.6), tensor)  # after the last step the solver's state is the image
 
 
 def test_image_is_the_decoded_codes(tiny_pipeline):
@@ -164,6 +124,26 @@ def test_names_are_labels(tiny_pipeline):
     assert not torch.equal(one, generated_codes(tiny_pipeline, 3, generator=seeded()))
 
 
+def test_a_name_belongs_to_the_class_whose_first_name_it_is(tiny_tokenizer, tiny_transformer):
+    # as in ImageNet: two cranes, a crayfish that is a crawfish too and a lobster that is called both, two maillots
+    names = {
+        0: "crane",
+        1: "crane",
+        2: "lobster, langouste, crawfish, crayfish",
+        3: "crayfish, crawfish, maillot",
+        4: "maillot",
+    }
+    pipeline = DARPipeline(tiny_tokenizer, tiny_transformer, FlowMatchAdamsBashforthScheduler(), id2label=names)
+    assert pipeline.get_label_ids(["crayfish", "maillot", "lobster", "langouste", names[2]]) == [3, 4, 2, 2, 2]
+    with pytest.raises(ValueError, match="'crane' is shared by the classes 0, 1: give the id"):
+        pipeline("crane")
+    with pytest.raises(ValueError, match="'crawfish' is shared by the classes 2, 3"):
+        pipeline(["lobster", "crawfish"])
+    assert pipeline.labels == {names[2]: 2, names[3]: 3, "maillot": 4, "lobster": 2, "crayfish": 3, "langouste": 2}
+    with pytest.raises(ValueError, match="unknown class name 'lobsters'; known names: .*; similar: lobster"):
+        pipeline("lobsters")
+
+
 def test_num_images_per_prompt(tiny_pipeline):
     generators = [seeded(i) for i in range(6)]
     result = tiny_pipeline([0, 3], num_images_per_prompt=3, output_type="pt", generator=generators)
@@ -195,6 +175,20 @@ def test_same_generator_gives_the_same_image(tiny_pipeline):
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
+
+
+def test_no_call_with_a_generator_touches_the_global_one(tiny_pipeline):
+    calls = [{**options, "generator": seeded()} for options in CALLS.values()]
+    calls.append({"generator": [seeded(0), seeded(1)]})
+    calls.append({"generator": (seeded(0), seeded(1)), "image": picture(), "strength": 0.0})
+    for options in calls:
+        torch.manual_seed(3)
+        state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+        tiny_pipeline([1, 3], **options)
+        list(tiny_pipeline.stream([1, 3], **options))
+        tiny_pipeline.reconstruct([picture(), picture(1)], generator=options["generator"])
+        assert torch.equal(torch.get_rng_state(), state)
+        assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
 def test_without_a_generator_images_differ(tiny_pipeline):
@@ -276,6 +270,9 @@ def test_last_of_the_stream_is_the_call(tiny_pipeline, options, output_type):
     last = outputs[-1]
     assert (last.step, last.num_steps, last.num_tokens) == (result.step, result.num_steps, result.num_tokens)
     if output_type == "codes":
+        assert (
+            len(outputs) == len({output.num_tokens for output in outputs}) or options.get("num_inference_steps") == 6
+        )
         assert all(torch.equal(output.images, last.images[:, : output.num_tokens]) for output in outputs)
         assert last.num_tokens == options.get("num_tokens", 16) == last.images.shape[1]
     else:
@@ -321,6 +318,63 @@ def test_other_group_sizes(make_tokenizer, tiny_transformer, tokens_per_group):
     assert torch.equal(output.images, pixels(decoded))
 
 
+@pytest.mark.parametrize("num_steps, first", [(1, 4), (3, 4), (6, 4), (16, 4)])
+def test_any_number_of_steps_shows_the_first_picture_after_the_first_group(tiny_pipeline, num_steps, first):
+    forwards = []
+    tiny_pipeline.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    seen = []
+    for output in tiny_pipeline.stream(0, num_inference_steps=num_steps):
+        seen.append(len(forwards))
+        assert len(forwards) == output.num_tokens
+    windows = tiny_pipeline.tokenizer.step_windows(num_steps)
+    assert seen == [stop for _, stop in windows] and seen[0] == first
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"layout_image": picture(), "layout_tokens": 16}, [0, 0, 0, 0]),
+        ({"layout_image": picture(), "layout_tokens": 9}, [0, 0, 3, 7]),
+        ({"prefix_codes": torch.zeros(1, 8, dtype=torch.long)}, [0, 0, 4, 8]),
+        ({"image": picture(), "strength": 0.5}, [4, 8]),
+        ({"image": picture(), "strength": 0.0}, [0, 0, 0, 0]),
+    ],
+)
+def test_groups_within_the_prefix_are_decoded_without_generating(tiny_pipeline, options, expected):
+    forwards = []
+    tiny_pipeline.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    assert [len(forwards) for _ in tiny_pipeline.stream(0, **options)] == expected
+
+
+def test_progress_bar_counts_the_steps(tiny_pipeline, monkeypatch):
+    totals, updates = [], []
+
+    class Bar:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def update(self, n=1):
+            updates.append(n)
+
+    monkeypatch.setattr(tiny_pipeline, "progress_bar", lambda total: totals.append(total) or Bar())
+    tiny_pipeline(0, num_inference_steps=6)
+    tiny_pipeline(0, image=picture(), strength=0.5)
+    tiny_pipeline.reconstruct(picture())
+    assert totals == [6, 2, 4] and len(updates) == 12
+
+
+def test_progress_bar_can_be_configured(tiny_pipeline, capsys):
+    tiny_pipeline.set_progress_bar_config(disable=False, desc="digits")
+    tiny_pipeline(0)
+    assert "digits: 100%" in capsys.readouterr().err
+    tiny_pipeline.set_progress_bar_config(disable=True)
+    tiny_pipeline(0)
+    assert capsys.readouterr().err == ""
+
+
 def test_two_streams_do_not_disturb_each_other(tiny_pipeline):
     calls = [
         {"class_labels": [0, 1], "generator": 1, "guidance_scale": 3.0, "num_inference_steps": 4},
@@ -361,6 +415,55 @@ def test_callback_sees_every_step(tiny_pipeline):
 def test_callback_gets_the_tensors_it_names(tiny_pipeline):
     steps, _ = recorded(tiny_pipeline, 0, callback_on_step_end_tensor_inputs=["codes"])
     assert all(set(step) == {"step", "timestep", "codes"} for step in steps)
+
+
+def test_callback_can_replace_the_latents(tiny_pipeline):
+    tokenizer = tiny_pipeline.tokenizer
+    codes = generated_codes(tiny_pipeline, 0, generator=seeded())
+    new = torch.randn(1, 3, 8, 8, generator=seeded(8))
+
+    def callback(pipe, step, timestep, tensors):
+        return {"latents": new} if step == 2 else tensors
+
+    images = tiny_pipeline(0, generator=seeded(), output_type="pt", callback_on_step_end=callback).images
+    scheduler, conditions = FlowMatchAdamsBashforthScheduler(), tokenizer.condition(codes)
+    scheduler.set_timesteps(4)
+    sample = torch.randn(1, 3, 8, 8, generator=seeded())
+    for i, t in enumerate(scheduler.timesteps):
+        sample = scheduler.step(tokenizer.velocity(sample, t, conditions[:, 4 * i : 4 * i + 4]), t, sample)[0]
+        sample = new if i == 2 else sample
+    assert torch.allclose(images, pixels(sample / 0.6), atol=1e-4)
+
+
+def test_latents_replaced_after_the_last_step_are_the_image(tiny_pipeline):
+    def callback(pipe, step, timestep, tensors):
+        return {"latents": torch.full_like(tensors["latents"], 0.3)} if step == pipe.num_timesteps - 1 else tensors
+
+    for output_type, value in (("pt", 0.75), ("latent", 0.3)):
+        images = tiny_pipeline(0, output_type=output_type, callback_on_step_end=callback).images
+        assert torch.allclose(images, torch.full_like(images, value))
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (True, "must return a dictionary or None, got bool"),
+        ({"latents": torch.zeros(1, 3, 4, 4)}, r"must have \(1, 3, 8, 8\)"),
+        ({"latents": 0.0}, r"must have \(1, 3, 8, 8\)"),
+    ],
+)
+def test_bad_answers_of_callbacks(tiny_pipeline, answer, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline(0, callback_on_step_end=lambda *_: answer)
+
+
+def test_guidance_scale_can_be_read_and_set_in_a_callback(tiny_pipeline):
+    def callback(pipe, step, timestep, tensors):
+        pipe._guidance_scale += 1.0
+        return tensors
+
+    tiny_pipeline(0, guidance_scale=2.0, callback_on_step_end=callback)
+    assert tiny_pipeline.guidance_scale == 2.0 + tiny_pipeline.num_timesteps
 
 
 def test_callback_stops_the_call(tiny_pipeline):
@@ -479,46 +582,65 @@ def advanced(generator, shape):
     return generator
 
 
-# Files
+# Reconstruction
 
 
-def test_save_and_load(tiny_pipeline, tmp_path):
-    tiny_pipeline.transformer.generation_config.guidance_scale = (1.1, 8.0)
-    expected = tiny_pipeline([0, 3], generator=seeded(), output_type="pt").images
-    tiny_pipeline.save_pretrained(tmp_path)
-    loaded = DARPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    assert list(loaded.transformer.generation_config.guidance_scale) == [1.1, 8.0]
-    assert torch.equal(loaded(["tench", "ray"], generator=seeded(), output_type="pt").images, expected)
-    assert loaded.get_label_ids(["Tinca tinca", "cock"]) == [0, 4]
-    assert type(loaded.scheduler) is FlowMatchAdamsBashforthScheduler
+@pytest.mark.parametrize("output_type", OUTPUT_TYPES)
+@pytest.mark.parametrize("options", [{}, {"num_inference_steps": 6}, {"num_tokens": 9}], ids=str)
+def test_reconstruction_is_the_decoded_codes(tiny_pipeline, options, output_type):
+    forwards = []
+    tiny_pipeline.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    images = [picture(1), picture(2)]
+    result = tiny_pipeline.reconstruct(images, generator=seeded(), output_type=output_type, **options)
+    count, num_steps = options.get("num_tokens", 16), options.get("num_inference_steps", 4)
+    codes = tiny_pipeline.tokenizer.encode(torch.cat([tensor_of(image) for image in images])).codes[:, :count]
+    decoded = tiny_pipeline.tokenizer.decode(codes, generator=seeded(), num_inference_steps=num_steps).sample
+    if output_type == "codes":
+        assert torch.equal(result.images, codes)
+    elif output_type == "latent":
+        last = list(tiny_pipeline.tokenizer.decode_stream([codes], generator=seeded(), num_inference_steps=num_steps))
+        assert torch.equal(result.images, last[-1].latents)
+    else:
+        assert same(result.images, tiny_pipeline.image_processor.postprocess(decoded, output_type))
+    assert isinstance(result, DARPipelineOutput) and result.previews is None and not forwards
 
 
-def test_scheduler_is_saved_with_the_pipeline(tiny_tokenizer, tiny_transformer, tmp_path):
-    scheduler = FlowMatchAdamsBashforthScheduler(shift=3.0, variable_step=True)
-    DARPipeline(tiny_tokenizer, tiny_transformer, scheduler).save_pretrained(tmp_path)
-    loaded = DARPipeline.from_pretrained(tmp_path).scheduler.config
-    assert (loaded.shift, loaded.variable_step) == (3.0, True)
+def test_previews_of_a_reconstruction(tiny_pipeline):
+    result = tiny_pipeline.reconstruct(picture(), generator=seeded(), output_type="pt", previews=True)
+    codes = tiny_pipeline.tokenizer.encode(tensor_of(picture())).codes
+    steps = [step.sample for step in tiny_pipeline.tokenizer.decode_stream([codes], generator=seeded())]
+    assert len(result.previews) == 4 and torch.equal(result.previews[-1], result.images)
+    assert all(torch.equal(preview, pixels(step)) for preview, step in zip(result.previews, steps, strict=True))
+    images, previews = tiny_pipeline.reconstruct(picture(), previews=True, return_dict=False)
+    assert len(images) == 1 and len(previews) == 4
+    assert len(tiny_pipeline.reconstruct(picture(), return_dict=False)) == 1
 
 
-def test_labels_are_optional(tiny_tokenizer, tiny_transformer, tmp_path):
-    pipeline = DARPipeline(tiny_tokenizer, tiny_transformer, FlowMatchAdamsBashforthScheduler())
-    pipeline.save_pretrained(tmp_path)
-    loaded = DARPipeline.from_pretrained(tmp_path)
-    assert len(loaded(1).images) == 1
-    with pytest.raises(ValueError, match="the pipeline has no id2label"):
-        loaded("cat")
+def test_a_whole_layout_and_no_strength_are_the_reconstruction(tiny_pipeline):
+    options = {"generator": seeded(), "output_type": "pt"}
+    expected = tiny_pipeline.reconstruct(picture(), **options).images
+    for given in ({"layout_image": picture(), "layout_tokens": 16}, {"image": picture(), "strength": 0.0}):
+        assert torch.equal(tiny_pipeline(2, **given, **options | {"generator": seeded()}).images, expected)
+    latents = torch.randn(1, 3, 8, 8, generator=seeded())
+    assert torch.equal(tiny_pipeline.reconstruct(picture(), latents=latents, output_type="pt").images, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(tiny_pipeline, dtype):
-    pipeline = tiny_pipeline.to(dtype)
-    images = pipeline([0, 3], generator=seeded(), output_type="pt", guidance_scale=2.0).images
-    assert images.dtype == torch.float32 and images.isfinite().all()
-    array = pipeline([0, 3], generator=seeded(), output_type="np", guidance_scale=2.0).images
-    assert np.array_equal(array, images.permute(0, 2, 3, 1).numpy())
-    codes = generated_codes(pipeline, 0, layout_image=picture(), layout_tokens=16)
-    assert codes.shape == (1, 16)
+def test_reconstruction_in_other_sizes_where_allowed(make_tokenizer, tiny_transformer):
+    tokenizer = make_tokenizer(strict_sample_size=False)
+    pipeline = DARPipeline(tokenizer, tiny_transformer, FlowMatchAdamsBashforthScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    image = picture(size=(10, 14))
+    codes = tokenizer.encode(tensor_of(image)).codes
+    decoded = tokenizer.decode(codes, height=10, width=14, generator=seeded()).sample
+    options = {"generator": seeded(), "output_type": "pt"}
+    assert torch.equal(pipeline.reconstruct(image, height=10, width=14, **options).images, pixels(decoded))
+    tensor = tensor_of(image) / 2 + 0.5  # of its own size
+    images = pipeline.reconstruct(tensor, generator=seeded(), output_type="pt").images
+    assert torch.allclose(images, pixels(decoded), atol=1e-5)
+    assert pipeline.reconstruct(image).images[0].size == (8, 8)  # cropped to the model's size
+
+
+# Sizes and channels
 
 
 def test_not_square(make_tokenizer, tiny_transformer):
@@ -533,88 +655,7 @@ def test_one_channel(make_tokenizer, tiny_transformer):
     assert pipeline(0, layout_image=picture(), layout_tokens=4, output_type="pt").images.shape == (1, 1, 8, 8)
 
 
-# Bad input
-
-PREFIX = torch.zeros(1, 4, dtype=torch.long)
-
-
-@pytest.mark.parametrize(
-    "labels, options, message",
-    [
-        (5, {}, r"class label must be an integer in \[0, 5\)"),
-        (-1, {}, "class label must be an integer"),
-        (True, {}, "class label must be an integer"),
-        ([1.0], {}, "class label must be an integer"),
-        ("whale", {}, "unknown class name 'whale'; known names: tench, Tinca tinca, goldfish"),
-        (["shark", "whale"], {}, "unknown class name 'whale'"),
-        ([], {}, "class_labels is empty"),
-        (0, {"guidance_scale": (1.0, 2.0, 3.0)}, "a number or a pair"),
-        (0, {"guidance_scale": float("nan")}, "finite numbers >= 0"),
-        (0, {"guidance_scale": -1.0}, "finite numbers >= 0"),
-        (0, {"temperature": -1.0}, "temperature must be a finite number >= 0"),
-        (0, {"temperature": float("inf")}, "temperature must be a finite number >= 0"),
-        (0, {"top_k": -1}, "top_k must be an integer >= 0"),
-        (0, {"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
-        (0, {"num_inference_steps": 0}, "num_inference_steps must be a positive integer"),
-        (0, {"num_inference_steps": -1}, "num_inference_steps must be a positive integer"),
-        (0, {"num_inference_steps": 2.5}, "num_inference_steps must be a positive integer"),
-        (0, {"num_tokens": 0}, "num_tokens must be a positive integer"),
-        (0, {"num_tokens": 17}, r"num_tokens must lie in \[1, 16\]"),
-        (0, {"num_tokens": 3}, "num_tokens=3 completes no step: the first one needs 4"),
-        (0, {"num_images_per_prompt": 0}, "num_images_per_prompt must be a positive integer"),
-        (0, {"prefix_codes": PREFIX.float()}, "prefix_codes must be integers of shape"),
-        (0, {"prefix_codes": PREFIX[0]}, "prefix_codes must be integers of shape"),
-        ([0] * 3, {"prefix_codes": PREFIX.expand(2, -1)}, "prefix_codes must be integers of shape"),
-        (0, {"prefix_codes": PREFIX + 32}, r"prefix_codes must lie in \[0, 32\)"),
-        (0, {"prefix_codes": PREFIX - 1}, r"prefix_codes must lie in \[0, 32\)"),
-        (0, {"prefix_codes": PREFIX.repeat(1, 5)}, "a prefix of 20 codes is longer than the 16"),
-        (0, {"prefix_codes": PREFIX, "image": picture(), "strength": 0.5}, "prefix_codes and image exclude"),
-        (0, {"prefix_codes": PREFIX, "layout_image": picture(), "layout_tokens": 2}, "exclude each other"),
-        (0, {"layout_image": picture()}, "layout_image and layout_tokens go together"),
-        (0, {"layout_tokens": 4}, "layout_image and layout_tokens go together"),
-        (0, {"layout_image": picture(), "layout_tokens": -1}, "layout_tokens must be an integer >= 0"),
-        (0, {"layout_image": picture(), "layout_tokens": 2.0}, "layout_tokens must be an integer >= 0"),
-        (0, {"layout_image": picture(), "layout_tokens": 17}, "layout_tokens=17 is more than num_tokens=16"),
-        (0, {"layout_image": [picture()] * 2, "layout_tokens": 4}, "got 2 images for 1 labels"),
-        (0, {"layout_image": torch.full((1, 3, 8, 8), float("nan")), "layout_tokens": 4}, r"lie in \[-1, 1\]"),
-        (0, {"layout_image": torch.full((1, 3, 8, 8), -3.0), "layout_tokens": 4}, r"lie in \[-1, 1\]"),
-        (0, {"layout_image": np.asarray(picture()), "layout_tokens": 4}, r"lie in \[-1, 1\]"),
-        (0, {"layout_image": "cat.png", "layout_tokens": 4}, "[Ii]nput"),
-        (0, {"image": picture()}, "image and strength go together"),
-        (0, {"strength": 0.5}, "image and strength go together"),
-        (0, {"image": picture(), "strength": 1.1}, r"strength must lie in \[0, 1\]"),
-        (0, {"image": picture(), "strength": float("nan")}, r"strength must lie in \[0, 1\]"),
-        (0, {"image": picture(), "strength": 0.5, "latents": torch.zeros(1, 3, 8, 8)}, "image and latents exclude"),
-        (0, {"latents": torch.zeros(1, 3, 4, 4)}, r"latents must be finite and of shape \(1, 3, 8, 8\)"),
-        (0, {"latents": torch.full((1, 3, 8, 8), float("nan"))}, "latents must be finite"),
-        ([0, 1], {"generator": [seeded()]}, "got 1 generators for a batch of 2"),
-        (0, {"output_type": "jpeg"}, "output_type must be one of pil, np, pt, codes"),
-        (0, {"callback_on_step_end_tensor_inputs": ["noise"]}, "must be among"),
-    ],
-)
-@pytest.mark.parametrize("way", ["call", "stream"])
-def test_bad_input(tiny_pipeline, labels, options, message, way):
-    forwards = []
-    tiny_pipeline.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
-    with pytest.raises(ValueError, match=message):
-        # refused at once, not at the first picture
-        (tiny_pipeline if way == "call" else tiny_pipeline.stream)(labels, **options)
-    assert not forwards
-
-
-def test_stream_refuses_unknown_arguments(tiny_pipeline):
-    for options in ({"colour": 1}, {"return_dict": False}):
-        with pytest.raises(TypeError, match="unexpected"):
-            tiny_pipeline.stream(0, **options)
-
-
-@pytest.mark.parametrize(
-    "tokenizer_options, message",
-    [
-        ({"codebook_size": 16}, "disagree: codebook_size 16 and 32"),
-        ({"num_tokens": 8}, "disagree: number of tokens 8 and 16"),
-    ],
-)
-def test_components_must_fit_together(make_tokenizer, tiny_transformer, tokenizer_options, message):
-    with pytest.raises(ValueError, match=message):
-        DARPipeline(make_tokenizer(**tokenizer_options), tiny_transformer, FlowMatchAdamsBashforthScheduler())
+def test_a_palette_is_looked_up_before_resizing(tiny_pipeline):
+    image = picture(size=(16, 16)).quantize(8)
+    plain = tiny_pipeline.reconstruct(image.convert("RGB"), generator=seeded())
+    assert same(tiny_pipeline.reconstruct(image, generator=seeded()).images, plain.images)

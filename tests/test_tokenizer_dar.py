@@ -12,7 +12,7 @@ from dar_hf import (
     DARTokenizerOutput,
     FlowMatchAdamsBashforthScheduler,
 )
-from dar_hf.tokenizer_dar import CausalCache, apply_rotary, rotary_table
+from dar_hf.tokenizer_dar import CausalCache, DARAttnProcessor, apply_rotary, rotary_table
 
 OPTIONS = {
     "default": {},
@@ -617,6 +617,35 @@ def test_loading_in_half_precision_keeps_the_quantizer(tiny_tokenizer, tmp_path)
     assert model.decode(random_codes()).sample.isfinite().all()
 
 
+@pytest.mark.parametrize("cast", ["to", "to_both", "bfloat16", "half"])
+def test_casting_keeps_the_quantizer(tiny_tokenizer, make_tokenizer, cast):
+    model = make_tokenizer()
+    {
+        "to": lambda: model.to(torch.bfloat16),
+        "to_both": lambda: model.to("cpu", torch.bfloat16),
+        "bfloat16": model.bfloat16,
+        "half": model.half,
+    }[cast]()
+    for name in ("quant_proj.weight", "quantizer.codebook.weight"):
+        assert torch.equal(model.get_parameter(name), tiny_tokenizer.get_parameter(name))
+        assert model.get_parameter(name).dtype == torch.float32
+    assert model.dtype == model.post_quant_proj.weight.dtype == (torch.float16 if cast == "half" else torch.bfloat16)
+    model.float()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_casting_a_quantizer_that_is_half_already(tiny_tokenizer):
+    for parameter in tiny_tokenizer.quantizer.parameters():
+        parameter.data = parameter.data.half()
+    assert tiny_tokenizer.float().quantizer.codebook.weight.dtype == torch.float32
+
+
+def test_memory_can_be_given_later():
+    with torch.device("meta"):
+        model = DARTokenizer(sample_size=8, encoder_patch_size=2, diffusion_patch_size=2)
+    assert {parameter.device.type for parameter in model.to_empty(device="cpu").parameters()} == {"cpu"}
+
+
 @every_option
 def test_save_and_load(make_tokenizer, options, tmp_path):
     model = make_tokenizer(**options)
@@ -679,6 +708,39 @@ def test_forward_holds_what_the_losses_need(tiny_tokenizer):
     codebook = F.normalize(tiny_tokenizer.quantizer.codebook.weight, dim=-1)
     assert torch.allclose(output.quantized, codebook[output.codes], atol=1e-6)
     assert torch.allclose(output.latents.norm(dim=-1), torch.ones(3, 16), atol=1e-5)
+
+
+def test_forward_as_a_tuple(tiny_tokenizer):
+    images, generator = random_images(tiny_tokenizer), seeded()
+    output = tiny_tokenizer(images, generator=seeded())
+    values = tiny_tokenizer(images, generator=generator, return_dict=False)
+    assert isinstance(values, tuple) and len(values) == len(output) == 8  # no REPA features
+    assert all(torch.equal(one, two) for one, two in zip(values, output.values(), strict=True))
+
+
+def test_attention_processors_can_be_read_and_set(tiny_tokenizer):
+    processors = tiny_tokenizer.attn_processors
+    assert len(processors) == 2 + 2 + 2 * 2  # encoder, causal blocks, two in each block of the denoiser
+    new = {name: DARAttnProcessor() for name in processors}
+    tiny_tokenizer.set_attn_processor(dict(new))
+    assert tiny_tokenizer.attn_processors == new
+    with pytest.raises(ValueError, match="number of processors"):
+        tiny_tokenizer.set_attn_processor({"encoder_blocks.0.attn.processor": DARAttnProcessor()})
+    before = tiny_tokenizer.decode(random_codes(), generator=seeded()).sample
+    tiny_tokenizer.fuse_qkv_projections()  # nothing to fuse, and nothing changes
+    assert torch.equal(tiny_tokenizer.decode(random_codes(), generator=seeded()).sample, before)
+
+
+def test_latents_of_a_preview_can_be_replaced(tiny_tokenizer):
+    codes, new = random_codes(), torch.randn(2, 3, 8, 8, generator=seeded(5))
+    euler = FlowMatchAdamsBashforthScheduler(solver_order=1)  # knows no earlier velocity, as one that starts later
+    previews = []
+    for preview in tiny_tokenizer.decode_stream([codes], generator=seeded(), scheduler=euler):
+        previews.append(preview.sample)
+        if preview.step == 2:
+            preview.latents = new
+    later = tiny_tokenizer.decode_stream([codes], noise=new, start_step=2, scheduler=euler)
+    assert all(torch.equal(one, two.sample) for one, two in zip(previews[2:], later, strict=True))
 
 
 def test_forward_is_deterministic_given_its_draws(tiny_tokenizer):

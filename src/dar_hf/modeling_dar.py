@@ -6,7 +6,7 @@ is there. Pure functions on tensors first, then the layers, then the models.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -63,8 +63,11 @@ def guidance_schedule(scale: GuidanceScale, num_image_tokens: int) -> list[float
     return [start + (end - start) * i / max(num_image_tokens - 1, 1) for i in range(num_image_tokens)]
 
 
-def apply_guidance(logits: torch.Tensor, scale: float) -> torch.Tensor:
-    """``uncond + scale * (cond - uncond)``, ``(B, V)``, of logits ``(2B, V)``: class rows, then null-class rows."""
+def apply_guidance(logits: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """``uncond + scale * (cond - uncond)``, ``(B, V)``, of logits ``(2B, V)``: class rows, then null-class rows.
+
+    ``scale`` is a number, or one for each row, ``(B, 1)``.
+    """
     conditional, unconditional = logits.chunk(2)
     return unconditional + scale * (conditional - unconditional)
 
@@ -84,21 +87,31 @@ def draw(scores: torch.Tensor, generator: Generators = None) -> torch.Tensor:
     return (scores.float().softmax(dim=-1) / race.to(scores.device)).argmax(dim=-1)
 
 
-def check_generators(generator: Generators, batch_size: int) -> None:
-    """Raises ValueError for a list of generators of another length than the batch."""
-    if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
-        raise ValueError(f"got {len(generator)} generators for a batch of {batch_size}.")
+def check_generators(generator: Generators, batch_size: int, device: torch.device | None = None) -> None:
+    """Raises ValueError for anything but a generator or one for each of the batch; on the CPU or on ``device``."""
+    several = isinstance(generator, (list, tuple))
+    generators = [] if generator is None else list(generator) if several else [generator]  # type: ignore[arg-type]
+    for given in generators:
+        if not isinstance(given, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator or a list of them, got {type(given).__name__}.")
+        if device is not None and given.device.type not in ("cpu", device.type):
+            raise ValueError(f"a generator on {given.device} cannot draw for a model on {device}: use one on the CPU.")
+    if several and len(generators) != batch_size:
+        raise ValueError(f"got {len(generators)} generators for a batch of {batch_size}.")
 
 
 class ClassifierFreeGuidance(LogitsProcessor):
     """Merges the doubled rows of a guided step; stands first among the processors of `generate`."""
 
-    def __init__(self, schedule: list[float]):
-        self.schedule = schedule
+    def __init__(self, schedule: list[float], codebook_size: int):
+        self.scales = torch.tensor(schedule)
+        self.codebook_size = codebook_size
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        position = min(input_ids.shape[1], len(self.schedule)) - 1
-        return apply_guidance(scores, self.schedule[position])
+        self.scales = self.scales.to(scores.device)
+        padding = (input_ids >= self.codebook_size).int().argmax(dim=-1)  # what stands before the class token
+        position = (input_ids.shape[1] - 1 - padding).clamp(max=len(self.scales) - 1)
+        return apply_guidance(scores, self.scales[position][:, None])
 
 
 class GeneratorSampling(LogitsProcessor):
@@ -155,13 +168,23 @@ class DARRMSNorm(LlamaRMSNorm):
 
 
 class DARRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's rotary embedding; the sines carry the sign of the half they meet."""
+    """Llama's rotary embedding; the sines carry the sign of the half they meet.
+
+    Its frequencies stay float32 when the model is cast, as they do when it is loaded in half precision.
+    """
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and signed sines, both ``(B, 1, L, head_dim)``."""
         cos, sin = super().forward(x, position_ids)
         first, second = sin.chunk(2, dim=-1)
         return cos.unsqueeze(1), torch.cat([-first, second], dim=-1).unsqueeze(1)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        def move_only(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move_only, recurse)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -383,14 +406,17 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             generator: source of the samples, one or one per returned sequence; the global one is left untouched.
 
         Raises:
-            ValueError: for guidance with beam search, or scales of the wrong form.
+            ValueError: for guidance with beam search, assisted decoding or input embeddings, or scales of the wrong
+                form.
         """
+        for name in ("guidance", "generator"):  # of the model that this one assists
+            kwargs.pop(name, None)
         base = generation_config if generation_config is not None else self.generation_config
         scale = kwargs.pop("guidance_scale", None)
         scale = scale if scale is not None else base.guidance_scale
         guidance = guidance_schedule(scale, self.config.num_image_tokens)
-        if guidance and (kwargs.get("num_beams") or base.num_beams or 1) > 1:
-            raise ValueError("guidance_scale with num_beams > 1 is not supported: sample or decode greedily.")
+        if guidance:
+            self._check_guided(base, kwargs)
         # defaults of the paper where nobody says otherwise: one whole image, from the whole distribution
         lengths = [kwargs.get(name, getattr(base, name)) for name in ("max_new_tokens", "max_length")]
         if lengths == [None, None]:
@@ -401,13 +427,28 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             inputs, generation_config, guidance=guidance, generator=generator, guidance_scale=1.0, **kwargs
         )
 
+    @staticmethod
+    def _check_guided(base: GenerationConfig, options: dict) -> None:
+        """Refuse the ways of decoding that do not know the doubled rows."""
+        given = {
+            "num_beams > 1": (options.get("num_beams") or base.num_beams or 1) > 1,
+            "assistant_model": options.get("assistant_model") is not None,
+            "prompt_lookup_num_tokens": options.get("prompt_lookup_num_tokens", base.prompt_lookup_num_tokens),
+            "inputs_embeds": options.get("inputs_embeds") is not None,
+        }
+        for name, is_given in given.items():
+            if is_given:
+                raise ValueError(
+                    f"guidance_scale with {name} is not supported: sample or decode greedily from input_ids."
+                )
+
     def _get_logits_processor(
         self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict | None = None, **kwargs: Any
     ) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
         options = model_kwargs or {}
         if options.get("guidance") is not None:
-            processors.insert(0, ClassifierFreeGuidance(options["guidance"]))
+            processors.insert(0, ClassifierFreeGuidance(options["guidance"], self.config.codebook_size))
         if options.get("generator") is not None and generation_config.do_sample:
             processors.append(GeneratorSampling(options["generator"]))
             generation_config.do_sample = False  # sampled already; argmax draws nothing from the global generator
@@ -417,6 +458,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         guidance: list[float] | None = None,
         generator: Generators = None,
         **kwargs: Any,
@@ -426,7 +468,9 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             attention_mask = None if attention_mask is None else torch.cat([attention_mask] * 2)
             if kwargs.get("position_ids") is not None:
                 kwargs["position_ids"] = torch.cat([kwargs["position_ids"]] * 2)
-        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     def _with_null_rows(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """``(2B, L)``: the rows, then the same rows under the null class."""
@@ -477,7 +521,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
         if not labels:
             raise ValueError("class_labels is empty: nothing to generate.")
-        tokens = torch.tensor([[config.class_token_id(label)] for label in labels], device=self.device)
+        tokens = torch.tensor([[config.class_token_id(label)] for label in labels], device=self._input_device)
         check_generators(generator, len(labels))
         if prefix_codes is not None:
             prefix_codes = self.check_prefix(prefix_codes, len(labels), num_tokens)
@@ -490,8 +534,12 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
 
     def check_prefix(self, codes: torch.Tensor, batch_size: int, num_tokens: int) -> torch.LongTensor:
         """The prefix ``(batch_size, n)`` on this model's device, or a ValueError that says what is wrong with it."""
-        codes = torch.as_tensor(codes)
-        if codes.ndim != 2 or codes.is_floating_point() or len(codes) not in (1, batch_size):
+        try:
+            codes = torch.as_tensor(codes)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"prefix_codes must be a tensor of integers, got {type(codes).__name__}.") from error
+        whole = not (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
+        if codes.ndim != 2 or not whole or len(codes) not in (1, batch_size):
             raise ValueError(
                 f"prefix_codes must be integers of shape (1 or {batch_size}, n), got {codes.dtype} of "
                 f"{tuple(codes.shape)}."
@@ -500,7 +548,12 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             raise ValueError(f"a prefix of {codes.shape[1]} codes is longer than the {num_tokens} to generate.")
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.config.codebook_size):
             raise ValueError(f"prefix_codes must lie in [0, {self.config.codebook_size}).")
-        return codes.to(self.device, torch.long).expand(batch_size, -1)
+        return codes.to(self._input_device, torch.long).expand(batch_size, -1)
+
+    @property
+    def _input_device(self) -> torch.device:
+        """Where inputs go: offloaded layer by layer, the model itself is nowhere and takes them from the CPU."""
+        return torch.device("cpu") if self.device.type == "meta" else self.device
 
     @torch.no_grad()
     def _stream_groups(

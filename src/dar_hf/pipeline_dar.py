@@ -1,16 +1,19 @@
 """Class-conditional image generation with D-AR: language model and tokenizer, composed as two generators.
 
-`DARPipeline.stream` is the composition; calling the pipeline gives its last element. Image-to-image follows the idea
-of the original code, which slices its schedule twice there (the steps it skips are skipped again); here the schedule
-is entered once, at the step that ``strength`` selects.
+`DARPipeline.stream` is the composition; calling the pipeline gives its last element, and `DARPipeline.reconstruct` is
+the same path over codes that are there already. Image-to-image follows the idea of the original code, which slices its
+schedule twice there (the steps it skips are skipped again); here the schedule is entered once, at the step that
+``strength`` selects.
 """
 
+import difflib
 import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, Self
 
 import numpy as np
 import PIL.Image
@@ -24,7 +27,9 @@ from .modeling_dar import DARForCausalLM, GuidanceScale, check_generators, guida
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler
 from .tokenizer_dar import DARPreview, DARTokenizer
 
-OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
+_ROUNDING = 1e-3  # how far pixels may lie outside their range
+_IMAGE_KINDS = (PIL.Image.Image, np.ndarray, torch.Tensor)
 
 
 @dataclass
@@ -33,35 +38,43 @@ class DARPipelineOutput(BaseOutput):
 
     Attributes:
         images: in the ``output_type`` asked for: a list of PIL images, a numpy array ``(B, H, W, C)`` or a tensor
-            ``(B, C, H, W)`` in [0, 1], or codes ``(B, n)``.
+            ``(B, C, H, W)`` in [0, 1], codes ``(B, n)``, or the solver's noisy state ``(B, C, H, W)``.
         step, num_steps: the step that gave them, counted from 1, and how many there are.
         num_tokens: how many codes they depend on.
+        previews: the images after every step, the last ones included; only where `DARPipeline.reconstruct` was asked.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     step: int | None = None
     num_steps: int | None = None
     num_tokens: int | None = None
+    previews: list | None = None
 
 
 @dataclass
-class _Request:
-    """A checked call: what `DARPipeline._run` needs, whichever way it was asked for."""
+class _Decoding:
+    """How codes become images: the checked part of a call that generating and reconstructing share."""
 
-    labels: list[int]
+    num_steps: int
+    noise: torch.Tensor
+    output_type: str
+    start_step: int = 0
+    callback: Callable | None = None
+    callback_inputs: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Sampling:
+    """What codes to generate: arguments of `DARForCausalLM.stream_codes`, checked, by their names there."""
+
+    class_labels: list[int]
+    num_tokens: int
+    prefix_codes: torch.Tensor | None
     guidance_scale: GuidanceScale
     temperature: float
     top_k: int
     top_p: float
-    num_steps: int
-    start_step: int
-    num_tokens: int
-    prefix_codes: torch.Tensor | None
-    noise: torch.Tensor
     generator: torch.Generator | list[torch.Generator] | None
-    output_type: str
-    callback: Callable | None
-    callback_inputs: list[str]
 
 
 class DARPipeline(DiffusionPipeline):
@@ -72,6 +85,13 @@ class DARPipeline(DiffusionPipeline):
         transformer: class labels to codes; its generation configuration holds the default ``guidance_scale``.
         scheduler: the tokenizer's solver.
         id2label: class names by id; several names of one class are separated by commas.
+
+    Attributes:
+        labels: class ids by name, for every name that stands for one class. Where classes share a name, it belongs to
+            the one whose whole entry it is, else to the one whose first name it is.
+
+    Raises:
+        ValueError: for components that do not fit together.
     """
 
     model_cpu_offload_seq = "transformer->tokenizer"
@@ -93,10 +113,7 @@ class DARPipeline(DiffusionPipeline):
                 raise ValueError(f"tokenizer and transformer disagree: {name} {ours} and {theirs}.")
         self.register_modules(tokenizer=tokenizer, transformer=transformer, scheduler=scheduler)
         self.register_to_config(id2label=None if id2label is None else {int(k): v for k, v in id2label.items()})
-        self.labels: dict[str, int] = {}
-        for label, names in (id2label or {}).items():
-            for name in (str(names), *str(names).split(",")):
-                self.labels[name.strip()] = int(label)
+        self.labels, self._shared_names = _index_names(id2label or {})
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=1,
             resample="bicubic",
@@ -106,6 +123,17 @@ class DARPipeline(DiffusionPipeline):
         self._interrupt = False
         self._guidance_scale: GuidanceScale = None
         self._num_timesteps = 0
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
+        """diffusers' own, and like it in float32 unless ``dtype`` says otherwise.
+
+        Without this, transformers would keep the dtype a folder was saved in and diffusers would not: a pipeline saved
+        in half precision would come back as a half-precision transformer beside a float32 tokenizer.
+        """
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def guidance_scale(self) -> GuidanceScale:
@@ -126,16 +154,25 @@ class DARPipeline(DiffusionPipeline):
         """Class ids of class names.
 
         Raises:
-            ValueError: for a name this model does not have.
+            ValueError: for a name this model does not have, or that several of its classes share.
         """
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
+            if name in self._shared_names:
+                ids = ", ".join(map(str, self._shared_names[name]))
+                raise ValueError(f"the class name {name!r} is shared by the classes {ids}: give the id.")
             if name not in self.labels:
-                names_known = [known for known in self.labels if "," not in known]
-                known = ", ".join(names_known[:20]) or "none: the pipeline has no id2label"
-                more = f", … ({len(names_known)} in all)" if len(names_known) > 20 else ""
-                raise ValueError(f"unknown class name {name!r}; known names: {known}{more}.")
+                raise ValueError(f"unknown class name {name!r}; {self._known_names(name)}.")
         return [self.labels[name] for name in names]
+
+    def _known_names(self, name: Any) -> str:
+        known = [known for known in self.labels if "," not in known]
+        if not known:
+            return "known names: none: the pipeline has no id2label"
+        more = f", … ({len(known)} in all)" if len(known) > 20 else ""
+        close = difflib.get_close_matches(str(name), known)
+        similar = f"; similar: {', '.join(close)}" if close else ""
+        return f"known names: {', '.join(known[:20])}{more}{similar}"
 
     def __call__(
         self,
@@ -174,19 +211,24 @@ class DARPipeline(DiffusionPipeline):
             image, strength: image-to-image: the share of the steps, in [0, 1], that is generated anew.
             generator: randomness of noise and codes, one or one per image; the global one stays untouched.
             latents: start noise ``(B, C, H, W)``.
-            output_type: "pil", "np", "pt", or "codes" (nothing is decoded).
+            output_type: "pil", "np", "pt", "codes" (nothing is decoded) or "latent" (the solver's noisy state).
             return_dict: False gives a tuple ``(images,)``.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, tensors)`` after every step with
                 those of "preview", "codes" and "latents" that ``callback_on_step_end_tensor_inputs`` names (default
-                all); returning ``{"stop": True}`` ends the call with the current preview.
+                all). It may return a dictionary: ``{"stop": True}`` ends the call with the current preview,
+                ``{"latents": tensor}`` replaces the solver's state.
+
+        Images are given as PIL images of any size, which are resized and cropped to their middle, or as arrays
+        ``(B, H, W, C)`` or tensors ``(B, C, H, W)`` of the model's size, in [0, 1], or in [-1, 1] if any value is
+        negative.
 
         Raises:
             ValueError: for arguments out of range or that exclude each other, before any model runs.
         """
         arguments = {name: value for name, value in locals().items() if name in _ARGUMENTS}
-        request = self._prepare(**arguments)
-        (last,) = deque(self._run(request), maxlen=1)
-        output = self._output(request, last)  # only the last preview is converted
+        decoding, sampling = self._prepare(**arguments)
+        (last,) = deque(self._generate(decoding, sampling), maxlen=1)
+        output = self._output(decoding, last)  # only the last preview is converted
         return output if return_dict else (output.images,)
 
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[DARPipelineOutput]:
@@ -199,87 +241,135 @@ class DARPipeline(DiffusionPipeline):
         """
         bound = _STREAM_SIGNATURE.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        request = self._prepare(**{name: bound.arguments[name] for name in _ARGUMENTS})
-        return (self._output(request, step) for step in self._run(request))
-
-    def _output(self, request: _Request, step: DARPreview) -> DARPipelineOutput:
-        if request.output_type == "codes":
-            images = step.sample
-        else:
-            images = self.image_processor.postprocess(step.sample, request.output_type)
-        return DARPipelineOutput(images, step.step, step.num_steps, step.num_tokens)
+        decoding, sampling = self._prepare(**{name: bound.arguments[name] for name in _ARGUMENTS})
+        return (self._output(decoding, step) for step in self._generate(decoding, sampling))
 
     @torch.no_grad()
-    def _run(self, request: _Request) -> Iterator[DARPreview]:
+    def reconstruct(
+        self,
+        images: Any,
+        num_inference_steps: int | None = None,
+        num_tokens: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        previews: bool = False,
+    ) -> DARPipelineOutput | tuple:
+        """Encode images and decode their codes: what the tokenizer keeps of them. The transformer is not used.
+
+        Args:
+            images: one or several, in the forms that calling the pipeline takes.
+            num_inference_steps, num_tokens, generator, latents, output_type: as in calling the pipeline;
+                ``num_tokens`` decodes the first codes only.
+            height, width: size in pixels, where the tokenizer takes others than its own (``strict_sample_size``
+                False); default the size of arrays and tensors, and the tokenizer's for PIL images.
+            return_dict: False gives a tuple ``(images,)``, or ``(images, previews)``.
+            previews: also return the images after every step.
+
+        Raises:
+            ValueError: for arguments out of range, before any model runs.
+        """
+        _check_output(output_type)
+        num_steps = self._num_steps(num_inference_steps)
+        num_tokens = self._num_tokens(num_tokens, num_steps, output_type)
+        pixels = self._pixels("images", images, height, width)
+        noise = self._noise(pixels.shape, generator, latents)
+        decoding = _Decoding(num_steps, noise, output_type)
+        codes = self.tokenizer.encode(pixels).codes[:, :num_tokens]
+        steps = self._run(decoding, iter([codes]))
+        outputs = [self._output(decoding, step) for step in (steps if previews else deque(steps, maxlen=1))]
+        result = outputs[-1]
+        result.previews = [output.images for output in outputs] if previews else None
+        if return_dict:
+            return result
+        return (result.images, result.previews) if previews else (result.images,)
+
+    def _output(self, decoding: _Decoding, step: DARPreview) -> DARPipelineOutput:
+        if decoding.output_type in ("codes", "latent"):
+            images = step.sample if decoding.output_type == "codes" else step.latents
+        else:
+            images = self.image_processor.postprocess(step.sample, decoding.output_type)
+        return DARPipelineOutput(images, step.step, step.num_steps, step.num_tokens)
+
+    def _generate(self, decoding: _Decoding, sampling: _Sampling) -> Iterator[DARPreview]:
         """The composition: groups of codes from the transformer, a denoising step of the tokenizer for each."""
+        config = self.tokenizer.config
+        self._guidance_scale = sampling.guidance_scale
+        codes = self.transformer.stream_codes(
+            **vars(sampling),
+            group_size=math.gcd(config.num_tokens // config.num_groups, config.tokens_per_group),
+        )
+        return self._run(decoding, codes)
+
+    @torch.no_grad()
+    def _run(self, decoding: _Decoding, codes: Iterator[torch.Tensor]) -> Iterator[DARPreview]:
+        """Decode codes while they arrive, and report every step."""
         self._interrupt = False
-        self._guidance_scale = request.guidance_scale
-        self._num_timesteps = request.num_steps - request.start_step
+        self._num_timesteps = decoding.num_steps - decoding.start_step
         pieces: list[torch.Tensor] = []
 
         def groups() -> Iterator[torch.Tensor]:
-            for group in self._stream_codes(request):
+            for group in codes:
                 pieces.append(group)
                 yield group
 
-        if request.output_type == "codes":
-            steps = self._undecoded(request, groups())
+        if decoding.output_type == "codes":
+            steps = self._undecoded(decoding, groups())
         else:
             steps = self.tokenizer.decode_stream(
                 groups(),
-                noise=request.noise,
-                num_inference_steps=request.num_steps,
+                noise=decoding.noise,
+                num_inference_steps=decoding.num_steps,
                 scheduler=self.scheduler,
-                start_step=request.start_step,
+                start_step=decoding.start_step,
             )
         try:
             with self.progress_bar(total=self._num_timesteps) as progress:
                 for step in steps:
                     progress.update()
-                    stop = self._report(request, step, pieces)
+                    stop = self._report(decoding, step, pieces)
                     yield step
                     if stop or self._interrupt:
                         return
         finally:
             self.maybe_free_model_hooks()
 
-    def _undecoded(self, request: _Request, groups: Iterator[torch.Tensor]) -> Iterator[DARPreview]:
+    def _undecoded(self, decoding: _Decoding, groups: Iterator[torch.Tensor]) -> Iterator[DARPreview]:
         """The steps that codes complete, with the codes so far in the place of the picture; nothing is decoded.
 
         Where the last step needs fewer codes than there are, it comes once more with all of them.
         """
-        windows = self.tokenizer.step_windows(request.num_steps)
-        num_steps, step, shown, codes = request.num_steps, request.start_step, 0, None
+        windows = self.tokenizer.step_windows(decoding.num_steps)
+        num_steps, step, shown, codes = decoding.num_steps, decoding.start_step, 0, None
         for group in groups:
             codes = group if codes is None else torch.cat([codes, group], dim=1)
             while step < num_steps and windows[step][1] <= codes.shape[1]:
                 step, shown = step + 1, codes.shape[1]
-                yield DARPreview(step, num_steps, shown, codes, timestep=0.0, latents=request.noise)
+                yield DARPreview(step, num_steps, shown, codes, timestep=0.0, latents=decoding.noise)
         if codes is not None and shown < codes.shape[1]:
-            yield DARPreview(step, num_steps, codes.shape[1], codes, timestep=0.0, latents=request.noise)
+            yield DARPreview(step, num_steps, codes.shape[1], codes, timestep=0.0, latents=decoding.noise)
 
-    def _stream_codes(self, request: _Request) -> Iterator[torch.Tensor]:
-        config = self.tokenizer.config
-        return self.transformer.stream_codes(
-            request.labels,
-            guidance_scale=request.guidance_scale,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            generator=request.generator,
-            prefix_codes=request.prefix_codes,
-            num_tokens=request.num_tokens,
-            group_size=math.gcd(config.num_tokens // config.num_groups, config.tokens_per_group),
-        )
-
-    def _report(self, request: _Request, preview: DARPreview, pieces: list[torch.Tensor]) -> bool:
-        """Run the caller's callback; True if it asks to stop."""
-        if request.callback is None:
+    def _report(self, decoding: _Decoding, step: DARPreview, pieces: list[torch.Tensor]) -> bool:
+        """Run the caller's callback and do as it says; True if it asks to stop."""
+        if decoding.callback is None:
             return False
-        tensors = {"preview": preview.sample, "codes": torch.cat(pieces, dim=1), "latents": preview.latents}
-        tensors = {name: tensors[name] for name in request.callback_inputs}
-        answer = request.callback(self, preview.step - 1, preview.timestep, tensors)
-        return bool(answer and answer.get("stop"))
+        tensors = {"preview": step.sample, "codes": torch.cat(pieces, dim=1), "latents": step.latents}
+        tensors = {name: tensors[name] for name in decoding.callback_inputs}
+        answer = decoding.callback(self, step.step - 1, step.timestep, tensors)
+        if answer is not None and not isinstance(answer, dict):
+            raise ValueError(f"callback_on_step_end must return a dictionary or None, got {type(answer).__name__}.")
+        answer = answer or {}
+        latents = answer.get("latents", step.latents)
+        if latents is not step.latents:
+            if not isinstance(latents, torch.Tensor) or latents.shape != step.latents.shape:
+                raise ValueError(f"latents returned by callback_on_step_end must have {tuple(step.latents.shape)}.")
+            step.latents = latents.to(step.latents)
+            if step.step == step.num_steps and decoding.output_type != "codes":
+                step.sample = step.latents / self.tokenizer.config.data_std
+        return bool(answer.get("stop"))
 
     # Arguments
 
@@ -287,10 +377,6 @@ class DARPipeline(DiffusionPipeline):
     def _prepare(
         self,
         class_labels: int | str | list[int] | list[str],
-        guidance_scale: GuidanceScale,
-        temperature: float,
-        top_k: int,
-        top_p: float,
         num_inference_steps: int | None,
         num_tokens: int | None,
         num_images_per_prompt: int,
@@ -304,109 +390,150 @@ class DARPipeline(DiffusionPipeline):
         output_type: str,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str] | None,
-    ) -> _Request:
-        """Check a call's arguments, all of them before any model runs, and make of them what `_run` needs.
+        **sampling: Any,
+    ) -> tuple[_Decoding, _Sampling]:
+        """Check a call's arguments, all of them before any model runs, and make of them what `_generate` needs.
 
         Raises:
             ValueError: that says what was given and what is accepted.
         """
-        config = self.tokenizer.config
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         _exclude(prefix_codes=prefix_codes, layout_image=layout_image, image=image)
         _exclude(image=image, latents=latents)  # the noise of image-to-image is drawn
-        callback_inputs = callback_on_step_end_tensor_inputs or self._callback_tensor_inputs
-        if not set(callback_inputs) <= set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
-                f"got {callback_inputs}."
-            )
-        num_images_per_prompt = _positive_int("num_images_per_prompt", num_images_per_prompt)
-        if num_inference_steps is None:
-            num_inference_steps = config.num_inference_steps
-        num_steps = _positive_int("num_inference_steps", num_inference_steps)
-        num_tokens = _positive_int("num_tokens", config.num_tokens if num_tokens is None else num_tokens)
-        if num_tokens > config.num_tokens:
-            raise ValueError(f"num_tokens must lie in [1, {config.num_tokens}], got {num_tokens}.")
-        labels = [label for label in self._label_ids(class_labels) for _ in range(num_images_per_prompt)]
-        generator = list(generator) if isinstance(generator, tuple) else generator
-        check_generators(generator, len(labels))
-        if guidance_scale is None:
-            guidance_scale = self.transformer.generation_config.guidance_scale
-        guidance_schedule(guidance_scale, config.num_tokens)
-        sampling_warpers(temperature, top_k, top_p)
-        _check_layout(layout_image, layout_tokens, num_tokens)
+        _check_output(output_type)
+        callback_inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        labels = self._label_ids(class_labels, _positive_int("num_images_per_prompt", num_images_per_prompt))
+        num_steps = self._num_steps(num_inference_steps)
         start_step = _start_step(image, strength, num_steps)
+        num_tokens = self._num_tokens(num_tokens, num_steps, output_type, start_step)
+        layout_tokens = _layout_tokens(layout_image, layout_tokens, num_tokens)
+        sampling = self._sampling_options(**sampling)
+        if prefix_codes is not None:
+            prefix_codes = self.transformer.check_prefix(prefix_codes, len(labels), num_tokens)
+        height, width = self.tokenizer.image_size
+        name, reference = ("image", image) if layout_image is None else ("layout_image", layout_image)
+        pixels = None if reference is None else self._pixels(name, reference, height, width, len(labels))
+        noise = self._noise((len(labels), self.tokenizer.config.in_channels, height, width), generator, latents)
+
+        if pixels is not None:  # everything is checked: from here on a model may run
+            codes = self.tokenizer.encode(pixels).codes
+            if layout_image is not None:
+                prefix_codes = codes[:, :layout_tokens]
+            elif start_step == num_steps:  # strength 0, nothing is generated anew: the reconstruction, from pure noise
+                start_step, prefix_codes = 0, codes[:, :num_tokens]
+            else:
+                prefix_codes = codes[:, : self.tokenizer.step_windows(num_steps)[start_step][0]]
+                noise = self._noised(pixels, noise, start_step, num_steps)
+        return (
+            _Decoding(num_steps, noise, output_type, start_step, callback_on_step_end, callback_inputs),
+            _Sampling(labels, num_tokens, prefix_codes, generator=generator, **sampling),
+        )
+
+    def _callback_inputs(self, callback: Callable | None, names: list[str] | None) -> list[str]:
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback_on_step_end must be callable, got {type(callback).__name__}.")
+        names = self._callback_tensor_inputs if names is None else names
+        if not isinstance(names, (list, tuple)) or not all(name in self._callback_tensor_inputs for name in names):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {names!r}."
+            )
+        return list(names)
+
+    def _num_steps(self, num_inference_steps: int | None) -> int:
+        default = self.tokenizer.config.num_inference_steps
+        return _positive_int("num_inference_steps", default if num_inference_steps is None else num_inference_steps)
+
+    def _num_tokens(self, num_tokens: int | None, num_steps: int, output_type: str, start_step: int = 0) -> int:
+        most = self.tokenizer.config.num_tokens
+        num_tokens = _positive_int("num_tokens", most if num_tokens is None else num_tokens)
+        if num_tokens > most:
+            raise ValueError(f"num_tokens must lie in [1, {most}], got {num_tokens}.")
         needed = self.tokenizer.step_windows(num_steps)[start_step % num_steps][1]
         if num_tokens < needed and output_type != "codes":
             raise ValueError(f"num_tokens={num_tokens} completes no step: the first one needs {needed}.")
-        if prefix_codes is not None:
-            prefix_codes = self.transformer.check_prefix(prefix_codes, len(labels), num_tokens)
-        pixels = self._pixels(image if layout_image is None else layout_image, len(labels))
-        noise = self._noise(len(labels), generator, latents)
+        return num_tokens
 
-        if layout_image is not None:
-            prefix_codes = self.tokenizer.encode(pixels).codes[:, :layout_tokens]
-        elif start_step == num_steps:  # strength 0, nothing is generated anew: the reconstruction, from pure noise
-            start_step, prefix_codes = 0, self.tokenizer.encode(pixels).codes[:, :num_tokens]
-        elif pixels is not None:
-            noise, prefix_codes = self._noised(pixels, noise, start_step, num_steps)
-        return _Request(
-            labels=labels,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            num_steps=num_steps,
-            start_step=start_step,
-            num_tokens=num_tokens,
-            prefix_codes=prefix_codes,
-            noise=noise,
-            generator=generator,
-            output_type=output_type,
-            callback=callback_on_step_end,
-            callback_inputs=list(callback_inputs),
-        )
+    def _sampling_options(self, guidance_scale: GuidanceScale, temperature: float, top_k: int, top_p: float) -> dict:
+        if guidance_scale is None:
+            guidance_scale = self.transformer.generation_config.guidance_scale
+        guidance_schedule(guidance_scale, self.tokenizer.config.num_tokens)
+        sampling_warpers(temperature, top_k, top_p)
+        return {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
 
-    def _label_ids(self, class_labels: int | str | list[int] | list[str]) -> list[int]:
+    def _label_ids(self, class_labels: int | str | list[int] | list[str], repeats: int) -> list[int]:
         single = isinstance(class_labels, str) or not isinstance(class_labels, Iterable) or _is_scalar(class_labels)
         labels: list[Any] = [class_labels] if single else list(class_labels)  # type: ignore[arg-type]
         if not labels:
             raise ValueError("class_labels is empty: nothing to generate.")
         ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]
         config = self.transformer.config
-        return [config.class_token_id(label) - config.codebook_size for label in ids]
+        return [config.class_token_id(label) - config.codebook_size for label in ids for _ in range(repeats)]
 
-    def _noise(self, batch_size: int, generator: Any, latents: torch.Tensor | None) -> torch.Tensor:
-        shape = (batch_size, self.tokenizer.config.in_channels, *self.tokenizer.image_size)
-        device = self._execution_device
+    def _noise(self, shape: Iterable[int], generator: Any, latents: torch.Tensor | None) -> torch.Tensor:
+        """Start noise: the caller's, or drawn with the caller's generator."""
+        shape, device = tuple(shape), self._execution_device
+        check_generators(generator, shape[0], device)
         if latents is None:
+            generator = list(generator) if isinstance(generator, tuple) else generator
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+            raise ValueError(f"latents must be a floating-point tensor, got {type(latents).__name__}.")
         if tuple(latents.shape) != shape or not torch.isfinite(latents).all():
             raise ValueError(f"latents must be finite and of shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(device, torch.float32)
 
-    def _pixels(self, image: Any, batch_size: int) -> torch.Tensor | None:
-        """Pixels in [-1, 1] of images in any form diffusers takes, centre-cropped to the model's size."""
-        if image is None:
-            return None
-        first = image[0] if isinstance(image, (list, tuple)) and image else image
-        mode = "crop" if isinstance(first, PIL.Image.Image) else "default"
-        pixels = self.image_processor.preprocess(image, *self.tokenizer.image_size, resize_mode=mode)
-        if len(pixels) not in (1, batch_size):
+    def _pixels(
+        self, name: str, images: Any, height: int | None, width: int | None, batch_size: int | None = None
+    ) -> torch.Tensor:
+        """Pixels ``(B, C, H, W)`` in [-1, 1] of images in the forms that `__call__` names."""
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        kinds = {kind for image in images for kind in _IMAGE_KINDS if isinstance(image, kind)}
+        if len(kinds) != 1 or not all(isinstance(image, _IMAGE_KINDS) for image in images):
+            given = ", ".join(sorted({type(image).__name__ for image in images})) or "an empty list"
+            raise ValueError(f"{name} must be PIL images, or arrays, or tensors, got {given}.")
+        height = None if height is None else _positive_int("height", height)
+        width = None if width is None else _positive_int("width", width)
+        if kinds == {PIL.Image.Image}:
+            default = self.tokenizer.image_size
+            height, width = height or default[0], width or default[1]
+            self.tokenizer.check_size(height, width)
+            mode = "RGB" if self.tokenizer.config.in_channels == 3 else "L"  # before resizing: a palette has no means
+            images = [image.convert(mode) for image in images]
+            pixels = self.image_processor.preprocess(images, height, width, resize_mode="crop")
+        else:
+            pixels = self._pixels_of_arrays(name, images, height, width)
+        if batch_size is not None and len(pixels) not in (1, batch_size):
             raise ValueError(f"got {len(pixels)} images for {batch_size} labels: give one image, or one for each.")
-        return pixels.to(self._execution_device, torch.float32).expand(batch_size, -1, -1, -1)
+        return pixels.to(self._execution_device, torch.float32).expand(batch_size or -1, -1, -1, -1)
 
-    def _noised(
-        self, pixels: torch.Tensor, noise: torch.Tensor, start_step: int, num_steps: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image-to-image: the noisy sample at ``start_step``, and the codes of the groups before it."""
+    def _pixels_of_arrays(self, name: str, images: list, height: int | None, width: int | None) -> torch.Tensor:
+        shapes, channels = {tuple(image.shape[-3:]) for image in images}, self.tokenizer.config.in_channels
+        given = ", ".join(f"{image.dtype} of shape {tuple(image.shape)}" for image in images[:3])
+        if isinstance(images[0], np.ndarray):
+            floating, axis = all(image.dtype.kind == "f" for image in images), -1
+        else:
+            floating, axis = all(image.is_floating_point() for image in images), -3
+        if not floating or len(shapes) != 1 or images[0].ndim not in (3, 4) or images[0].shape[axis] != channels:
+            form = f"(height, width, {channels})" if axis == -1 else f"({channels}, height, width)"
+            raise ValueError(f"{name} must be floating point in [0, 1], each of shape {form}, got {given}.")
+        tensors = [torch.from_numpy(image.copy()).movedim(-1, -3) if axis == -1 else image for image in images]
+        pixels = torch.cat([tensor.reshape(-1, *tensor.shape[-3:]) for tensor in tensors])
+        rows, columns = pixels.shape[2:]
+        if (height or rows, width or columns) != (rows, columns):
+            raise ValueError(
+                f"{name}: arrays and tensors must have {height}x{width} pixels, got {given}; PIL images are resized."
+            )
+        self.tokenizer.check_size(rows, columns)
+        low, high = (float(value) for value in pixels.aminmax()) if pixels.numel() else (math.nan, math.nan)
+        if not (low >= -1 - _ROUNDING and high <= 1 + _ROUNDING):  # also catches NaN
+            raise ValueError(f"{name} must lie in [0, 1] or [-1, 1], got values from {low:.4g} to {high:.4g}.")
+        return (pixels if low < -_ROUNDING else 2 * pixels - 1).clamp(-1, 1)
+
+    def _noised(self, pixels: torch.Tensor, noise: torch.Tensor, start_step: int, num_steps: int) -> torch.Tensor:
+        """Image-to-image: the noisy sample at ``start_step``."""
         scheduler = FlowMatchAdamsBashforthScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(num_steps)
         clean = pixels * self.tokenizer.config.data_std
-        sample = scheduler.add_noise(clean, noise, float(scheduler.timesteps[start_step]))
-        kept = self.tokenizer.step_windows(num_steps)[start_step][0]
-        return sample, self.tokenizer.encode(pixels).codes[:, :kept]
+        return scheduler.add_noise(clean, noise, float(scheduler.timesteps[start_step]))
 
 
 _SIGNATURE = inspect.signature(DARPipeline.__call__)
@@ -429,21 +556,47 @@ def _is_scalar(value: Any) -> bool:
     return getattr(value, "ndim", None) == 0  # a numpy or torch number
 
 
-def _positive_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    return value
+def _index_names(id2label: dict) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """Class ids by name, and the classes that share a name: ImageNet has two cranes, and a crayfish by two names.
+
+    A whole entry wins over a first name, and that over any other.
+    """
+    levels: list[dict[str, set[int]]] = [{}, {}, {}]
+    for label, entry in id2label.items():
+        first, *others = str(entry).split(",")
+        for level, names in zip(levels, ([str(entry)], [first], others), strict=True):
+            for name in names:
+                level.setdefault(name.strip(), set()).add(int(label))
+    owners: dict[str, set[int]] = {}
+    for level in levels:
+        for name, ids in level.items():
+            owners.setdefault(name, ids)
+    owners.pop("", None)
+    labels = {name: min(ids) for name, ids in owners.items() if len(ids) == 1}
+    return labels, {name: sorted(ids) for name, ids in owners.items() if len(ids) > 1}
 
 
-def _check_layout(layout_image: Any, layout_tokens: int | None, num_tokens: int) -> None:
+def _check_output(output_type: Any) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+
+
+def _positive_int(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        kind = "a positive integer" if least == 1 else f"an integer >= {least}"
+        raise ValueError(f"{name} must be {kind}, got {value!r}.")
+    return int(value)
+
+
+def _layout_tokens(layout_image: Any, layout_tokens: int | None, num_tokens: int) -> int | None:
     if (layout_image is None) != (layout_tokens is None):
         raise ValueError("layout_image and layout_tokens go together: give both or neither.")
     if layout_tokens is None:
-        return
-    if isinstance(layout_tokens, bool) or not isinstance(layout_tokens, int) or layout_tokens < 0:
-        raise ValueError(f"layout_tokens must be an integer >= 0, got {layout_tokens!r}.")
+        return None
+    layout_tokens = _positive_int("layout_tokens", layout_tokens, least=0)
     if layout_tokens > num_tokens:
         raise ValueError(f"layout_tokens={layout_tokens} is more than num_tokens={num_tokens}.")
+    return layout_tokens
 
 
 def _start_step(image: Any, strength: float | None, num_steps: int) -> int:
@@ -452,6 +605,6 @@ def _start_step(image: Any, strength: float | None, num_steps: int) -> int:
         raise ValueError("image and strength go together: give both or neither.")
     if strength is None:
         return 0
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
         raise ValueError(f"strength must lie in [0, 1], got {strength!r}.")
     return num_steps - min(int(num_steps * strength), num_steps)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -325,7 +325,27 @@ class Denoiser(nn.Module):
         return self.repa_head(pooled.flatten(2).transpose(1, 2))
 
 
-class VectorQuantizer(nn.Module):
+class KeepsFloat32(nn.Module):
+    """Keeps float32 parameters when the model around it is cast: codes must not depend on how it came to bfloat16."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        def move_only(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            cast = tensor.dtype == torch.float32 and moved.dtype != torch.float32
+            return tensor.to(moved.device) if cast else moved
+
+        return super()._apply(move_only, recurse)
+
+
+class Float32Linear(KeepsFloat32, nn.Linear):
+    """Linear layer that computes in float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+class VectorQuantizer(KeepsFloat32):
     """Nearest of the l2-normalised codebook rows. Stored rows have any length; their direction is the code."""
 
     def __init__(self, codebook_size: int, codebook_dim: int):
@@ -335,8 +355,8 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """Codes ``(...)`` of l2-normalised latents ``(..., codebook_dim)``."""
-        codebook = F.normalize(self.codebook.weight.float(), dim=-1)
-        return (latents @ codebook.T).argmax(dim=-1)
+        every_code = torch.arange(self.codebook.num_embeddings, device=latents.device)
+        return (latents @ self.embed(every_code).T).argmax(dim=-1)
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """l2-normalised float32 code vectors ``(..., codebook_dim)``."""
@@ -363,7 +383,8 @@ class DARPreview(BaseOutput):
         num_tokens: how many codes the picture depends on so far.
         sample: ``(B, C, H, W)`` float32, in the range of images, not clamped: this step taken straight to t = 1.
         timestep: the shifted time at which the step began, in [0, 1).
-        latents: ``(B, C, H, W)`` float32, the solver's noisy state after the step.
+        latents: ``(B, C, H, W)`` float32, the solver's noisy state after the step; a tensor put in its place before
+            the stream goes on replaces it.
     """
 
     step: int
@@ -399,7 +420,7 @@ class DARTokenizerOutput(BaseOutput):
     repa_features: torch.Tensor | None = None
 
 
-class DARTokenizer(ModelMixin, ConfigMixin):
+class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     """Image to codes and back: encoder, quantizer, causal condition blocks and diffusion decoder.
 
     The defaults are the ImageNet 256x256 tokenizer "v1".
@@ -434,7 +455,8 @@ class DARTokenizer(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["GatedBlock", "DiffusionBlock"]
     _repeated_blocks = ["GatedBlock", "DiffusionBlock"]
-    _keep_in_fp32_modules = ["quant_proj", "quantizer"]
+    _keep_in_fp32_modules = ["quant_proj", "quantizer"]  # when loading; `KeepsFloat32` sees to casting
+    _skip_layerwise_casting_patterns = ["norm", "quant", "time_embed"]  # they read the dtype of their weights
 
     decode_dtype: torch.dtype | None = None
     """dtype in which `decode` runs the denoiser. None: the model's, but bf16 for float32 models of width 512 or more
@@ -491,7 +513,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         self.query_embed = nn.Embedding(max_num_tokens, query_rank if low_rank_queries else encoder_dim)
         self.query_proj = Linear(query_rank, encoder_dim) if low_rank_queries else None
         self.encoder_blocks = nn.ModuleList(GatedBlock(encoder_dim, head_dim) for _ in range(num_encoder_layers))
-        self.quant_proj = Linear(encoder_dim, codebook_dim, bias=False)
+        self.quant_proj = Float32Linear(encoder_dim, codebook_dim, bias=False)
         self.quantizer = VectorQuantizer(codebook_size, codebook_dim)
         self.post_quant_proj = Linear(codebook_dim, decoder_dim, bias=False)
         self.token_embed = nn.Embedding(max_num_tokens, decoder_dim)
@@ -562,7 +584,8 @@ class DARTokenizer(ModelMixin, ConfigMixin):
             "attention_mask": self._cached(("encoder mask", height, width, device), mask),
         }
 
-    def _check_size(self, height: int, width: int) -> None:
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError for an image size in pixels that this tokenizer does not take."""
         expected = self.image_size
         for patch in (self.config.encoder_patch_size, self.config.diffusion_patch_size):
             if height < patch or width < patch or height % patch or width % patch:
@@ -580,7 +603,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
                 f"pixel_values must be floating point of shape (batch, {channels}, height, width), "
                 f"got {pixel_values.dtype} of shape {tuple(pixel_values.shape)}."
             )
-        self._check_size(*pixel_values.shape[2:])
+        self.check_size(*pixel_values.shape[2:])
 
     def _check_codes(self, codes: torch.Tensor) -> None:
         if codes.ndim != 2 or codes.dtype not in CODE_DTYPES:
@@ -617,14 +640,12 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         num_tokens = self.config.num_tokens
         patches = self.patch_embed(pixel_values.to(self.dtype))
         tables = self._encoder_tables(patches.shape[2], patches.shape[3], patches.device)
-        queries = self.query_embed.weight[:num_tokens]
+        queries = self.query_embed(torch.arange(num_tokens, device=patches.device))
         queries = queries if self.query_proj is None else self.query_proj(queries)
         patches = layer_norm(patches.flatten(2).transpose(1, 2))
         x = torch.cat([patches, queries.to(patches.dtype).expand(len(patches), -1, -1)], dim=1)
         x = self._run_blocks(self.encoder_blocks, x, tables)
-        with torch.autocast(x.device.type, enabled=False):
-            latents = F.linear(layer_norm(x[:, -num_tokens:].float()), self.quant_proj.weight.float())
-            return F.normalize(latents, dim=-1)
+        return F.normalize(self.quant_proj(layer_norm(x[:, -num_tokens:].float())), dim=-1)
 
     def _run_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, attention: dict) -> torch.Tensor:
         for block in blocks:
@@ -660,7 +681,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         """Conditions of code vectors ``(B, n, codebook_dim)`` that follow those in the cache."""
         start, length = (cache.length if cache else 0), quantized.shape[1]
         x = self.post_quant_proj(quantized.to(self.post_quant_proj.weight.dtype))
-        x = x + self.token_embed.weight[start : start + length]
+        x = x + self.token_embed(torch.arange(start, start + length, device=x.device))
         mask = self._causal_mask(start, start + length, quantized.device)
         if cache is None:
             x = self._run_blocks(self.causal_blocks, x, {"attention_mask": mask})
@@ -706,7 +727,9 @@ class DARTokenizer(ModelMixin, ConfigMixin):
             if pending is not None and len(codes) != len(pending):
                 raise ValueError(f"pieces of one sequence differ in batch size: {len(pending)} and {len(codes)}.")
             self._bring_in()
-            pending = codes.to(self.device) if pending is None else torch.cat([pending, codes.to(self.device)], dim=1)
+            device = self.device  # looked up once: diffusers searches all modules for it
+            codes = codes if device.type == "meta" else codes.to(device)  # meta: offloaded layer by layer
+            pending = codes if pending is None else torch.cat([pending, codes], dim=1)
             if cache.length + pending.shape[1] > config.num_tokens:
                 raise ValueError(f"a sequence has {config.num_tokens} codes, got {cache.length + pending.shape[1]}.")
             while ends and cache.length + pending.shape[1] >= ends[0]:
@@ -863,7 +886,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         default = self.image_size if noise is None else noise.shape[2:]
         height = default[0] if height is None else height
         width = default[1] if width is None else width
-        self._check_size(height, width)
+        self.check_size(height, width)
         # a copy, so that two streams can run at once on one pipeline
         scheduler = (
             FlowMatchAdamsBashforthScheduler(shift=self.config.time_shift)
@@ -896,23 +919,22 @@ class DARTokenizer(ModelMixin, ConfigMixin):
                 if isinstance(generator, list) and len(generator) != batch_size:
                     raise ValueError(f"got {len(generator)} generators for codes of {batch_size} images.")
                 shape = (batch_size, self.config.in_channels, *size)
-                sample = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+                sample = randn_tensor(shape, generator=generator, device=conditions.device, dtype=torch.float32)
             elif len(sample) != batch_size:
                 raise ValueError(f"noise for {len(sample)} images does not fit codes of {batch_size}.")
-            sample = sample.to(self.device)
+            sample = sample.to(conditions.device)
             if denoiser is None:
-                denoiser = self._decoding_denoiser(
-                    batch_size * size[0] * size[1] // self.config.diffusion_patch_size**2
-                )
+                rows = sample.numel() // self.config.in_channels // self.config.diffusion_patch_size**2
+                denoiser = self._decoding_denoiser(rows)
             while step < num_steps and windows[step][1] <= conditions.shape[1]:
                 start, stop = windows[step]
                 timestep = scheduler.timesteps[step]
-                time = timestep.to(self.device).expand(1)  # one for all images
+                time = timestep.to(sample.device).expand(1)  # one for all images
                 velocity, _ = self._velocity(sample, time, conditions[:, start:stop], denoiser=denoiser)
                 preview = scheduler.preview(velocity, timestep, sample)
                 sample = scheduler.step(velocity, timestep, sample)[0]
                 step += 1
-                yield DARPreview(
+                shown = DARPreview(
                     step=step,
                     num_steps=num_steps,
                     num_tokens=stop,
@@ -920,6 +942,8 @@ class DARTokenizer(ModelMixin, ConfigMixin):
                     timestep=float(timestep),
                     latents=sample,
                 )
+                yield shown
+                sample = shown.latents
             if step == num_steps:
                 return  # with fewer steps than groups the last codes change nothing: do not wait for them
 
@@ -934,7 +958,8 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         quantize: bool = True,
         output_repa: bool = False,
-    ) -> DARTokenizerOutput:
+        return_dict: bool = True,
+    ) -> DARTokenizerOutput | tuple:
         """One training pass: encode, quantize, and denoise each image at one random time under its group's codes.
 
         Args:
@@ -946,6 +971,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
             quantize: False feeds the normalised latents on without quantizing (continuous warm-up); ``quantized``
                 still holds the nearest codes.
             output_repa: also return the features of the REPA head.
+            return_dict: False gives a tuple, without the fields that are None.
 
         Raises:
             ValueError: for wrong shapes or sizes, or REPA features of a model without that head.
@@ -983,7 +1009,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
         velocity, repa_features = self._velocity(noisy, times, conditions, output_repa)
         velocity = velocity.float()
         positions = torch.arange(config.num_tokens, device=device)
-        return DARTokenizerOutput(
+        output = DARTokenizerOutput(
             velocity=velocity,
             target=clean - noise,
             pred_original_sample=(noisy + (1 - weight) * velocity) / config.data_std,
@@ -994,6 +1020,7 @@ class DARTokenizer(ModelMixin, ConfigMixin):
             timesteps=times,
             repa_features=repa_features,
         )
+        return output if return_dict else output.to_tuple()
 
 
 def rand_tensor(size: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:

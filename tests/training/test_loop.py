@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from dar_hf.pictures import read_history
 from dar_hf.training import LossTerm, train
 from dar_hf.training.checkpoints import list_checkpoints
 from dar_hf.training.loop import (
@@ -19,7 +20,6 @@ from dar_hf.training.loop import (
     make_accelerator,
     pick_precision,
 )
-from dar_hf.training.pictures import read_history
 
 from .helpers import fresh_process, tokenizer_args, tokenizer_stage
 

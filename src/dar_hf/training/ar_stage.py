@@ -11,12 +11,12 @@ from tqdm.auto import tqdm
 
 from ..data import ImageSamples, dropped, normal_noise
 from ..modeling_dar import DARForCausalLM
+from ..pictures import image_grid
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
 from .loop import LoopArguments, _option
 from .losses import LossTerm, cross_entropy_sum
-from .pictures import image_grid
 from .stage import Stage
 
 ENCODE_BATCH = 128

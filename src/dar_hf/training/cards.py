@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ..files import write_text
 from ..hub import empty_model, merge_cards, model_card, report_results
-from .pictures import read_history
+from ..pictures import read_history
 
 PICTURES = {
     "preview_strip.png": "Previews: one image of each class, a row for each group of tokens",

@@ -28,9 +28,9 @@ from ..data import GlobalBatchSampler
 from ..files import saved_class, write_json, write_text
 from ..hub import one_line, prepare_repository, push_folder
 from ..linear_dar import has_fast_bf16
+from ..pictures import plot_history, read_history, save_picture
 from .cards import write_run_card
 from .checkpoints import find_checkpoint, read_state, save_checkpoint
-from .pictures import plot_history, read_history, save_picture
 from .stage import Stage
 
 logger = logging.getLogger(__name__)

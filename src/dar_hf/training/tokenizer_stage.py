@@ -18,11 +18,11 @@ from torch import nn
 
 from ..data import ImageSamples, normal_noise, sample_times
 from ..metrics import codebook_statistics, psnr
+from ..pictures import image_grid, interleave_rows
 from ..tokenizer_dar import DARTokenizer, DARTokenizerOutput
 from .codebook import CodebookKeeper
 from .loop import LoopArguments, _option
 from .losses import LossTerm, codebook_sum, commitment_sum, flow_matching_sum
-from .pictures import image_grid, interleave_rows
 from .stage import Stage
 
 ENCODER_PARTS = ("patch_embed", "query_embed", "query_proj", "encoder_blocks", "quant_proj")

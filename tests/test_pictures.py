@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dar_hf.training.pictures import (
+from dar_hf.pictures import (
     MIN_TILE,
     image_grid,
     interleave_rows,
     plot_history,
     read_history,
+    save_animation,
     save_picture,
 )
 
@@ -64,6 +65,18 @@ def test_save_picture(tmp_path):
     loaded = Image.open(tmp_path / "new" / "a.png")
     assert np.array_equal(np.asarray(loaded), np.asarray(picture))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_save_animation(tmp_path):
+    frames = [Image.new("RGB", (3, 2), (value, 0, 0)) for value in (0, 100, 200)]
+    save_animation(frames, tmp_path / "new" / "a.gif", milliseconds=50)
+    loaded = Image.open(tmp_path / "new" / "a.gif")
+    shown = []
+    for index in range(loaded.n_frames):
+        loaded.seek(index)
+        shown.append((loaded.convert("RGB").getpixel((1, 1)), loaded.info["duration"]))
+    assert shown == [((0, 0, 0), 50), ((100, 0, 0), 50), ((200, 0, 0), 200)]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.gif"]
 
 
 # Histories

@@ -43,6 +43,15 @@ def save_picture(image: Image.Image, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def save_animation(frames: list[Image.Image], path: Path, milliseconds: int = 400) -> None:
+    """Save a GIF that shows the last frame four times as long as the others, under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    durations = [milliseconds] * (len(frames) - 1) + [4 * milliseconds]
+    frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    os.replace(temporary, path)
+
+
 def read_history(path: Path) -> list[dict]:
     """The lines of a run's ``history.jsonl``, without a last one that a crash cut off."""
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []

@@ -1,0 +1,80 @@
+"""Encode images, decode their tokens, and write both side by side: look at this before training stage 2.
+
+    python examples/reconstruct.py --pipeline outputs/digits/pipeline --images cat.png dog.jpg
+    python examples/reconstruct.py --pipeline outputs/digits/pipeline --dataset_name digits --split test --previews
+
+Writes a grid with the inputs, cropped as in training, above their reconstructions (with --previews above the pictures
+after every step) and prints the mean PSNR of every step in dB.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dar_hf import DARPipeline
+from dar_hf.data import ImageTransform, load_images
+from dar_hf.metrics import psnr
+from dar_hf.pictures import image_grid, interleave_rows, save_picture
+
+MAX_COLUMNS = 8
+
+
+def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pipeline", required=True, help="folder or Hub id")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", nargs="+", type=Path, help="image files")
+    source.add_argument("--dataset_name", help="digits, a folder of images, parquet files or a Hub id")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--num_images", type=int, default=MAX_COLUMNS, help="how many of the data set")
+    parser.add_argument("--output", type=Path, default=Path("outputs/reconstructions.png"))
+    parser.add_argument("--previews", action="store_true", help="a row a step")
+    parser.add_argument("--num_tokens", type=int, help="decode only the first tokens")
+    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--height", type=int, help="where the tokenizer takes other sizes than its own")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--seed", type=int, default=0, help="of the start noise")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser, parser.parse_args()
+
+
+def load_inputs(args: argparse.Namespace, pipe: DARPipeline) -> torch.Tensor:
+    """Pixels ``(B, C, H, W)`` in [-1, 1]."""
+    if args.images:
+        images = [Image.open(path) for path in args.images]
+    else:
+        dataset = load_images(args.dataset_name, args.split, label_column=None)
+        images = dataset.select(range(min(args.num_images, len(dataset))))["image"]
+    height, width = pipe.tokenizer.image_size
+    crop = ImageTransform((args.height or height, args.width or width), channels=pipe.tokenizer.config.in_channels)
+    return torch.stack([crop(image) for image in images])
+
+
+def main() -> None:
+    parser, args = parse()
+    try:
+        pipe = DARPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype)).to(args.device)
+        inputs = load_inputs(args, pipe)
+        output = pipe.reconstruct(
+            inputs / 2 + 0.5,
+            num_inference_steps=args.num_inference_steps,
+            num_tokens=args.num_tokens,
+            generator=torch.Generator().manual_seed(args.seed),
+            output_type="pt",
+            previews=True,
+        )
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    steps = [images.cpu() * 2 - 1 for images in output.previews]
+    print("PSNR of every step in dB: " + ", ".join(f"{float(psnr(step, inputs).mean()):.2f}" for step in steps))
+    columns = min(len(inputs), MAX_COLUMNS)
+    rows = [inputs, *(steps if args.previews else steps[-1:])]
+    save_picture(image_grid(interleave_rows(*rows, columns=columns), columns), args.output)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

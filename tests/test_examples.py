@@ -1,0 +1,121 @@
+"""The commands that generate and reconstruct, run on a tiny pipeline."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipeline_helpers import picture, seeded
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TILE = 48 + 2  # an enlarged 8x8 picture and the gap beside it
+
+
+@pytest.fixture
+def folder(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """Run a command in this process; returns what it printed."""
+
+    def command(name, *arguments):
+        argv = [name, "--pipeline", folder / "pipeline", *arguments]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in argv])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return command
+
+
+def refusal(run, capsys, *command):
+    with pytest.raises(SystemExit) as caught:
+        run(*command)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_generate(folder, run, tiny_pipeline):
+    out = folder / "out"
+    run("generate.py", "--output_dir", out, "--class_labels", "shark", "0", "--seed", 5, "--guidance_scale", 1.1, 8)
+    assert sorted(path.name for path in out.iterdir()) == ["0000.png", "0001.png", "grid.png"]
+    expected = tiny_pipeline(["shark", 0], generator=[seeded(5), seeded(6)], guidance_scale=(1.1, 8.0)).images
+    for index, image in enumerate(expected):
+        assert np.array_equal(np.asarray(Image.open(out / f"{index:04d}.png")), np.asarray(image))
+    assert Image.open(out / "grid.png").size == (2 * TILE + 2, TILE + 2)
+    run("generate.py", "--output_dir", out, "--class_labels", 0, "--seed", 6, "--guidance_scale", 1.1, 8)
+    alone = np.asarray(Image.open(out / "0000.png"))  # what is generated beside an image does not matter
+    assert np.abs(alone.astype(int) - np.asarray(expected[1]).astype(int)).max() <= 1
+
+
+def test_generate_shows_every_step(folder, run):
+    out = folder / "out"
+    options = ("--num_images_per_prompt", 3, "--num_inference_steps", 6, "--previews", "strip", "gif", "--timing")
+    printed = run("generate.py", "--output_dir", out, *options)
+    assert len(list(out.glob("0*.png"))) == 15  # five classes
+    assert Image.open(out / "grid.png").size == (3 * TILE + 2, 5 * TILE + 2)  # a row a class
+    assert Image.open(out / "previews.png").size == (15 * TILE + 2, 6 * TILE + 2)  # a row a step
+    assert Image.open(out / "previews.gif").n_frames == 6
+    report = json.loads(printed.splitlines()[-1])
+    assert 0 < report["first_preview_seconds"] < report["whole_call_seconds"]
+
+
+@pytest.mark.parametrize(
+    "options, call",
+    [
+        (("--layout_image", "--layout_tokens", 5), {"layout_tokens": 5}),
+        (("--image", "--strength", 0.5), {"strength": 0.5}),
+    ],
+)
+def test_generate_from_an_image(folder, run, tiny_pipeline, options, call):
+    picture(size=(20, 30)).save(folder / "given.png")
+    out = folder / "out"
+    run("generate.py", "--output_dir", out, options[0], folder / "given.png", *options[1:])
+    call[options[0].strip("-")] = picture(size=(20, 30))
+    expected = tiny_pipeline(list(range(5)), generator=[seeded(i) for i in range(5)], **call).images
+    for index, image in enumerate(expected):
+        assert np.array_equal(np.asarray(Image.open(out / f"{index:04d}.png")), np.asarray(image))
+    assert Image.open(out / "grid.png").size == (5 * TILE + 2, 2 * TILE + 2)  # the given image above the others
+
+
+def test_generate_refuses(folder, run, capsys):
+    assert "unknown class name 'whale'" in refusal(run, capsys, "generate.py", "--class_labels", "whale")
+    picture().save(folder / "given.png")
+    lonely = refusal(run, capsys, "generate.py", "--layout_image", folder / "given.png")
+    assert "layout_image and layout_tokens go together" in lonely
+    assert "No such file" in refusal(run, capsys, "generate.py", "--image", folder / "no.png", "--strength", 1)
+
+
+@pytest.mark.parametrize("options, rows", [((), 2), (("--previews",), 5), (("--num_tokens", 8, "--previews"), 3)])
+def test_reconstruct(folder, run, tiny_pipeline, options, rows):
+    for seed in range(3):
+        picture(seed).save(folder / f"{seed}.png")
+    files = [folder / f"{seed}.png" for seed in range(3)]
+    printed = run("reconstruct.py", "--images", *files, "--output", folder / "out.png", *options)
+    assert Image.open(folder / "out.png").size == (3 * TILE + 2, rows * TILE + 2)
+    top = np.asarray(Image.open(folder / "out.png"))[2 : 2 + 48 : 6, 2 : 2 + 48 : 6]
+    assert np.array_equal(top, np.asarray(picture(0)))
+    figures = [float(figure) for figure in printed.splitlines()[0].split(": ")[1].split(", ")]
+    images = [picture(seed) for seed in range(3)]
+    count = options[1] if "--num_tokens" in options else None
+    result = tiny_pipeline.reconstruct(images, generator=seeded(), num_tokens=count, output_type="pt").images
+    inputs = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in images])
+    error = (result - inputs).square().mean(dim=(1, 2, 3))
+    assert figures[-1] == pytest.approx(float(-10 * error.log10().mean()), abs=0.01)
+    assert len(figures) == (2 if count else 4)
+
+
+def test_reconstruct_a_data_set(folder, run, capsys):
+    (folder / "images").mkdir()
+    for seed in range(4):
+        picture(seed, size=(12, 20)).save(folder / "images" / f"{seed}.png")
+    options = ("--dataset_name", folder / "images", "--num_images", 3, "--output", folder / "out.png")
+    run("reconstruct.py", *options)
+    assert Image.open(folder / "out.png").size == (3 * TILE + 2, 2 * TILE + 2)
+    assert "image size 16x16" in refusal(run, capsys, "reconstruct.py", *options, "--height", 16, "--width", 16)
