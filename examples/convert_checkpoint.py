@@ -8,10 +8,12 @@ Nothing in the files is executed. What a file does not say comes from --config o
 import argparse
 import logging
 import sys
+from pathlib import Path
 
 from dar_hf import DARPipeline, FlowMatchAdamsBashforthScheduler
 from dar_hf.conversion import convert_tokenizer, convert_transformer
 from dar_hf.files import new_folder
+from dar_hf.hub import model_card
 from dar_hf.labels import imagenet_labels, read_labels
 from dar_hf.presets import parse_options
 
@@ -61,7 +63,16 @@ def main() -> None:
     logging.getLogger("dar_hf").setLevel(logging.INFO)  # says what was dropped
     try:
         with new_folder(args.output_dir) as folder:
-            build(args).save_pretrained(folder)
+            model = build(args)
+            model.save_pretrained(folder)
+            sources = ", ".join(f"`{Path(path).name}`" for path in (args.tokenizer, args.transformer) if path)
+            card = model_card(
+                model,
+                args.output_dir,
+                summary="Converted from a checkpoint of the original D-AR code (showlab/D-AR).",
+                facts={"converted from": sources},
+            )
+            card.save(folder / "README.md")
     except (ValueError, OSError) as error:
         sys.exit(f"convert_checkpoint.py: {error}")
     print(f"saved {args.output_dir}")

@@ -39,6 +39,8 @@ def test_a_pipeline(files, tmp_path):
     assert result.returncode == 0, result.stderr
     for line in ("tokenizer: ", " M (REPA head, for training)", "transformer: 0.5 M parameters", "codebook_used"):
         assert line in result.stdout
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`tokenizer.pt`, `transformer.pt`" in card and "library_name: diffusers" in card
     pipeline = DARPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.transformer.config.num_image_tokens == 16  # the tokenizer's: the file does not say
     assert pipeline.transformer.config.tokens_per_group == 4
