@@ -777,8 +777,10 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         output_repa: bool = False,
         denoiser: Denoiser | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        denoiser = self.denoiser if denoiser is None else denoiser
-        dtype = denoiser.condition_proj.weight.dtype
+        if denoiser is None or denoiser is self.denoiser:
+            denoiser, dtype = self.denoiser, self.dtype  # not that of its weights: they may be stored in fewer bits
+        else:
+            dtype = denoiser.condition_proj.weight.dtype
         patch = self.config.diffusion_patch_size
         rotary = self._rotary(sample.shape[2] // patch, sample.shape[3] // patch, sample.device)
         return denoiser(sample.to(dtype), timestep, condition.to(dtype), rotary, output_repa)
