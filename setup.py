@@ -24,6 +24,7 @@ setup(
     extras_require={
         "train": ["matplotlib>=3.9"],  # loss curves
         "demo": ["matplotlib>=3.9", "scikit-learn>=1.5"],  # digits and the classifier that judges them
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "matplotlib>=3.9", "scikit-learn>=1.5"],
+        # scikit-image: an independent SSIM for the tests
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "matplotlib>=3.9", "scikit-learn>=1.5", "scikit-image>=0.25"],
     },
 )
