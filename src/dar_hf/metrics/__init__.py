@@ -1,5 +1,7 @@
 """Figures of merit: pure functions on tensors, statistics that merge, `evaluate.Metric`s, and measuring networks."""
 
+from typing import TYPE_CHECKING, Any
+
 from .accumulate import (
     CodeStatistics,
     GaussianStatistics,
@@ -11,17 +13,19 @@ from .features import FeatureExtractor, ImageFeatures, load_feature_extractor
 from .functional import frechet_distance, label_agreement, mean_squared_error, precision_recall, psnr, ssim
 from .inception import InceptionNetwork, convert_inception, load_inception
 from .lpips import LPIPSNetwork, convert_lpips, load_lpips
-from .modules import (
-    FID,
-    LPIPS,
-    PSNR,
-    SSIM,
-    CodebookUsage,
-    InceptionScore,
-    LabelAgreement,
-    PrecisionRecall,
-    SpatialFID,
-)
+
+if TYPE_CHECKING:
+    from .modules import (
+        FID,
+        LPIPS,
+        PSNR,
+        SSIM,
+        CodebookUsage,
+        InceptionScore,
+        LabelAgreement,
+        PrecisionRecall,
+        SpatialFID,
+    )
 
 __all__ = [
     "FID",
@@ -54,3 +58,24 @@ __all__ = [
     "psnr",
     "ssim",
 ]
+
+_MODULES = {
+    "FID",
+    "LPIPS",
+    "PSNR",
+    "SSIM",
+    "CodebookUsage",
+    "InceptionScore",
+    "LabelAgreement",
+    "PrecisionRecall",
+    "SpatialFID",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # training needs none of these, and next to a script called evaluate.py the library of that name cannot be imported
+    if name in _MODULES:
+        from . import modules
+
+        return getattr(modules, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

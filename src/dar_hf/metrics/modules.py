@@ -17,6 +17,11 @@ from .accumulate import CodeStatistics, GaussianStatistics, InceptionScoreStatis
 from .functional import frechet_distance, label_agreement, precision_recall, psnr, ssim
 from .lpips import LPIPSNetwork
 
+if not hasattr(evaluate, "Metric"):
+    raise ImportError(
+        f"{evaluate.__file__} hides the library evaluate, which dar_hf.metrics needs: run from a folder without it."
+    )
+
 _VECTOR = datasets.Sequence(datasets.Value("float32"))
 _CODES = datasets.Sequence(datasets.Value("int64"))
 _IMAGE = datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32"))))
