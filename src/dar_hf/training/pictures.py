@@ -97,7 +97,7 @@ def draw_curves(
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max((y for points in curves.values() for _, y in points), default=1) or 1)
     axes.grid(alpha=0.3)
     if curves:
         axes.legend()
