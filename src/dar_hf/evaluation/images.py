@@ -132,6 +132,8 @@ def read_reference(path: str | Path) -> NpzReference:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no such reference file: {path}.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz file.")
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
@@ -142,7 +144,7 @@ def read_reference(path: str | Path) -> NpzReference:
             extractor = str(file[EXTRACTOR]) if EXTRACTOR in names else None
         images = NpzImages(path) if IMAGES in names else None
     except (zipfile.BadZipFile, OSError, EOFError, struct.error) as error:
-        raise ValueError(f"{path} is no .npz file that can be read: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}") from error
     if images is None and "pool" not in statistics:
         raise ValueError(f"{path} holds neither images ({IMAGES}) nor statistics (mu and sigma), but {sorted(names)}.")
     return NpzReference(images, statistics, extractor)

@@ -25,7 +25,8 @@ _ARGUMENTS = ("count", "seed", "guidance_scale", "num_inference_steps", "feature
 
 
 def metric(name: str, kind: str, value: float, **which: Any) -> dict[str, Any]:
-    """One entry of a report: display name, machine-readable type, value, and e.g. ``num_tokens``."""
+    """One entry of a report: display name, machine-readable type, value, and which: ``num_tokens`` of a preview,
+    ``mode`` where it is another than the report's."""
     return {"name": name, "type": kind, "value": value, **which}
 
 
@@ -60,13 +61,13 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 def eval_results(report: dict[str, Any]) -> list[EvalResult]:
     """The figures at full length, for `huggingface_hub.ModelCardData(eval_results=...)`, without those of previews."""
-    data, settings, mode = report["data"], report["settings"], report["mode"]
+    data, settings = report["data"], report["settings"]
     arguments = {name: settings[name] for name in _ARGUMENTS if settings.get(name) is not None}
     name = data.get("dataset") or data.get("reference") or "unknown"
     return [
         EvalResult(
-            task_type=TASKS[mode],
-            task_name=TASK_NAMES[mode],
+            task_type=TASKS[entry.get("mode", report["mode"])],
+            task_name=TASK_NAMES[entry.get("mode", report["mode"])],
             dataset_type=name,
             dataset_name=name,
             dataset_config=data.get("config"),
