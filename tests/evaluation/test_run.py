@@ -308,6 +308,21 @@ def test_bad_arguments(changes, message, generation, process, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_the_hub_is_named_with_its_commit(generation, process, workplace, monkeypatch):
+    commit, calls = workplace / "snapshots" / "1234abcd", []
+    commit.parent.mkdir()
+    (workplace / "pipeline").rename(commit)
+
+    def download(repository, revision, allow_patterns):
+        calls.append((repository, revision))
+        return str(commit)
+
+    monkeypatch.setattr("dar_hf.evaluation.models.snapshot_download", download)
+    report = evaluate_generation(generation(pipeline="user/model", revision="main", num_images=5), process())
+    assert calls == [("user/model", "main")]
+    assert (report["model"]["name"], report["model"]["revision"]) == ("user/model", "1234abcd")
+
+
 def test_a_tokenizer_cannot_generate(generation, process, workplace):
     with pytest.raises(ValueError, match="holds a tokenizer only"):
         evaluate_generation(generation(pipeline=str(workplace / "tokenizer")), process())

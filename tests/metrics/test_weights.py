@@ -61,6 +61,18 @@ def test_a_repository_that_cannot_be_reached(monkeypatch):
         find_weights("some/where")
 
 
+def test_a_repository_is_read_by_name(tmp_path, monkeypatch):
+    calls = []
+
+    def download(repository, name):
+        calls.append((repository, name))
+        return str(tmp_path / "found")
+
+    monkeypatch.setattr("dar_hf.metrics.weights.hf_hub_download", download)
+    assert find_weights("some/where") == find_weights("some/where:inception.safetensors") == tmp_path / "found"
+    assert calls == [("some/where", "model.safetensors"), ("some/where", "inception.safetensors")]
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("code of the file ran",))

@@ -33,7 +33,7 @@ def find_weights(source: str) -> Path:
             raise ValueError(f"{path} is no safetensors file: convert it with examples/convert_metric_weights.py.")
         return path
     repository, _, name = source.partition(":")
-    if path.suffix == ".safetensors" or repository.count("/") != 1:
+    if repository.endswith(".safetensors") or repository.count("/") != 1:
         raise ValueError(f"no such file: {path}.")
     try:
         return Path(hf_hub_download(repository, name or DEFAULT_FILE))
