@@ -107,6 +107,20 @@ def test_more_steps_than_groups_measure_the_last_step_of_each_prefix(reconstruct
     assert found["PSNR", 8] == report["steps"][last - 1]["psnr"]
 
 
+@pytest.mark.parametrize("mode", ["generation", "reconstruction"])
+def test_another_solver_is_used_and_recorded(mode, request, process, tmp_path):
+    make = request.getfixturevalue(mode)
+    evaluate = {"generation": evaluate_generation, "reconstruction": evaluate_reconstruction}[mode]
+    reports = [
+        evaluate(make(solver_order=order, output_dir=str(tmp_path / str(order))), process()) for order in (None, 2, 1)
+    ]
+    assert [report["model"]["scheduler"]["solver_order"] for report in reports] == [2, 2, 1]
+    default, adams, euler = map(figures, reports)
+    name = "gFD" if mode == "generation" else "rFD"
+    assert default == adams
+    assert euler[name, 4] == adams[name, 4] and euler[name, 16] != adams[name, 16]  # the first step is Euler's
+
+
 def test_lpips_is_left_out_with_a_reason(reconstruction, process, tmp_path):
     report = evaluate_reconstruction(reconstruction(), process())
     assert report["not_measured"] == {"lpips": "no lpips_weights given"}
@@ -299,6 +313,7 @@ def test_unfitting_references_are_refused_before_anything_is_made(generation, pr
         ({"pipeline": ""}, "pipeline is missing"),
         ({"num_images": 0}, "num_images must be at least 1"),
         ({"seed": -1}, "seed must not be negative"),
+        ({"solver_order": 3}, "solver_order must be 1 or 2"),
         ({"dtype": "int8"}, "dtype must be one of"),
     ],
 )

@@ -28,6 +28,7 @@ class EvaluationArguments:
     features_weights: str | None = _option(None, "safetensors file, folder or Hub repository for these features")
     features_hash: str | None = _option(None, "first 8 or more characters of the hash that these weights must have")
     num_inference_steps: int | None = _option(None, "denoising steps; default the tokenizer's")
+    solver_order: int | None = _option(None, "1 for Euler, 2 for Adams-Bashforth; default the pipeline's")
     prefixes: list[int] | None = _option(
         None, "also measure previews of these numbers of tokens; default all there are"
     )
@@ -44,6 +45,8 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.solver_order not in (None, 1, 2):
+            raise ValueError(f"solver_order must be 1 or 2, got {self.solver_order}.")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}.")
         if self.dtype not in DTYPES:

@@ -67,6 +67,10 @@ def load_model(args: EvaluationArguments, device: torch.device) -> EvaluatedMode
         scheduler = FlowMatchAdamsBashforthScheduler(shift=tokenizer.config.time_shift)
     else:
         raise ValueError(f"{folder} holds neither a pipeline (model_index.json) nor a DARTokenizer (config.json).")
+    if args.solver_order is not None:
+        scheduler = FlowMatchAdamsBashforthScheduler.from_config(scheduler.config, solver_order=args.solver_order)
+        if pipeline is not None:
+            pipeline.scheduler = scheduler
     description["tokenizer_hash"] = weights_hash(tokenizer.state_dict())
     description["scheduler"] = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
     return EvaluatedModel(tokenizer.eval(), scheduler, pipeline, description)
