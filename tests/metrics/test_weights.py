@@ -78,6 +78,7 @@ class Evil:
         return (print, ("code of the file ran",))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_no_code_of_a_file_is_run(tmp_path, capsys):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"a": Evil()}))
     with pytest.raises(ValueError, match="without running its code"):
