@@ -133,6 +133,33 @@ def test_lpips_is_left_out_with_a_reason(reconstruction, process, tmp_path):
         evaluate_reconstruction(reconstruction(lpips_weights=weights, lpips_hash="0" * 64), process())
 
 
+def test_lpips_and_grey_tokenizers(reconstruction, process, make_tokenizer, workplace):
+    (workplace / "blocks.py").write_text(
+        "import torch\nclass Blocks(torch.nn.Module):\n"
+        "    def __init__(self, weights): super().__init__()\n"
+        "    def forward(self, x): return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2)[:, 0].flatten(1)\n"
+    )
+    torch.manual_seed(0)
+    network = LPIPSNetwork()
+    found = write_weights(network.state_dict(), workplace / "lpips.safetensors")
+    options = {"sample_size": 16, "encoder_patch_size": 4, "diffusion_patch_size": 4, "in_channels": 1}
+    make_tokenizer(**options).save_pretrained(workplace / "grey")
+    args = reconstruction(
+        pipeline=str(workplace / "grey"),
+        features=f"{workplace / 'blocks.py'}:Blocks",
+        lpips_weights=str(workplace / "lpips.safetensors"),
+    )
+    report = evaluate_reconstruction(args, process())
+    pairs = []
+    for name in ("reconstructions.npz", "references.npz"):
+        images = torch.from_numpy(load(Path(args.output_dir) / name)).permute(0, 3, 1, 2)
+        assert images.shape == (30, 3, 16, 16) and torch.equal(images[:, 0], images[:, 2])
+        pairs.append(images / 127.5 - 1)
+    expected = float(network(*pairs).double().mean())
+    assert figures(report)["LPIPS", 16] == pytest.approx(expected, rel=1e-5)
+    assert report["settings"]["lpips_hash"] == found and report["not_measured"] == {}
+
+
 # Generation
 
 
