@@ -26,6 +26,14 @@ setup(
         "train": ["matplotlib>=3.9"],  # loss curves
         "demo": ["matplotlib>=3.9", "scikit-learn>=1.5"],  # digits and the classifier that judges them
         "peft": ["peft>=0.17"],  # LoRA of the language model
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "matplotlib>=3.9", "scikit-learn>=1.5", "peft>=0.17"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "matplotlib>=3.9",
+            "scikit-learn>=1.5",
+            "peft>=0.17",
+            "scikit-image>=0.25",  # an independent SSIM
+        ],
     },
 )

@@ -13,15 +13,13 @@ import json
 import time
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 from sklearn.svm import SVC
 
-import dar_hf
 from dar_hf import DARPipeline
 from dar_hf.data import ImageSamples, ImageTransform, load_images, normal_noise
-from dar_hf.files import write_json
+from dar_hf.evaluation import metric, versions, write_report
+from dar_hf.evaluation.measure import table
 from dar_hf.metrics import codebook_statistics, psnr
 from dar_hf.pictures import image_grid, interleave_rows, plot_history, read_history, save_picture
 
@@ -55,43 +53,29 @@ def measure_reconstruction(pipe: DARPipeline, images: torch.Tensor, labels: torc
     tokenizer = pipe.tokenizer
     codes = tokenizer.encode(images).codes
     noise = normal_noise(torch.arange(len(images)), images.shape[1:], images.device)
-    previews, sample = [], images
+    metrics, sample = [], images
     for preview in tokenizer.decode_stream([codes], noise=noise, scheduler=pipe.scheduler):
-        sample = preview.sample
-        previews.append(
-            {
-                "num_tokens": preview.num_tokens,
-                "psnr": float(psnr(sample, images).mean()),
-                "svm_accuracy": judge.agreement(sample, labels),
-            }
-        )
-    figures = {
-        "images": len(images),
-        "psnr": previews[-1]["psnr"],
-        "svm_accuracy": previews[-1]["svm_accuracy"],
-        "previews": previews,
-        "codebook": codebook_statistics(codes, tokenizer.config.codebook_size),
-    }
-    return figures, sample
+        sample, which = preview.sample, {"num_tokens": preview.num_tokens, "mode": "reconstruction"}
+        metrics.append(metric("PSNR", "psnr", float(psnr(sample, images).mean()), **which))
+        agreement = judge.agreement(sample, labels)
+        metrics.append(metric("reconstructions read correctly (SVM)", "label_agreement", agreement, **which))
+    for name, value in codebook_statistics(codes, tokenizer.config.codebook_size).items():
+        text = f"codebook {name.replace('_', ' ')}"
+        metrics.append(metric(text, f"codebook_{name}", value, mode="reconstruction"))
+    return metrics, sample
 
 
 def measure_generation(pipe: DARPipeline, count: int, judge: Judge, guidance_scale: float | None, seed: int) -> tuple:
     """Figures of every preview of generated digits, equally many of each class, and the images of each step."""
     labels = torch.arange(count) % pipe.transformer.config.num_classes
     generator = torch.Generator().manual_seed(seed)
-    previews, steps = [], []
+    metrics, steps = [], []
     for output in pipe.stream(labels.tolist(), guidance_scale=guidance_scale, generator=generator, output_type="pt"):
         images = output.images * 2 - 1
         steps.append(images)
-        previews.append({"num_tokens": output.num_tokens, "label_agreement": judge.agreement(images, labels)})
-    figures = {
-        "images": count,
-        "guidance_scale": pipe.guidance_scale,
-        "seed": seed,
-        "label_agreement": previews[-1]["label_agreement"],
-        "previews": previews,
-    }
-    return figures, steps
+        agreement = judge.agreement(images, labels)
+        metrics.append(metric("label agreement (SVM)", "label_agreement", agreement, num_tokens=output.num_tokens))
+    return metrics, steps
 
 
 def draw(folder: Path, images: torch.Tensor, reconstructions: torch.Tensor, steps: list[torch.Tensor]) -> None:
@@ -133,16 +117,28 @@ def main() -> None:
     }
     plot_history({title: history for title, history in histories.items() if history}, folder / "loss.png")
     report = {
-        "pipeline": args.pipeline,
-        "dataset": "scikit-learn digits: first 1437 for training, other 360 for testing",
-        "real_test_svm_accuracy": judge.agreement(images, labels),
-        "reconstruction": reconstruction,
-        "generation": generation,
-        "versions": {m.__name__: m.__version__ for m in (dar_hf, torch, diffusers, transformers)},
+        "mode": "generation",
+        "model": {"name": args.pipeline, "revision": None},
+        "data": {
+            "dataset": "digits",
+            "split": "test",
+            "description": "scikit-learn digits: first 1437 for training, other 360 for testing",
+            "count": len(images),
+        },
+        "settings": {
+            "count": args.num_images,
+            "seed": args.seed,
+            "guidance_scale": pipe.guidance_scale,
+            "num_tokens": generation[-1]["num_tokens"],
+            "judge": "support-vector classifier of the training digits",
+            "judge_accuracy_on_test_digits": judge.agreement(images, labels),
+        },
+        "metrics": generation + reconstruction,
+        "versions": versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    write_json(folder / "report.json", report)
-    print(json.dumps(report, indent=2))
+    write_report(folder, report)
+    print(json.dumps(report["settings"], indent=2), table(report["metrics"]), sep="\n")
 
 
 if __name__ == "__main__":

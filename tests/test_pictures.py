@@ -9,6 +9,7 @@ from PIL import Image
 
 from dar_hf.pictures import (
     MIN_TILE,
+    draw_curves,
     image_grid,
     interleave_rows,
     plot_history,
@@ -135,3 +136,16 @@ def test_curves_are_drawn_when_a_validation_came_first(tmp_path):
 def test_terms_that_are_zero_at_first_are_drawn_later(tmp_path):
     history = [line | {"loss/commitment": 0.0 if line["step"] < 5 else 0.1} for line in losses(range(1, 20))]
     assert plot_history({"run": history}, tmp_path / "loss.png")
+
+
+# Curves
+
+
+def test_curves_are_drawn_from_zero(tmp_path):
+    path = tmp_path / "new" / "curves.png"
+    assert draw_curves({"a": [(4, 2.0), (8, 1.0)], "b": [(4, 3.0)]}, path, xlabel="x", ylabel="y", title="t")
+    assert Image.open(path).size == (600, 400)
+    other = tmp_path / "other.png"
+    assert draw_curves({"a": [(4, 2.0), (8, 1.5)], "b": [(4, 3.0)]}, other, xlabel="x", ylabel="y", title="t")
+    assert path.read_bytes() != other.read_bytes()
+    assert draw_curves({}, other, xlabel="x", ylabel="y", title="t")  # nothing to draw is no error

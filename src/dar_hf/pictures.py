@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,12 +68,10 @@ def plot_history(histories: dict[str, list[dict]], path: Path, smoothing: int = 
         path: PNG to write.
         smoothing: centred running mean over at most this many logged points, drawn over the raw curve.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    made = _new_figure(6 * len(histories))
+    if made is None:
         return False
-    figure = Figure(figsize=(6 * len(histories), 4), layout="constrained")
+    figure, save = made
     panels = figure.subplots(1, len(histories), squeeze=False)[0]
     for axes, (title, history) in zip(panels, histories.items(), strict=True):
         names = dict.fromkeys(name for line in history for name in line if name.startswith("loss/"))
@@ -89,8 +89,44 @@ def plot_history(histories: dict[str, list[dict]], path: Path, smoothing: int = 
         axes.grid(alpha=0.3, which="both")
         if names:
             axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    save(path)
     return True
+
+
+def draw_curves(
+    curves: dict[str, list[tuple[float, float]]], path: Path, *, xlabel: str, ylabel: str, title: str
+) -> bool:
+    """Draw points ``(x, y)`` of each curve by its name, from zero up; False without matplotlib."""
+    made = _new_figure(6)
+    if made is None:
+        return False
+    figure, save = made
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
+    axes.set_ylim(0, 1.08 * max((y for points in curves.values() for _, y in points), default=1) or 1)
+    axes.grid(alpha=0.3)
+    if curves:
+        axes.legend()
+    save(path)
+    return True
+
+
+def _new_figure(width: float) -> tuple[Any, Callable[[Path], None]] | None:
+    """An empty figure four inches high and the function that saves it as a PNG; None without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(width, 4), layout="constrained")
+
+    def save(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        FigureCanvasAgg(figure).print_png(temporary)
+        os.replace(temporary, path)
+
+    return figure, save

@@ -1,0 +1,230 @@
+"""Sets of images: reference crops of a data set, ADM's .npz files, and writing them without holding them."""
+
+import hashlib
+import os
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from ..data import ImageSamples, ImageTransform, load_images
+from .arguments import EvaluationArguments
+
+CROP = "center: halved by boxes while twice too large, bicubic to the shorter side, middle cut out (ADM)"
+IMAGES, LABELS = "arr_0", "arr_1"  # as the ADM suite names them
+EXTRACTOR = "feature_extractor"  # ours: whose statistics a file holds
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """``(B, C, H, W)`` in [-1, 1] to uint8 ``(B, 3, H, W)`` on the host, rounded; grey becomes three channels.
+
+    Raises:
+        ValueError: for values that are not finite.
+    """
+    if not torch.isfinite(images).all():
+        raise ValueError("an image is not finite.")
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+class DatasetImages:
+    """Centre crops of a data set, as the tokenizer sees them.
+
+    Args:
+        args: names the data set.
+        size: (height, width) in pixels.
+        channels: 1 or 3.
+
+    Raises:
+        ValueError: for a data set that cannot be loaded or holds fewer images than asked for.
+    """
+
+    def __init__(self, args: EvaluationArguments, size: tuple[int, int], channels: int, count: int | None):
+        dataset = load_images(
+            args.dataset_name or "",
+            args.split,
+            config_name=args.dataset_config_name,
+            image_column=args.image_column,
+            label_column=args.label_column,
+        )
+        self.samples = ImageSamples(dataset, ImageTransform(size, channels))
+        if count is not None and count > len(dataset):
+            raise ValueError(f"num_images={count}, but split {args.split} has {len(dataset)} images.")
+        self.count, self.size = count or len(dataset), size
+        self.num_classes = dataset.features["label"].num_classes if args.label_column else None
+        self.description = {
+            "dataset": args.dataset_name,
+            "config": args.dataset_config_name,
+            "split": args.split,
+            "crop": CROP,
+            "size": list(size),
+        }
+
+    def read(self, indices: range) -> torch.Tensor:
+        """uint8 ``(n, 3, H, W)``."""
+        return to_uint8(self.samples.stack(indices))
+
+    def labels(self, indices: range) -> torch.Tensor | None:
+        """Classes ``(n,)``, where the data set has them."""
+        return torch.tensor([self.samples.labels[i] for i in indices]) if self.samples.labels else None
+
+
+class NpzImages:
+    """Images of an ADM file: ``arr_0``, uint8 ``(N, H, W, 3)``, read from disk piece by piece.
+
+    Raises:
+        ValueError: for another type or shape, or an empty set.
+    """
+
+    def __init__(self, path: Path):
+        self.array = _map_array(path, IMAGES)
+        if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+            raise ValueError(
+                f"{IMAGES} of {path} must be uint8 images (N, H, W, 3) from 0 to 255, got {self.array.dtype} "
+                f"{self.array.shape}."
+            )
+        if not len(self.array):
+            raise ValueError(f"{path} holds no images.")
+        self.count, self.size = len(self.array), self.array.shape[1:3]
+        self.description: dict[str, Any] = {"reference": path.name, "size": list(self.size)}
+
+    def read(self, indices: range) -> torch.Tensor:
+        """uint8 ``(n, 3, H, W)``."""
+        part = np.array(self.array[indices.start : indices.stop])
+        return torch.from_numpy(part).permute(0, 3, 1, 2)
+
+    def labels(self, indices: range) -> None:
+        """There are none."""
+        return None
+
+
+@dataclass
+class NpzReference:
+    """What a reference file holds.
+
+    Attributes:
+        images: or None.
+        statistics: ``pool`` and ``spatial`` to (mean, covariance), as far as they are there.
+        extractor: identity of the network of the statistics; None in files that are not ours.
+    """
+
+    images: NpzImages | None
+    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    extractor: str | None
+
+
+def read_reference(path: str | Path) -> NpzReference:
+    """Read an ADM reference file: images (``arr_0``), statistics (``mu``, ``sigma``, ``mu_s``, ``sigma_s``), or both.
+
+    Raises:
+        ValueError: if it cannot be read or holds neither.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such reference file: {path}.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no .npz file.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = set(file.files)
+            statistics = {}
+            for kind, mean, covariance in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+                if {mean, covariance} <= names:
+                    statistics[kind] = _statistics(path, mean, file[mean], covariance, file[covariance])
+            extractor = str(file[EXTRACTOR]) if EXTRACTOR in names else None
+        images = NpzImages(path) if IMAGES in names else None
+    except (zipfile.BadZipFile, OSError, EOFError, struct.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if images is None and "pool" not in statistics:
+        raise ValueError(f"{path} holds neither images ({IMAGES}) nor statistics (mu and sigma), but {sorted(names)}.")
+    return NpzReference(images, statistics, extractor)
+
+
+def _statistics(
+    path: Path, mean_name: str, mean: np.ndarray, covariance_name: str, covariance: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or mean.dtype.kind != "f":
+        raise ValueError(
+            f"{path}: {mean_name} and {covariance_name} must be (D,) and (D, D), got {mean.shape}, {covariance.shape}."
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{path}: {mean_name} or {covariance_name} is not finite.")
+    return torch.from_numpy(mean).double(), torch.from_numpy(covariance).double()
+
+
+def _map_array(path: Path, name: str) -> np.ndarray:
+    """An array of an .npz, mapped from disk where it is stored uncompressed, as numpy.savez does."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        with np.load(path, allow_pickle=False) as file:
+            return file[name]
+    with open(path, "rb") as raw:
+        raw.seek(info.header_offset + 26)  # lengths of name and extra field, then both, then the .npy file
+        name_length, extra_length = struct.unpack("<HH", raw.read(4))
+        raw.seek(name_length + extra_length, os.SEEK_CUR)
+        version = np.lib.format.read_magic(raw)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read_header is None:
+            raise ValueError(f"{name} of {path} has the .npy version {version}.")
+        shape, fortran_order, dtype = read_header(raw)
+        offset = raw.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{name} of {path} holds Python objects.")
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran_order else "C")
+
+
+def write_npz(
+    path: Path, arrays: Mapping[str, np.ndarray], images: Iterable[torch.Tensor] | None = None, count: int = 0
+) -> str | None:
+    """Write an .npz under a temporary name, then rename.
+
+    Args:
+        path: of the file.
+        arrays: small ones, by name.
+        images: ``arr_0`` in parts, uint8 ``(n, 3, H, W)``, stored as ``(count, H, W, 3)``.
+        count: of all images.
+
+    Returns:
+        SHA-256 of the pixels, or None without images.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    digest = None
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        if images is not None:
+            with archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as file:
+                digest = _write_images(file, images, count)
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+    os.replace(temporary, path)
+    return digest
+
+
+def _write_images(file: IO[bytes], images: Iterable[torch.Tensor], count: int) -> str:
+    digest, started = hashlib.sha256(), False
+    for part in images:
+        array = part.permute(0, 2, 3, 1).numpy()
+        if not started:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *array.shape[1:])}
+            np.lib.format.write_array_header_1_0(file, header)
+            started = True
+        pixels = array.tobytes()
+        digest.update(pixels)
+        file.write(pixels)
+    return digest.hexdigest()

@@ -1,0 +1,182 @@
+"""Figures from shards: statistics accumulate shard by shard, in order, on one process."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..metrics import (
+    GaussianStatistics,
+    InceptionScoreStatistics,
+    MeanStatistics,
+    frechet_distance,
+    label_agreement,
+    precision_recall,
+)
+from ..metrics.accumulate import SPLIT_SIZE
+from ..metrics.features import INCEPTION
+from .report import metric
+from .shards import ShardFolder
+
+NUM_NEIGHBOURS = 3
+
+
+@dataclass
+class Findings:
+    """What goes into the report."""
+
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    not_measured: dict[str, str] = field(default_factory=dict)
+
+    def warn(self, text: str) -> None:
+        """Add a warning once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+
+@dataclass
+class References:
+    """What samples are compared with.
+
+    Attributes:
+        statistics: ``pool`` and ``spatial`` to (mean, covariance).
+        shards: features of the references, or None where only statistics are known.
+        count: of the references, or None where it is not known.
+    """
+
+    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    shards: ShardFolder | None
+    count: int | None
+
+
+def gaussian(shards: ShardFolder, name: str) -> GaussianStatistics:
+    """Statistics of a tensor of all shards."""
+    statistics = GaussianStatistics()
+    for part in shards.parts(name):
+        statistics.update(part)
+    return statistics
+
+
+def reference_statistics(shards: ShardFolder) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Mean and covariance of the references' features, as far as there are any."""
+    found = {}
+    for kind in ("pool", "spatial"):
+        if shards.has(kind):
+            statistics = gaussian(shards, kind)
+            found[kind] = (statistics.mean, statistics.covariance)
+    return found
+
+
+def distance_name(prefix: str, extractor: str, kind: str) -> tuple[str, str]:
+    """Display name and type of a Frechet distance: FID and sFID are names for Inception's alone."""
+    if extractor == INCEPTION:
+        name = "FID" if kind == "pool" else "sFID"
+        return f"{prefix}{name}" if kind == "pool" else name, name.lower()
+    name = f"{prefix}FD" if kind == "pool" else "spatial FD"
+    return f"{name} ({extractor})", "frechet_distance" if kind == "pool" else "spatial_frechet_distance"
+
+
+def measure_distances(
+    findings: Findings, shards: ShardFolder, references: References, extractor: str, prefix: str, tokens: int
+) -> None:
+    """Frechet distances of the samples after ``tokens`` tokens."""
+    for kind, (mean, covariance) in references.statistics.items():
+        key = f"{tokens}/{kind}"
+        if not shards.has(key):
+            continue
+        statistics = gaussian(shards, key)
+        name, type_name = distance_name(prefix, extractor, kind)
+        value = frechet_distance(statistics.mean, statistics.covariance, mean, covariance)
+        findings.metrics.append(metric(name, type_name, value, num_tokens=tokens))
+        for what, count in (("samples", statistics.count), ("references", references.count)):
+            if count is not None and count < len(mean) + 1:
+                findings.warn(
+                    f"{count} {what} do not span the {len(mean)} {kind} features: their covariance is singular and "
+                    "the distance is biased upwards."
+                )
+    if references.count is not None and references.count != shards.count:
+        findings.warn(f"the sets differ in size: {shards.count} samples, {references.count} references.")
+
+
+def measure_generation(
+    findings: Findings,
+    shards: ShardFolder,
+    references: References,
+    extractor: str,
+    tokens: int,
+    num_classes: int,
+    device: torch.device,
+) -> None:
+    """All figures of generated samples after ``tokens`` tokens."""
+    measure_distances(findings, shards, references, extractor, "g", tokens)
+    suffix = "" if extractor == INCEPTION else f" ({extractor})"
+    logits = f"{tokens}/logits"
+    if shards.has(logits):
+        score = InceptionScoreStatistics()
+        for part in shards.parts(logits):
+            score.update(part)
+        findings.metrics.append(
+            metric(f"Inception score{suffix}", "inception_score", score.score(), num_tokens=tokens)
+        )
+        if shards.count % SPLIT_SIZE:
+            findings.warn(
+                f"{shards.count} samples are no whole number of the Inception score's splits of {SPLIT_SIZE}."
+            )
+        measure_agreement(findings, shards, logits, num_classes, f"label agreement{suffix}", num_tokens=tokens)
+    else:
+        findings.not_measured["inception_score"] = f"{extractor} gives no logits"
+    if references.shards is None:
+        reason = "the reference holds statistics, no images"
+        findings.not_measured |= {"precision": reason, "recall": reason}
+    elif min(shards.count, references.shards.count) <= NUM_NEIGHBOURS:
+        reason = f"a set has {NUM_NEIGHBOURS} images or fewer"
+        findings.not_measured |= {"precision": reason, "recall": reason}
+    else:
+        figures = precision_recall(
+            references.shards.rows("pool").to(device), shards.rows(f"{tokens}/pool").to(device), NUM_NEIGHBOURS
+        )
+        for name, value in figures.items():
+            findings.metrics.append(metric(f"{name}{suffix}", name, value, num_tokens=tokens))
+
+
+def measure_agreement(
+    findings: Findings, shards: ShardFolder, logits: str, num_classes: int | None, name: str, **which: Any
+) -> None:
+    """Share of images read as their label, where logits are over the model's classes and labels are known."""
+    if not (shards.has(logits) and shards.has("labels")):
+        return
+    agreement = MeanStatistics()
+    for part, labels in zip(shards.parts(logits), shards.parts("labels"), strict=True):
+        if part.shape[1] != num_classes:
+            findings.not_measured["label_agreement"] = (
+                f"the feature network's {part.shape[1]} classes are not the model's {num_classes}"
+            )
+            return
+        batch = MeanStatistics()
+        batch.count, batch.total = len(labels), label_agreement(part, labels) * len(labels)
+        agreement.merge(batch)
+    findings.metrics.append(metric(name, "label_agreement", agreement.mean(), **which))
+
+
+def mean_of(parts: Iterable[torch.Tensor]) -> float:
+    """Mean of one number an image."""
+    statistics = MeanStatistics()
+    for part in parts:
+        statistics.update(part)
+    return statistics.mean()
+
+
+def table(metrics: list[dict[str, Any]]) -> str:
+    """The figures over prefix lengths as text, a column a length."""
+    lengths = sorted({entry["num_tokens"] for entry in metrics if "num_tokens" in entry})
+    rows: dict[str, dict[int | None, float]] = {}
+    for entry in metrics:
+        rows.setdefault(entry["name"], {})[entry.get("num_tokens")] = entry["value"]
+    width = max(map(len, rows), default=0)
+    lines = [f"{'tokens':{width}}" + "".join(f"{length:>10}" for length in lengths)]
+    for name, values in rows.items():
+        cells = [f"{values[n]:10.4f}" if n in values else " " * 10 for n in lengths]
+        lines.append(f"{name:{width}}" + "".join(cells) + (f"  {values[None]:.4f}" if None in values else ""))
+    return "\n".join(lines)

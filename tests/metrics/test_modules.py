@@ -1,0 +1,178 @@
+"""The figures as evaluate's metrics: no Hub, no cache, any batches, merged across processes."""
+
+import os
+import subprocess
+import sys
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+
+from dar_hf import metrics
+from dar_hf.metrics import (
+    FID,
+    LPIPS,
+    PSNR,
+    SSIM,
+    CodebookUsage,
+    GaussianStatistics,
+    InceptionScore,
+    LabelAgreement,
+    LPIPSNetwork,
+    PrecisionRecall,
+    SpatialFID,
+)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(count, size=8, seed=0):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+FEATURES = {"predictions": normal(60, 5), "references": 0.5 * normal(60, 5, seed=1) + 1}
+IMAGES = {"predictions": pictures(6), "references": pictures(6, seed=1)}
+LOGITS = {"predictions": 2 * normal(60, 4)}
+LABELLED = LOGITS | {"references": torch.arange(60) % 4}
+CODES = {"predictions": torch.arange(60).reshape(20, 3) % 7}
+CASES = [
+    (FID, {}, FEATURES, {"fid"}),
+    (SpatialFID, {}, FEATURES, {"sfid"}),
+    (InceptionScore, {"split_size": 25}, LOGITS, {"inception_score"}),
+    (PrecisionRecall, {}, FEATURES, {"precision", "recall"}),
+    (PSNR, {}, IMAGES, {"psnr"}),
+    (SSIM, {}, IMAGES, {"ssim"}),
+    (CodebookUsage, {"codebook_size": 9}, CODES, {"usage", "perplexity", "position_usage_min", "position_usage_max"}),
+    (LabelAgreement, {}, LABELLED, {"label_agreement"}),
+]
+
+
+def cut(inputs, sizes):
+    parts = {name: tensor.split(sizes) for name, tensor in inputs.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+@pytest.mark.parametrize(("kind", "options", "inputs", "keys"), CASES)
+def test_at_once_in_batches_and_merged_are_the_same(kind, options, inputs, keys):
+    metric = kind(**options)
+    assert isinstance(metric, evaluate.Metric)
+    whole = metric.compute(**inputs)
+    assert whole.keys() == keys and all(isinstance(value, float) for value in whole.values())
+
+    count = len(inputs["predictions"])
+    for part in cut(inputs, [1, count // 2, count - 1 - count // 2]):
+        metric.add_batch(**part)
+    assert metric.compute() == pytest.approx(whole, abs=1e-9)  # and nothing of the first set was left
+
+    for index in range(count):
+        metric.add(**{name[:-1]: tensor[index].numpy() for name, tensor in inputs.items()})
+    assert metric.compute() == pytest.approx(whole, abs=1e-9)
+
+    first, second = kind(**options), kind(**options)
+    half = cut(inputs, [count // 2, count - count // 2])
+    first.add_batch(**half[0])
+    second.add_batch(**half[1] | ({"first_index": count // 2} if kind is InceptionScore else {}))
+    first.merge(second)
+    assert first.compute() == pytest.approx(whole, abs=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "options", "inputs", "keys"), CASES)
+def test_empty_sets_and_missing_or_unknown_inputs(kind, options, inputs, keys):
+    metric = kind(**options)
+    with pytest.raises(ValueError):
+        metric.compute()
+    with pytest.raises(ValueError, match="empty"):
+        metric.add_batch(**{name: tensor[:0] for name, tensor in inputs.items()})
+    with pytest.raises(ValueError, match=r"unknown \['other'\]"):
+        metric.add_batch(**inputs, other=inputs["predictions"])
+    if "references" in inputs and kind not in (FID, SpatialFID, PrecisionRecall):
+        with pytest.raises(ValueError, match=r"missing \['references'\]"):
+            metric.add_batch(predictions=inputs["predictions"])
+
+
+def test_fid_is_the_distance_of_the_two_sets():
+    images, references = (GaussianStatistics().update(FEATURES[name]) for name in ("predictions", "references"))
+    expected = metrics.frechet_distance(images.mean, images.covariance, references.mean, references.covariance)
+    assert FID().compute(**FEATURES) == {"fid": expected}
+
+
+def test_fid_against_known_statistics_and_sets_of_different_size():
+    references = GaussianStatistics().update(FEATURES["references"])
+    metric = FID(reference=(references.mean, references.covariance))
+    expected = FID().compute(**FEATURES)
+    assert metric.compute(predictions=FEATURES["predictions"]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="predictions only"):
+        metric.add_batch(**FEATURES)
+    metric = FID()
+    metric.add_batch(references=FEATURES["references"])
+    metric.add_batch(predictions=FEATURES["predictions"][:30])
+    assert metric.compute()["fid"] > 0
+
+
+def test_8_bit_images_are_those_in_floating_point():
+    pixels = {name: ((images + 1) * 127.5).round() for name, images in IMAGES.items()}
+    as_bytes = {name: value.to(torch.uint8).numpy() for name, value in pixels.items()}
+    as_float = {name: (value / 127.5 - 1).clamp(-1, 1) for name, value in pixels.items()}
+    assert PSNR().compute(**as_bytes) == pytest.approx(PSNR().compute(**as_float))
+
+
+@pytest.mark.parametrize("kind", [PSNR, SSIM])
+def test_images_of_another_range_are_refused(kind):
+    for images in (IMAGES["predictions"] * 255, IMAGES["predictions"] * torch.nan, torch.zeros(6, 3, 8, 8).long()):
+        with pytest.raises(ValueError, match=r"must be uint8, or float in \[-1, 1\]"):
+            kind().compute(predictions=images, references=IMAGES["references"])
+    with pytest.raises(ValueError, match="no pairs"):
+        kind().compute(predictions=IMAGES["predictions"][:3], references=IMAGES["references"])
+    with pytest.raises(ValueError, match="differ in shape"):
+        kind().compute(predictions=pictures(6, size=9), references=IMAGES["references"])
+
+
+def test_lpips_is_the_mean_of_the_network():
+    torch.manual_seed(0)
+    network = LPIPSNetwork()
+    images = {"predictions": pictures(3, 16), "references": pictures(3, 16, seed=1)}
+    expected = float(network(images["predictions"], images["references"]).double().mean())
+    assert LPIPS(network).compute(**images) == pytest.approx({"lpips": expected})
+
+
+def test_metrics_combine():
+    result = evaluate.combine([PSNR(), SSIM()]).compute(**IMAGES)
+    assert result == PSNR().compute(**IMAGES) | SSIM().compute(**IMAGES)
+
+
+def test_metrics_of_different_kinds_do_not_merge():
+    with pytest.raises(ValueError, match="cannot merge FID into SpatialFID"):
+        SpatialFID().merge(FID())
+
+
+def test_lists_and_arrays():
+    lists = {name: tensor.tolist() for name, tensor in FEATURES.items()}
+    assert FID().compute(**lists) == pytest.approx(FID().compute(**FEATURES), abs=1e-6)
+    arrays = {name: np.asarray(tensor) for name, tensor in FEATURES.items()}
+    assert FID().compute(**arrays) == FID().compute(**FEATURES)
+
+
+def run_python(code, folder, **environment):
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_no_file_is_written_and_no_network_needed(tmp_path):
+    code = (
+        "import torch; from dar_hf.metrics import PSNR; x = torch.zeros(1, 3, 8, 8); "
+        "print(PSNR().compute(predictions=x, references=x))"
+    )
+    home = tmp_path / "home"
+    result = run_python(code, tmp_path, HF_HOME=str(home), HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "{'psnr': 100.0}" in result.stdout, result.stderr
+    assert not home.exists()
+
+
+def test_a_script_called_evaluate_gets_a_clear_error_and_the_rest_of_the_package(tmp_path):
+    (tmp_path / "evaluate.py").write_text("")
+    assert run_python("from dar_hf.metrics import psnr", tmp_path).returncode == 0
+    result = run_python("from dar_hf.metrics import FID", tmp_path)
+    assert "evaluate.py hides the library evaluate" in result.stderr
