@@ -84,6 +84,10 @@ class Linear(nn.Linear):
         self.unpack()
         return super()._apply(*args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles
+        self.unpack()
+        return super().__getstate__()
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
         super()._load_from_state_dict(*args, **kwargs)
