@@ -6,8 +6,9 @@ OUT := outputs/digits
 PIP_OPTIONS ?=
 DEMO_TOKENIZER_OPTIONS ?=
 DEMO_AR_OPTIONS ?=
+BENCH_OPTIONS ?=
 
-.PHONY: install demo test test-fast check clean
+.PHONY: install demo test test-fast check bench clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +36,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+
+# half an hour on two cores; BENCH_OPTIONS="--preset B --batch_sizes 1" for less
+bench: install
+	$(BIN)/python examples/benchmark.py $(BENCH_OPTIONS)
 
 clean:
 	rm -rf $(VENV) outputs build
