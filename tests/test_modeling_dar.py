@@ -695,3 +695,23 @@ def test_vocabulary_cannot_be_resized(tiny_transformer):
     for model in (tiny_transformer, tiny_transformer.model):
         with pytest.raises(ValueError, match="cannot be resized"):
             model.resize_token_embeddings(100)
+
+
+@pytest.mark.slow
+def test_compiled_decoding(make_transformer):
+    model = make_transformer()
+    options = {"guidance_scale": (1.1, 8.0), "temperature": 0}
+    prefix = torch.tensor([[3, 1, 4]])
+    eager = [
+        torch.cat(list(model.stream_codes(labels, prefix_codes=codes, **options)), dim=1)
+        for labels, codes in (([0, 3], None), ([1, 2], prefix))
+    ]
+    model.compile_decoding = True
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.cat(list(model.stream_codes([0, 3], **options)), dim=1)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        again = torch.cat(list(model.stream_codes([0, 3], group_size=5, **options)), dim=1)
+        other = torch.cat(list(model.stream_codes([1, 2], prefix_codes=prefix, **options)), dim=1)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
+    assert torch.equal(compiled, eager[0]) and torch.equal(again, eager[0]) and torch.equal(other, eager[1])

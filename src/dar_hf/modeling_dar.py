@@ -7,6 +7,7 @@ is there. Pure functions on tensors first, then the layers, then the models.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticCache
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -335,10 +336,16 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
+    compile_decoding: bool = False
+    """Run the steps of `stream_codes` through ``torch.compile`` (on GPUs as CUDA graphs), over a static cache that is
+    kept between calls. Compiled once for each batch size. On CPUs packed weights are faster."""
+
     def __init__(self, config: DARConfig):
         super().__init__(config)
         self.model = DARModel(config)
         self.vocab_size = config.codebook_size
+        self._compiled_forward: Callable | None = None
+        self._static_caches: dict[tuple, StaticCache] = {}
         self.lm_head = Linear(config.hidden_size, config.codebook_size, bias=False)
         self.post_init()
 
@@ -567,17 +574,17 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     ) -> Iterator[torch.LongTensor]:
         """``tokens`` are the class tokens and the prefix; ``warpers`` None decodes greedily."""
         codes = tokens[:, 1:]
-        cache = Cache(layers=[FilledCacheLayer(num_tokens) for _ in self.model.layers])
         rows = len(tokens) if schedule is None else 2 * len(tokens)
-        yielded = 0
-        with packed(self, rows):
+        yielded, first = 0, True
+        with self._decoding(rows, num_tokens) as (forward, cache):
             while yielded < num_tokens:
                 stop = min(yielded + group_size, num_tokens)
                 while codes.shape[1] < stop:
                     inputs = tokens if schedule is None else self._with_null_rows(tokens)
-                    logits = (
-                        self(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-                    )
+                    # the first pass, over the class and the prefix, has a length of its own: not worth compiling
+                    step = self if first else forward
+                    logits = step(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                    logits, first = logits[:, -1].float(), False
                     codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
                     if schedule is not None:
                         logits = apply_guidance(logits, schedule[codes.shape[1]])
@@ -588,6 +595,26 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
                     codes = torch.cat([codes, tokens], dim=1)
                 yield codes[:, yielded:stop]
                 yielded = stop
+
+    @contextmanager
+    def _decoding(self, rows: int, num_tokens: int) -> Iterator[tuple[Callable, Cache]]:
+        """The forward pass of a step, and the cache it goes with."""
+        if not self.compile_decoding:
+            with packed(self, rows):
+                yield self, Cache(layers=[FilledCacheLayer(num_tokens) for _ in self.model.layers])
+            return
+        if self._compiled_forward is None:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self._compiled_forward = torch.compile(self.forward, mode=mode, fullgraph=True, dynamic=False)
+        key = (rows, self.device, self.dtype)
+        cache = self._static_caches.pop(key, None)  # taken out: two streams must not share one
+        if cache is None:
+            cache = StaticCache(config=self.config, max_cache_len=self.config.num_image_tokens)
+        cache.reset()
+        try:
+            yield self._compiled_forward, cache
+        finally:
+            self._static_caches[key] = cache
 
 
 def sampling_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList | None:
