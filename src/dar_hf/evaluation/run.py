@@ -266,13 +266,13 @@ class _Reconstruction(_Evaluation):
         """Fills the findings; returns the error after every step."""
         findings, full = self.findings, self.lengths[-1]
         for tokens in self.prefixes:
-            measure_distances(findings, shards, references, self.extractor.name, "r", tokens)
+            measure_distances(findings, shards, references, self.extractor.name, self.mode, tokens)
             measure_agreement(
                 findings,
                 shards,
                 f"{tokens}/logits",
                 self.images.num_classes,
-                f"label agreement ({self.extractor.name})",
+                self.extractor.name,
                 num_tokens=tokens,
             )
         if references.shards is not None:
@@ -281,7 +281,8 @@ class _Reconstruction(_Evaluation):
                 references.shards,
                 "logits",
                 self.images.num_classes,
-                f"label agreement of the references ({self.extractor.name})",
+                self.extractor.name,
+                kind="reference_label_agreement",
             )
         steps = [
             {
@@ -293,15 +294,15 @@ class _Reconstruction(_Evaluation):
             for step, tokens in enumerate(self.windows)
         ]
         last_of_prefix = {step["num_tokens"]: step for step in steps}
-        findings.metrics += [metric("PSNR", "psnr", last_of_prefix[n]["psnr"], num_tokens=n) for n in self.prefixes]
-        for name, kind in (("SSIM", "ssim"), ("LPIPS", "lpips")):
+        findings.metrics += [metric("psnr", last_of_prefix[n]["psnr"], num_tokens=n) for n in self.prefixes]
+        for kind in ("ssim", "lpips"):
             if shards.has(kind):
-                findings.metrics.append(metric(name, kind, mean_of(shards.parts(kind)), num_tokens=full))
+                findings.metrics.append(metric(kind, mean_of(shards.parts(kind)), num_tokens=full))
         usage = CodeStatistics(self.model.tokenizer.config.codebook_size)
         for part in shards.parts("codes"):
             usage.update(part)
         for kind, value in usage.figures().items():
-            findings.metrics.append(metric(f"codebook {kind.replace('_', ' ')}", f"codebook_{kind}", value))
+            findings.metrics.append(metric(f"codebook_{kind}", value))
         return steps
 
 
@@ -425,7 +426,7 @@ class _Generation(_Evaluation):
         for part in shards.parts("codes"):
             usage.update(part)
         for kind in ("usage", "perplexity"):
-            self.findings.metrics.append(metric(f"codebook {kind}", f"codebook_{kind}", usage.figures()[kind]))
+            self.findings.metrics.append(metric(f"codebook_{kind}", usage.figures()[kind]))
         data: dict[str, Any] = {"count": references.count}
         if self.images is not None:
             data = self.images.description | data
