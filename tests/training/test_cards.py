@@ -121,7 +121,12 @@ def test_a_model_from_elsewhere_keeps_its_description(tiny_pipeline, tmp_path):
     take_report(write_evaluation(tmp_path / "g"), folder)
     write_run_card(folder, "user/x")
     text = (folder / "README.md").read_text()
-    for part in ("| converted from | `a.pt` |", "| label agreement | 0.375 | 0.75 |", 'from_pretrained("user/x")'):
+    for part in (
+        "| converted from | `a.pt` |",
+        "| label agreement | 0.375 | 0.75 |",
+        'from_pretrained("user/x")',
+        "](evaluation/generation/preview_strip.png)",
+    ):
         assert part in text
     assert "model-index" in text and "## Recipe" not in text
 

@@ -148,8 +148,8 @@ def _tables(title: str, results: list[EvalResult]) -> list[Table]:
         own = {name: value for name, value in settings.items() if name not in common}
         cells = groups.setdefault(tuple(own), {}).setdefault(tuple(own.values()), {})
         cells[result.metric_name or result.metric_type] = f"{result.metric_value:.4g}"
-    shared = ", ".join(f"{name} {value}" for name, value in arguments[0].items() if name in common)
-    title = f"{title} ({shared})".replace("_", " ") if shared else title
+    shared = [f"{name.replace('_', ' ')} {value}" for name, value in arguments[0].items() if name in common]
+    title = f"{title} ({', '.join(shared)})" if shared else title
     return [
         Table(
             title,

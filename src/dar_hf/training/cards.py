@@ -75,7 +75,8 @@ def write_run_card(folder: str | Path, repo_id: str) -> None:
     if path.is_file():
         existing = path.read_text(encoding="utf-8")
         if not (folder / "training.json").is_file():
-            card = replace_block(card, existing, "about")
+            for block in ("about", "facts"):
+                card = replace_block(card, existing, block)
         card = merge_cards(existing, card)
     write_text(path, card)
 
