@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
 from dar_hf.evaluation import dataset_names, eval_results, metric, read_report, versions, write_report
+from dar_hf.evaluation.report import public_name
 
 REPORT = {
     "mode": "generation",
@@ -17,7 +18,11 @@ REPORT = {
         "seed": 0,
         "guidance_scale": [1.1, 8.0],
         "reference": None,
-        "feature_extractor": {"name": "net.py:load", "weights": "/home/me/net", "weights_hash": "0123456789abcdef"},
+        "feature_extractor": {
+            "name": "/home/me/net.py:load",
+            "weights": "/home/me/net",
+            "weights_hash": "0123456789abcdef",
+        },
     },
     "metrics": [
         metric("fid", 3.9, "gFID", num_tokens=8),
@@ -94,4 +99,7 @@ def test_local_data_is_named_without_its_folders(tmp_path, monkeypatch):
     for source in ("my/birds", str(tmp_path / "my" / "birds"), "/gone/birds", "./birds", "~/birds", "a/b/birds"):
         assert dataset_names(source) == ("birds", "birds")
     assert dataset_names("owner/birds") == ("owner/birds", "owner/birds")
+    assert dataset_names("/data/digits") == ("digits", "digits")
     assert dataset_names("digits") == ("digits", "scikit-learn digits")
+    assert public_name("examples/features.py:load") == "features.py:load"
+    assert public_name("facebook/dinov2-base") == "facebook/dinov2-base"

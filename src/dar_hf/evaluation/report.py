@@ -68,7 +68,7 @@ def eval_results(report: dict[str, Any]) -> list[EvalResult]:
     data, settings = report["data"], report["settings"]
     arguments = {name: settings[name] for name in _ARGUMENTS if settings.get(name) is not None}
     if network := settings.get("feature_extractor"):
-        arguments["feature_extractor"] = f"{network['name']} {network['weights_hash'][:8]}"
+        arguments["feature_extractor"] = f"{public_name(network['name'])} {network['weights_hash'][:8]}"
     dataset_type, dataset_name = dataset_names(data.get("dataset") or data.get("reference") or "unknown")
     results = []
     for entry in report["metrics"]:
@@ -92,9 +92,13 @@ def eval_results(report: dict[str, Any]) -> list[EvalResult]:
 
 
 def dataset_names(source: str) -> tuple[str, str]:
-    """Id and name of a data set for a card; of local files only the last part, whose folders are nobody's business."""
-    if source == "digits":
-        return source, "scikit-learn digits"
+    """Id and name of a data set for a card."""
+    name = public_name(source)
+    return name, "scikit-learn digits" if source == "digits" else name
+
+
+def public_name(source: str) -> str:
+    """What a card calls data or a network: a Hub id as it is, of local files only the last part."""
     path = Path(source).expanduser()
-    local = path.exists() or path.is_absolute() or source.startswith(".") or source.count("/") > 1
-    return (path.name, path.name) if local else (source, source)
+    local = path.exists() or path.is_absolute() or source.startswith(".") or source.count("/") > 1 or ".py:" in source
+    return path.resolve().name if local else source

@@ -32,7 +32,7 @@ from .measure import (
 )
 from .models import load_model
 from .pictures import draw_generation, draw_reconstruction
-from .report import metric, versions, write_report
+from .report import metric, public_name, versions, write_report
 from .shards import ShardFolder
 
 DEFAULT_COUNT = 50_000  # generated images of the usual figure
@@ -58,6 +58,7 @@ class _Evaluation:
         self.extractor: FeatureExtractor = load_feature_extractor(
             args.features, args.features_weights, args.features_hash, self.device
         )
+        self.network = public_name(self.extractor.name)  # in the names of figures, which are published
         self.windows = self.model.windows(args.num_inference_steps)
         self.lengths = sorted(set(self.windows))
         self.prefixes = self._prefixes()
@@ -266,13 +267,13 @@ class _Reconstruction(_Evaluation):
         """Fills the findings; returns the error after every step."""
         findings, full = self.findings, self.lengths[-1]
         for tokens in self.prefixes:
-            measure_distances(findings, shards, references, self.extractor.name, self.mode, tokens)
+            measure_distances(findings, shards, references, self.network, self.mode, tokens)
             measure_agreement(
                 findings,
                 shards,
                 f"{tokens}/logits",
                 self.images.num_classes,
-                self.extractor.name,
+                self.network,
                 num_tokens=tokens,
             )
         if references.shards is not None:
@@ -281,7 +282,7 @@ class _Reconstruction(_Evaluation):
                 references.shards,
                 "logits",
                 self.images.num_classes,
-                self.extractor.name,
+                self.network,
                 kind="reference_label_agreement",
             )
         steps = [
@@ -417,7 +418,7 @@ class _Generation(_Evaluation):
                 self.findings,
                 shards,
                 references,
-                self.extractor.name,
+                self.network,
                 tokens,
                 self.num_classes,
                 self.device,

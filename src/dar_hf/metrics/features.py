@@ -163,8 +163,7 @@ def load_feature_extractor(
         network = _find_callable(features)(weights)
         if not isinstance(network, nn.Module):
             raise ValueError(f"{features} gave a {type(network).__name__}, not a torch module.")
-        name = features.rpartition("/")[2]  # reports are published: no folders
-        return FeatureExtractor(network, name, weights, expected_hash, device)
+        return FeatureExtractor(network, features, weights, expected_hash, device)
     if weights is not None:
         raise ValueError(f"{features} brings its own weights: leave features_weights out.")
     try:
@@ -174,8 +173,7 @@ def load_feature_extractor(
             f"features {features!r} are neither inception, nor path/to/file.py:name, nor a transformers model with an "
             f"image processor: {error}"
         ) from error
-    name = Path(features).name if Path(features).exists() else features
-    return FeatureExtractor(network, name, features, expected_hash, device)
+    return FeatureExtractor(network, features, features, expected_hash, device)
 
 
 def _find_callable(reference: str) -> Callable[[str | None], Any]:
