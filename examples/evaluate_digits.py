@@ -56,12 +56,11 @@ def measure_reconstruction(pipe: DARPipeline, images: torch.Tensor, labels: torc
     metrics, sample = [], images
     for preview in tokenizer.decode_stream([codes], noise=noise, scheduler=pipe.scheduler):
         sample, which = preview.sample, {"num_tokens": preview.num_tokens, "mode": "reconstruction"}
-        metrics.append(metric("PSNR", "psnr", float(psnr(sample, images).mean()), **which))
+        metrics.append(metric("psnr", float(psnr(sample, images).mean()), **which))
         agreement = judge.agreement(sample, labels)
-        metrics.append(metric("reconstructions read correctly (SVM)", "label_agreement", agreement, **which))
+        metrics.append(metric("label_agreement", agreement, "label agreement of reconstructions (SVM)", **which))
     for name, value in codebook_statistics(codes, tokenizer.config.codebook_size).items():
-        text = f"codebook {name.replace('_', ' ')}"
-        metrics.append(metric(text, f"codebook_{name}", value, mode="reconstruction"))
+        metrics.append(metric(f"codebook_{name}", value, mode="reconstruction"))
     return metrics, sample
 
 
@@ -74,7 +73,7 @@ def measure_generation(pipe: DARPipeline, count: int, judge: Judge, guidance_sca
         images = output.images * 2 - 1
         steps.append(images)
         agreement = judge.agreement(images, labels)
-        metrics.append(metric("label agreement (SVM)", "label_agreement", agreement, num_tokens=output.num_tokens))
+        metrics.append(metric("label_agreement", agreement, "label agreement (SVM)", num_tokens=output.num_tokens))
     return metrics, steps
 
 

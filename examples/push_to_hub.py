@@ -2,8 +2,8 @@
 
     python examples/push_to_hub.py outputs/digits/pipeline user/digits --report outputs/digits/report.json
 
-The card is made from the run's options, validation figures and report.json; what people wrote into the card, here or
-on the Hub, stays. --self_contained adds the code, so that the repository also loads where dar_hf is not installed.
+The card is made from the run's options, validation figures and reports; what people wrote into the card, here or on
+the Hub, stays. --self_contained adds the code, so that the repository also loads where dar_hf is not installed.
 Log in first with `hf auth login`.
 """
 
@@ -19,7 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="the saved model or the output folder of a run")
     parser.add_argument("repo_id", help="name or owner/name; created if missing")
-    parser.add_argument("--report", help="report.json to take into folder and card, with the pictures beside it")
+    parser.add_argument(
+        "--report", nargs="+", default=[], help="reports to take into folder and card, with the pictures beside them"
+    )
     parser.add_argument("--self_contained", action="store_true", help="add the code that loads the model")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", help="branch to push to, created if missing; default main")
@@ -27,11 +29,11 @@ def main() -> None:
     parser.add_argument("--commit_message")
     args = parser.parse_args()
     try:
-        if args.report:
-            take_report(args.report, args.folder)
+        for report in args.report:
+            take_report(report, args.folder)
         if args.self_contained:
             export_remote_code(args.folder)
-        if Path(args.folder, "training.json").is_file():
+        if args.report or Path(args.folder, "training.json").is_file():
             write_run_card(args.folder, args.repo_id)
         commit = push_folder(
             args.folder,

@@ -5,13 +5,13 @@
 Cards of the paper's models hold the paper's figures; cards of models trained here hold those of a report in reports/.
 """
 
-import json
 from pathlib import Path
 
 import torch
 
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
-from dar_hf.hub import model_card, paper_results, report_results
+from dar_hf.evaluation import eval_results, read_report
+from dar_hf.hub import model_card, paper_results
 from dar_hf.presets import get_preset
 
 FOLDER = Path(__file__).resolve().parent
@@ -55,16 +55,15 @@ def paper_card(model: DARPipeline | DARTokenizer, size: str, title: str, summary
 def digits_card() -> str:
     """The card of the demo's model, with the figures of its report."""
     preset = get_preset("digits")
-    report = json.loads((FOLDER / "reports" / "digits.json").read_text())
-    codebook, guidance = report["reconstruction"]["codebook"], report["generation"]["guidance_scale"]
-    positions = f"{codebook['position_usage_min']:.0f} to {codebook['position_usage_max']:.0f}"
+    report = read_report(FOLDER / "reports" / "digits.json")
+    settings = report["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     note = (
-        f"Measured by `examples/evaluate_digits.py` on the {report['reconstruction']['images']} test digits and "
-        f"{report['generation']['images']} generated ones (guidance {guidance}, the saved default). "
+        f"Measured by `examples/evaluate_digits.py` on the {report['data']['count']} test digits and "
+        f"{settings['count']} generated ones (guidance {settings['guidance_scale']}, the saved default). "
         "The judge is a support-vector classifier trained on the real training digits; it reads "
-        f"{report['real_test_svm_accuracy']:.3f} of the real test digits correctly. The codebook's figures are "
-        f"of the test digits; each position uses {positions} different codes."
+        f"{settings['judge_accuracy_on_test_digits']:.3f} of the real test digits correctly. The codebook's figures "
+        "are of the test digits."
     )
     card = model_card(
         empty_pipeline("digits", "digits", codebook_size=256, num_classes=10, num_image_tokens=16, tokens_per_group=4),
@@ -80,7 +79,7 @@ def digits_card() -> str:
             "time": "7 min 18 s in all: tokenizer 4 min 54 s, language model 56 s, the rest installation, loading and "
             "evaluation",
         },
-        results=report_results(report, ("digits", "scikit-learn digits")),
+        results=eval_results(report),
         results_note=note,
         pictures={
             "Four previews of a digit of each class": "images/digits_previews.png",

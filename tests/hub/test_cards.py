@@ -2,9 +2,10 @@ import re
 
 import pytest
 from datasets import Dataset
+from huggingface_hub import EvalResult
 
 from dar_hf import DARForCausalLM, DARPipeline, DARTokenizer
-from dar_hf.hub import empty_model, model_card, report_results
+from dar_hf.hub import empty_model, model_card
 
 PARTS = ("tokenizer", "transformer", "scheduler")
 
@@ -15,7 +16,7 @@ def text_without_comments(card):
 
 def test_a_whole_card(tiny_pipeline):
     tiny_pipeline.transformer.generation_config.guidance_scale = [1.1, 8.0]
-    results = report_results({"generation": {"fid": 3.25}}, ("d", "D"))
+    results = [EvalResult("generation", "d", "D", "fid", 3.25, "Generation", metric_name="FID")]
     card = model_card(
         tiny_pipeline,
         "user/x",
@@ -44,7 +45,7 @@ def test_a_whole_card(tiny_pipeline):
         "| default guidance | 1.1 → 8 |",
         "| converted from | `a.pt` |",
         'DARPipeline.from_pretrained("user/x")',
-        "## Results\n\nThe paper's.\n\nClass-conditional generation, D\n\n|  | value |\n|---|---:|\n| FID | 3.25 |",
+        "## Results\n\nThe paper's.\n\nGeneration, D\n\n|  | value |\n|---|---:|\n| FID | 3.25 |",
         "<details><summary>Stage 1</summary>\n\n| option | value |\n|---|---|\n| `learning_rate` | 0.1 |",
         "## Limits\n\nOnly tiny.\n\n## Citation",
         "gao2025dar",

@@ -1,6 +1,5 @@
 """The commands that publish, as people run them."""
 
-import json
 import re
 import subprocess
 import sys
@@ -9,13 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from PIL import Image
 from training.helpers import QUICK, TINY_TOKENIZER, TINY_TRANSFORMER, fresh_process, overrides, tokenizer_stage
 
 from dar_hf.training import loop, train
 from dar_hf.training.loop import PushError, make_accelerator
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+FEATURES = """
+import torch
+
+class Features(torch.nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+
+    def forward(self, images):
+        return images.float().mean(dim=(2, 3))
+"""
 TWO_LINES = """
 from dar_hf import DARPipeline
 
@@ -70,16 +78,32 @@ def test_train_and_push_what_the_two_lines_load(hub, tmp_path):
 
     # a report comes later, and somebody has edited the card meanwhile
     hub.write("user/digits", "README.md", card + "\n## Limits\n\nToo small.\n")
-    report = {"dataset": "test digits", "reconstruction": {"previews": [{"num_tokens": 4, "psnr": 17.5}]}}
-    (tmp_path / "report.json").write_text(json.dumps(report))
-    Image.new("RGB", (8, 8)).save(tmp_path / "preview_strip.png")
-    push = ("push_to_hub.py", pipeline, "user/digits", "--report", tmp_path / "report.json", "--self_contained")
+    measured = [tmp_path / name for name in ("digits", "reconstruction")]
+    done = command(hub, "evaluate_digits.py", "--pipeline", pipeline, "--output_dir", measured[0], "--num_images", 20)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "features.py").write_text(FEATURES)
+    data = ("--dataset_name", "digits", "--num_images", 20, "--features", f"{tmp_path / 'features.py'}:Features")
+    done = command(hub, "evaluate.py", "reconstruction", "--pipeline", pipeline, *data, "--output_dir", measured[1])
+    assert done.returncode == 0, done.stderr
+    push = ("push_to_hub.py", pipeline, "user/digits", "--report", *measured, "--self_contained")
     done = command(hub, *push)
     assert done.returncode == 0, done.stderr
     after = hub.read("user/digits", "README.md").decode()
     files = set(hub.repositories["model", "user/digits"].files())
-    assert after.endswith("\n## Limits\n\nToo small.\n") and "| PSNR (dB) | 17.5 |" in after
-    assert "trust_remote_code=True" in after and {"preview_strip.png", "pipeline_dar.py", "report.json"} <= files
+    assert after.endswith("\n## Limits\n\nToo small.\n") and str(tmp_path) not in after
+    for row in ("num tokens | 4 | 8 | 12 | 16", "PSNR (dB)", "label agreement (SVM)", "rFD (features.py:Features)"):
+        assert f"\n| {row} |" in after
+    metadata = yaml.safe_load(after.split("---")[1])
+    figures = {
+        (metric["type"], metric.get("args", {}).get("num_tokens"))
+        for group in metadata["model-index"][0]["results"]
+        for metric in group["metrics"]
+    }
+    assert {(kind, n) for kind in ("label_agreement", "frechet_distance", "psnr") for n in (4, 8, 12, 16)} <= figures
+    assert "trust_remote_code=True" in after and "pipeline_dar.py" in files
+    pictures = set(re.findall(r"!\[.*?\]\((.*?)\)", after))
+    assert {"evaluation/generation/preview_strip.png", "evaluation/reconstruction/previews.png"} <= pictures <= files
+    assert {"evaluation/generation/report.json", "evaluation/reconstruction/report.json"} <= files
     loaded = hub.python(TWO_LINES, HF_TOKEN="hf_test")
     assert loaded.stdout.splitlines()[-1] == "3 (8, 8)", loaded.stderr
 

@@ -1,45 +1,40 @@
 import pytest
+from huggingface_hub import EvalResult
 
-from dar_hf.hub import paper_results, report_results
-from dar_hf.hub.results import tables
-
-REPORT = {
-    "dataset": "digits",
-    "reconstruction": {
-        "images": 360,
-        "psnr": 18.45,
-        "previews": [{"num_tokens": 4, "psnr": 17.6}, {"num_tokens": 8, "psnr": 18.45}],
-        "codebook": {"usage": 0.99, "perplexity": 220.0, "position_usage_min": 100},
-    },
-    "generation": {"guidance_scale": 2.0, "fid": 3.5, "previews": [{"num_tokens": 4, "fid": 9.0}]},
-    "seconds": 2.4,
-}
+from dar_hf.hub import metric_name, paper_results
+from dar_hf.hub.results import setting_text, tables
 
 
-def flat(results):
-    return {(r.task_name, r.metric_type, *(r.metric_args or {}).items()): r.metric_value for r in results}
+def result(kind, value, task="Image reconstruction", **settings):
+    return EvalResult("task", "d", "D", kind, value, task, metric_name=kind.upper(), metric_args=settings or None)
 
 
-def test_every_known_figure_of_a_report_once():
-    results = report_results(REPORT, ("d", "D"))
-    assert flat(results) == {
-        ("Reconstruction", "psnr", ("num_tokens", 4)): 17.6,
-        ("Reconstruction", "psnr", ("num_tokens", 8)): 18.45,
-        ("Reconstruction", "usage"): 0.99,
-        ("Reconstruction", "perplexity"): 220.0,
-        ("Class-conditional generation", "fid", ("num_tokens", 4)): 9.0,
-    }
-    assert {(r.dataset_type, r.dataset_name) for r in results} == {("d", "D")}
-    assert not any(r.source_url for r in results)
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("rFID", ("fid", "reconstruction")),
+        ("gFD (network)", ("frechet_distance", "generation", "network")),
+        ("sFID", ("sfid", "generation")),
+        ("PSNR (dB)", ("psnr", "reconstruction")),
+        ("reference label agreement (network)", ("reference_label_agreement", "", "network")),
+    ],
+)
+def test_names_of_metrics(name, arguments):
+    assert metric_name(*arguments) == name
 
 
-def test_a_report_without_figures_gives_none():
-    assert report_results({"seconds": 3}, ("d", "D")) == []
+def test_settings_as_people_write_them():
+    assert [setting_text(value) for value in (2.0, 1.5, (1.1, 8.0), [3], 50000, "8, Euler")] == [
+        *("2", "1.5", "1.1 → 8", "3", "50000", "8, Euler"),
+    ]
 
 
 def test_the_papers_figures_are_marked_as_the_papers():
     for name in ("v1", "L", "XL"):
         assert {r.source_url for r in paper_results(name)} == {"https://arxiv.org/abs/2505.23660"}
+    assert {(r.task_type, r.metric_type, r.metric_name) for r in paper_results("v1")} == {
+        ("image-to-image", "fid", "rFID")
+    }
     by_steps = {r.metric_args["num_inference_steps"]: r.metric_value for r in paper_results("v1")}
     assert by_steps == {"4": 2.35, "8, Euler": 1.58, "8": 1.52, "12": 1.73, "16": 1.93}
     guided = [r for r in paper_results("XL") if r.metric_args["guidance_scale"] == "1.1 → 10"]
@@ -50,8 +45,33 @@ def test_the_papers_figures_are_marked_as_the_papers():
 
 
 def test_tables_have_a_row_a_metric_and_a_column_a_setting():
-    previews, alone, generation = tables(report_results(REPORT, ("d", "D")))
-    assert previews.title == "Reconstruction, D"
-    assert previews.columns == ["num tokens", "4", "8"] and previews.rows == [["PSNR (dB)", "17.6", "18.45"]]
-    assert [row[1] for row in alone.rows] == ["0.99", "220"]
-    assert generation.columns == ["num tokens", "4"]
+    previews, alone = tables(
+        [
+            result("psnr", 17.6, num_tokens=4),
+            result("psnr", 18.45678, num_tokens=8),
+            result("ssim", 0.5, num_tokens=8),
+            result("usage", 0.99),
+        ]
+    )
+    assert previews.title == alone.title == "Image reconstruction, D"
+    assert previews.columns == ["num tokens", "4", "8"]
+    assert previews.rows == [["PSNR", "17.6", "18.46"], ["SSIM", "", "0.5"]]
+    assert alone.columns == ["", "value"] and alone.rows == [["USAGE", "0.99"]]
+
+
+def test_settings_that_all_share_stand_in_the_title():
+    common = {"count": 500, "guidance_scale": [1.1, 8.0]}
+    (table,) = tables([result("fid", 9.0, num_tokens=4, **common), result("fid", 3.0, num_tokens=8, **common)])
+    assert table.title == "Image reconstruction, D (count 500, guidance scale 1.1 → 8)"
+    assert table.columns == ["num tokens", "4", "8"] and table.rows == [["FID", "9", "3"]]
+    (table,) = tables([result("fid", 9.0, num_tokens=8), result("ssim", 0.5, num_tokens=8)])
+    assert table.title == "Image reconstruction, D (num tokens 8)" and table.columns == ["", "value"]
+
+
+def test_tables_lose_no_figure():
+    first, second = tables([result("fid", 9.0, guidance_scale=1.5), result("fid", 3.0, num_tokens=8)])
+    assert (first.columns, first.rows) == (["guidance scale", "1.5"], [["FID", "9"]])
+    assert (second.columns, second.rows) == (["num tokens", "8"], [["FID", "3"]])
+    titles = [table.title for table in tables([result("fid", 1.0, "A"), result("fid", 2.0), result("fid", 3.0, "A")])]
+    assert titles == ["A, D", "Image reconstruction, D"]
+    assert tables([]) == []

@@ -2,17 +2,17 @@
 
 from .arguments import GenerationArguments, ReconstructionArguments
 from .images import read_reference, write_npz
-from .report import eval_results, metric, model_index, read_report, versions, write_report
+from .report import dataset_names, eval_results, metric, read_report, versions, write_report
 from .run import evaluate_generation, evaluate_reconstruction
 
 __all__ = [
     "GenerationArguments",
     "ReconstructionArguments",
+    "dataset_names",
     "eval_results",
     "evaluate_generation",
     "evaluate_reconstruction",
     "metric",
-    "model_index",
     "read_reference",
     "read_report",
     "versions",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..hub import metric_name
 from ..metrics import (
     GaussianStatistics,
     InceptionScoreStatistics,
@@ -69,17 +70,15 @@ def reference_statistics(shards: ShardFolder) -> dict[str, tuple[torch.Tensor, t
     return found
 
 
-def distance_name(prefix: str, extractor: str, kind: str) -> tuple[str, str]:
-    """Display name and type of a Frechet distance: FID and sFID are names for Inception's alone."""
+def distance_type(features: str, extractor: str) -> str:
+    """Type of a Frechet distance of pool or spatial features: FID and sFID are names for Inception's alone."""
     if extractor == INCEPTION:
-        name = "FID" if kind == "pool" else "sFID"
-        return f"{prefix}{name}" if kind == "pool" else name, name.lower()
-    name = f"{prefix}FD" if kind == "pool" else "spatial FD"
-    return f"{name} ({extractor})", "frechet_distance" if kind == "pool" else "spatial_frechet_distance"
+        return "fid" if features == "pool" else "sfid"
+    return "frechet_distance" if features == "pool" else "spatial_frechet_distance"
 
 
 def measure_distances(
-    findings: Findings, shards: ShardFolder, references: References, extractor: str, prefix: str, tokens: int
+    findings: Findings, shards: ShardFolder, references: References, extractor: str, mode: str, tokens: int
 ) -> None:
     """Frechet distances of the samples after ``tokens`` tokens."""
     for kind, (mean, covariance) in references.statistics.items():
@@ -87,9 +86,10 @@ def measure_distances(
         if not shards.has(key):
             continue
         statistics = gaussian(shards, key)
-        name, type_name = distance_name(prefix, extractor, kind)
+        distance = distance_type(kind, extractor)
+        name = metric_name(distance, mode, "" if extractor == INCEPTION else extractor)
         value = frechet_distance(statistics.mean, statistics.covariance, mean, covariance)
-        findings.metrics.append(metric(name, type_name, value, num_tokens=tokens))
+        findings.metrics.append(metric(distance, value, name, num_tokens=tokens))
         for what, count in (("samples", statistics.count), ("references", references.count)):
             if count is not None and count < len(mean) + 1:
                 findings.warn(
@@ -110,21 +110,19 @@ def measure_generation(
     device: torch.device,
 ) -> None:
     """All figures of generated samples after ``tokens`` tokens."""
-    measure_distances(findings, shards, references, extractor, "g", tokens)
-    suffix = "" if extractor == INCEPTION else f" ({extractor})"
+    measure_distances(findings, shards, references, extractor, "generation", tokens)
+    network = "" if extractor == INCEPTION else extractor
     logits = f"{tokens}/logits"
     if shards.has(logits):
-        score = InceptionScoreStatistics()
+        score, kind = InceptionScoreStatistics(), "inception_score"
         for part in shards.parts(logits):
             score.update(part)
-        findings.metrics.append(
-            metric(f"Inception score{suffix}", "inception_score", score.score(), num_tokens=tokens)
-        )
+        findings.metrics.append(metric(kind, score.score(), metric_name(kind, network=network), num_tokens=tokens))
         if shards.count % SPLIT_SIZE:
             findings.warn(
                 f"{shards.count} samples are no whole number of the Inception score's splits of {SPLIT_SIZE}."
             )
-        measure_agreement(findings, shards, logits, num_classes, f"label agreement{suffix}", num_tokens=tokens)
+        measure_agreement(findings, shards, logits, num_classes, extractor, num_tokens=tokens)
     else:
         findings.not_measured["inception_score"] = f"{extractor} gives no logits"
     if references.shards is None:
@@ -137,12 +135,18 @@ def measure_generation(
         figures = precision_recall(
             references.shards.rows("pool").to(device), shards.rows(f"{tokens}/pool").to(device), NUM_NEIGHBOURS
         )
-        for name, value in figures.items():
-            findings.metrics.append(metric(f"{name}{suffix}", name, value, num_tokens=tokens))
+        for kind, value in figures.items():
+            findings.metrics.append(metric(kind, value, metric_name(kind, network=network), num_tokens=tokens))
 
 
 def measure_agreement(
-    findings: Findings, shards: ShardFolder, logits: str, num_classes: int | None, name: str, **which: Any
+    findings: Findings,
+    shards: ShardFolder,
+    logits: str,
+    num_classes: int | None,
+    extractor: str,
+    kind: str = "label_agreement",
+    **which: Any,
 ) -> None:
     """Share of images read as their label, where logits are over the model's classes and labels are known."""
     if not (shards.has(logits) and shards.has("labels")):
@@ -157,7 +161,7 @@ def measure_agreement(
         batch = MeanStatistics()
         batch.count, batch.total = len(labels), label_agreement(part, labels) * len(labels)
         agreement.merge(batch)
-    findings.metrics.append(metric(name, "label_agreement", agreement.mean(), **which))
+    findings.metrics.append(metric(kind, agreement.mean(), metric_name(kind, network=extractor), **which))
 
 
 def mean_of(parts: Iterable[torch.Tensor]) -> float:

@@ -32,7 +32,7 @@ from .measure import (
 )
 from .models import load_model
 from .pictures import draw_generation, draw_reconstruction
-from .report import metric, versions, write_report
+from .report import metric, public_name, versions, write_report
 from .shards import ShardFolder
 
 DEFAULT_COUNT = 50_000  # generated images of the usual figure
@@ -58,6 +58,7 @@ class _Evaluation:
         self.extractor: FeatureExtractor = load_feature_extractor(
             args.features, args.features_weights, args.features_hash, self.device
         )
+        self.network = public_name(self.extractor.name)  # in the names of figures, which are published
         self.windows = self.model.windows(args.num_inference_steps)
         self.lengths = sorted(set(self.windows))
         self.prefixes = self._prefixes()
@@ -266,13 +267,13 @@ class _Reconstruction(_Evaluation):
         """Fills the findings; returns the error after every step."""
         findings, full = self.findings, self.lengths[-1]
         for tokens in self.prefixes:
-            measure_distances(findings, shards, references, self.extractor.name, "r", tokens)
+            measure_distances(findings, shards, references, self.network, self.mode, tokens)
             measure_agreement(
                 findings,
                 shards,
                 f"{tokens}/logits",
                 self.images.num_classes,
-                f"label agreement ({self.extractor.name})",
+                self.network,
                 num_tokens=tokens,
             )
         if references.shards is not None:
@@ -281,7 +282,8 @@ class _Reconstruction(_Evaluation):
                 references.shards,
                 "logits",
                 self.images.num_classes,
-                f"label agreement of the references ({self.extractor.name})",
+                self.network,
+                kind="reference_label_agreement",
             )
         steps = [
             {
@@ -293,15 +295,15 @@ class _Reconstruction(_Evaluation):
             for step, tokens in enumerate(self.windows)
         ]
         last_of_prefix = {step["num_tokens"]: step for step in steps}
-        findings.metrics += [metric("PSNR", "psnr", last_of_prefix[n]["psnr"], num_tokens=n) for n in self.prefixes]
-        for name, kind in (("SSIM", "ssim"), ("LPIPS", "lpips")):
+        findings.metrics += [metric("psnr", last_of_prefix[n]["psnr"], num_tokens=n) for n in self.prefixes]
+        for kind in ("ssim", "lpips"):
             if shards.has(kind):
-                findings.metrics.append(metric(name, kind, mean_of(shards.parts(kind)), num_tokens=full))
+                findings.metrics.append(metric(kind, mean_of(shards.parts(kind)), num_tokens=full))
         usage = CodeStatistics(self.model.tokenizer.config.codebook_size)
         for part in shards.parts("codes"):
             usage.update(part)
         for kind, value in usage.figures().items():
-            findings.metrics.append(metric(f"codebook {kind.replace('_', ' ')}", f"codebook_{kind}", value))
+            findings.metrics.append(metric(f"codebook_{kind}", value))
         return steps
 
 
@@ -416,7 +418,7 @@ class _Generation(_Evaluation):
                 self.findings,
                 shards,
                 references,
-                self.extractor.name,
+                self.network,
                 tokens,
                 self.num_classes,
                 self.device,
@@ -425,7 +427,7 @@ class _Generation(_Evaluation):
         for part in shards.parts("codes"):
             usage.update(part)
         for kind in ("usage", "perplexity"):
-            self.findings.metrics.append(metric(f"codebook {kind}", f"codebook_{kind}", usage.figures()[kind]))
+            self.findings.metrics.append(metric(f"codebook_{kind}", usage.figures()[kind]))
         data: dict[str, Any] = {"count": references.count}
         if self.images is not None:
             data = self.images.description | data

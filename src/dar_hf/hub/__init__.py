@@ -6,14 +6,16 @@ from .cards import empty_model, model_card
 from .methods import connect
 from .push import prepare_repository, push_card, push_folder, push_to_hub
 from .remote_code import export_remote_code
-from .results import paper_results, report_results
+from .results import TASKS, metric_name, paper_results
 
 __all__ = [
+    "TASKS",
     "advice",
     "connect",
     "empty_model",
     "export_remote_code",
     "merge_cards",
+    "metric_name",
     "model_card",
     "one_line",
     "paper_results",
@@ -21,5 +23,4 @@ __all__ = [
     "push_card",
     "push_folder",
     "push_to_hub",
-    "report_results",
 ]

@@ -17,7 +17,7 @@ from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
 from .blocks import stamp
-from .results import GENERATION, RECONSTRUCTION, tables
+from .results import GENERATION, RECONSTRUCTION, setting_text, tables
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "assets" / "card.md"
 PAPER_TAG = "arxiv:2505.23660"
@@ -57,12 +57,10 @@ def _describe_tokenizer(model: DARTokenizer) -> dict[str, str]:
 
 def _describe_transformer(model: DARForCausalLM) -> dict[str, str]:
     config, scale = model.config, model.generation_config.guidance_scale
-    ends = scale if isinstance(scale, (list, tuple)) else [scale]
-    guidance = "none" if scale is None else " → ".join(f"{end:g}" for end in ends)
     return {
         "language model": f"Llama, {_count(model.num_parameters())} parameters, {config.num_hidden_layers} layers, "
         f"{config.num_attention_heads} heads, width {config.hidden_size}, {config.num_classes} classes",
-        "default guidance": guidance,
+        "default guidance": "none" if scale is None else setting_text(scale),
     }
 
 
@@ -159,8 +157,8 @@ def model_card(
         title: default the last part of ``repo_id``.
         summary: a paragraph below the title.
         facts: further rows of the table about the model, such as {"converted from": "…"}.
-        results: measured figures, for the text and the metadata's model-index; see `report_results` and
-            `paper_results`.
+        results: measured figures, for the text and the metadata's model-index; see `paper_results` and
+            `dar_hf.evaluation.eval_results`.
         results_note: who measured them, and how.
         pictures: captions and their files, relative to the card.
         recipe: options of each stage of training, by the stage's title.

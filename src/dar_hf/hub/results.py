@@ -1,6 +1,6 @@
-"""Figures as the Hub knows them: `EvalResult`s from reports and from the paper, and tables of them."""
+"""Figures as the Hub knows them: the names of tasks and metrics, the paper's figures, and tables of any."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,30 +9,42 @@ from huggingface_hub import EvalResult
 GENERATION = "unconditional-image-generation"  # the Hub has no task for class-conditional images
 RECONSTRUCTION = "image-to-image"
 
-_TASKS = {
-    "reconstruction": (RECONSTRUCTION, "Reconstruction"),
-    "generation": (GENERATION, "Class-conditional generation"),
+# the Hub's id and the display name of what is measured
+TASKS = {
+    "reconstruction": (RECONSTRUCTION, "Image reconstruction"),
+    "generation": (GENERATION, "Class-conditional image generation"),
 }
 
-# figures that a report may hold, by their names there; the settings they may depend on
-METRICS = {
+# display names of metrics, where they are not the type with blanks
+_NAMES = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
     "lpips": "LPIPS",
-    "rfid": "rFID",
     "fid": "FID",
     "sfid": "sFID",
+    "frechet_distance": "FD",
+    "spatial_frechet_distance": "spatial FD",
     "inception_score": "Inception score",
-    "precision": "Precision",
-    "recall": "Recall",
-    "svm_accuracy": "read correctly by an SVM",
-    "label_agreement": "read as their label by an SVM",
-    "cross_entropy": "Cross-entropy (nats per code)",
-    "usage": "Codebook in use (share)",
-    "codebook_usage": "Codebook in use (share)",
-    "perplexity": "Codebook perplexity",
+    "cross_entropy": "cross-entropy (nats per code)",
+    "codebook_usage": "codebook usage (share)",
+    "codebook_position_usage_min": "fewest codes at a position",
+    "codebook_position_usage_max": "most codes at a position",
 }
-_SETTINGS = ("num_tokens", "num_inference_steps", "guidance_scale")
+
+
+def metric_name(kind: str, task: str = "", network: str = "") -> str:
+    """Display name of a metric, the same in reports, cards and the paper's tables.
+
+    Args:
+        kind: its machine-readable type, such as "fid".
+        task: reconstruction or generation: it tells rFID from gFID.
+        network: whose features it is taken on, where that is not the one the metric is named for.
+    """
+    name = _NAMES.get(kind, kind.replace("_", " "))
+    if kind in ("fid", "frechet_distance"):
+        name = task[:1] + name
+    return f"{name} ({network})" if network else name
+
 
 PAPER_NAME = "D-AR, arXiv 2505.23660"
 PAPER_URL = "https://arxiv.org/abs/2505.23660"
@@ -42,7 +54,7 @@ _SAMPLED = ("fid", "inception_score", "precision", "recall")
 # the paper's tables: rFID by denoising steps; FID, IS, precision and recall by guidance; FID of previews
 _PAPER: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {
     "v1": [
-        ("reconstruction", {"num_inference_steps": steps}, {"rfid": rfid})
+        ("reconstruction", {"num_inference_steps": steps}, {"fid": rfid})
         for steps, rfid in (("4", 2.35), ("8, Euler", 1.58), ("8", 1.52), ("12", 1.73), ("16", 1.93))
     ],
     "L": [
@@ -79,67 +91,29 @@ def paper_results(name: str) -> list[EvalResult]:
     """
     if name not in _PAPER:
         raise ValueError(f"no figures of {name!r} here; there are {', '.join(_PAPER)}.")
-    source = {"source_name": PAPER_NAME, "source_url": PAPER_URL}
     return [
-        _result(task, _IMAGENET, metric, value, settings, source)
+        EvalResult(
+            task_type=TASKS[task][0],
+            task_name=TASKS[task][1],
+            dataset_type=_IMAGENET[0],
+            dataset_name=_IMAGENET[1],
+            metric_type=kind,
+            metric_value=value,
+            metric_name=metric_name(kind, task),
+            metric_args=settings,
+            source_name=PAPER_NAME,
+            source_url=PAPER_URL,
+        )
         for task, settings, figures in _PAPER[name]
-        for metric, value in figures.items()
+        for kind, value in figures.items()
     ]
 
 
-def report_results(report: Mapping[str, Any], dataset: tuple[str, str]) -> list[EvalResult]:
-    """Every known figure in a report, one for each setting it was measured at.
-
-    Args:
-        report: holds ``reconstruction`` and ``generation``, as ``report.json`` does: figures by name, the same in
-            sections, and under ``previews`` a list of them by number of tokens.
-        dataset: id and name of the data measured on.
-    """
-    results = []
-    for task in _TASKS:
-        seen = set()
-        for settings, figures in _figures(report.get(task, {})):
-            for metric, value in figures.items():
-                if settings or metric not in seen:  # the finished images are the last preview
-                    results.append(_result(task, dataset, metric, value, settings, {}))
-                    seen.add(metric)
-    return results
-
-
-def _figures(section: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
-    """Settings and figures of a section of a report: previews first, then its own figures, then its sections'."""
-    for row in section.get("previews", []):
-        yield {name: row[name] for name in _SETTINGS if name in row}, _known(row)
-    yield {}, _known(section)
-    for part in section.values():
-        if isinstance(part, Mapping):
-            yield from _figures(part)
-
-
-def _known(row: Mapping[str, Any]) -> dict[str, float]:
-    return {name: row[name] for name in METRICS if isinstance(row.get(name), (int, float))}
-
-
-def _result(
-    task: str,
-    dataset: tuple[str, str],
-    metric: str,
-    value: float,
-    settings: Mapping[str, Any],
-    source: Mapping[str, str],
-) -> EvalResult:
-    task_type, task_name = _TASKS[task]
-    return EvalResult(
-        task_type=task_type,
-        task_name=task_name,
-        dataset_type=dataset[0],
-        dataset_name=dataset[1],
-        metric_type=metric,
-        metric_name=METRICS[metric],
-        metric_value=float(f"{value:.4g}"),
-        metric_args=dict(settings) or None,
-        **source,
-    )
+def setting_text(value: Any) -> str:
+    """A setting as people write it; the ends of a linear scale as "1.1 → 8"."""
+    if isinstance(value, (list, tuple)):
+        return " → ".join(map(setting_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -152,22 +126,38 @@ class Table:
 
 
 def tables(results: Sequence[EvalResult]) -> list[Table]:
-    """Results as tables, one for each task, data set and kind of setting; a row a metric, a column a setting."""
-    groups: dict[tuple, dict[tuple, dict[str, str]]] = {}
+    """Results as tables, for each task and data set one for each kind of setting; a row a metric, a column a setting.
+
+    Settings that all results of a task and data set share stand in the title.
+    """
+    subjects: dict[tuple[str, ...], list[EvalResult]] = {}
     for result in results:
-        settings = result.metric_args or {}
-        title = f"{result.task_name}, {result.dataset_name}"
-        columns = groups.setdefault((title, tuple(settings)), {})
-        name = result.metric_name or result.metric_type
-        columns.setdefault(tuple(settings.values()), {})[name] = f"{result.metric_value:.4g}"
+        names = (result.task_name, result.dataset_name, result.dataset_config, result.dataset_split)
+        subjects.setdefault(tuple(name for name in names if name), []).append(result)
+    return [table for title, group in subjects.items() for table in _tables(", ".join(title), group)]
+
+
+def _tables(title: str, results: list[EvalResult]) -> list[Table]:
+    """Tables of one task and data set."""
+    arguments = [
+        {name: setting_text(value) for name, value in (result.metric_args or {}).items()} for result in results
+    ]
+    common = dict(set.intersection(*(set(settings.items()) for settings in arguments)))
+    groups: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, str]]] = {}
+    for result, settings in zip(results, arguments, strict=True):
+        own = {name: value for name, value in settings.items() if name not in common}
+        cells = groups.setdefault(tuple(own), {}).setdefault(tuple(own.values()), {})
+        cells[result.metric_name or result.metric_type] = f"{result.metric_value:.4g}"
+    shared = [f"{name.replace('_', ' ')} {value}" for name, value in arguments[0].items() if name in common]
+    title = f"{title} ({', '.join(shared)})" if shared else title
     return [
         Table(
             title,
-            [" / ".join(names).replace("_", " "), *(" / ".join(map(str, values)) or "value" for values in columns)],
+            [" / ".join(names).replace("_", " "), *(" / ".join(values) or "value" for values in columns)],
             [
                 [name, *(cells.get(name, "") for cells in columns.values())]
                 for name in dict.fromkeys(name for cells in columns.values() for name in cells)
             ],
         )
-        for (title, names), columns in groups.items()
+        for names, columns in groups.items()
     ]

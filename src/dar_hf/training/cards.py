@@ -1,21 +1,29 @@
-"""The card of a training run, from what the run left in its folder."""
+"""Cards of folders: from what a run left there, and from the evaluations taken in."""
 
 import json
+import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from ..evaluation import dataset_names, eval_results, metric, read_report
+from ..evaluation.report import REPORT_FILE
 from ..files import write_text
-from ..hub import empty_model, merge_cards, model_card, report_results
+from ..hub import empty_model, merge_cards, model_card
+from ..hub.blocks import replace_block
 from ..pictures import read_history
 
+EVALUATIONS = "evaluation"  # folder of the evaluations, one for each mode
 PICTURES = {
     "preview_strip.png": "Previews: one image of each class, a row for each group of tokens",
-    "previews.png": "Previews: the same samples after each group of tokens, a class a row",
-    "samples.png": "Samples, one class a row",
+    "previews.png": "Previews as the tokens arrive, from left to right",
+    "samples.png": "Samples",
     "reconstructions.png": "Images above their reconstructions",
+    "fid_over_prefix.png": "Distance to the reference images over the number of tokens",
+    "error_over_steps.png": "Error over the denoising steps",
     "loss.png": "Losses",
 }
 STAGES = {"tokenizer": "Tokenizer (stage 1)", "ar": "Language model (stage 2)"}
@@ -28,97 +36,139 @@ BOOKKEEPING = {
 
 
 def run_card(folder: str | Path, repo_id: str) -> ModelCard:
-    """The card of a finished run: its recipe, its validation figures, its pictures, and ``report.json`` where it is.
+    """The card of a folder: of a finished run its recipe, validation figures and pictures, of any what was measured.
 
     Args:
-        folder: the run's output folder.
+        folder: a run's output folder, or one that holds a model from elsewhere; with evaluations, see `take_report`.
         repo_id: what the shown lines load.
 
     Raises:
-        FileNotFoundError: if the folder holds no finished run.
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if it holds a model of another kind, or an evaluation there cannot be read.
     """
     folder = Path(folder)
-    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    options, dataset = training["arguments"], _dataset(training["arguments"]["dataset_name"])
-    runs = {training["stage"]: (folder, training)}
-    earlier = Path(options.get("tokenizer") or "", "training.json")
-    if earlier.is_file():  # a tokenizer trained here, too
-        runs = {"tokenizer": (earlier.parent, json.loads(earlier.read_text(encoding="utf-8")))} | runs
-    results, note = [], "On images held out for validation."
-    for run_folder, _ in runs.values():
-        results += _validation_results(run_folder, dataset)
-    facts = {"trained on": f"{dataset[1]}, {training['num_samples']:,} images"}
-    report_path = folder / "report.json"
-    if report_path.is_file():
-        report = json.loads(report_path.read_text(encoding="utf-8"))
-        results = report_results(report, dataset)
-        note = f"Measured on {report['dataset']}." if "dataset" in report else ""
-        if "versions" in report:
-            facts["made with"] = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    metadata: dict[str, Any] = {}
-    if dataset[0] == options["dataset_name"] and "/" in dataset[0]:
-        metadata["datasets"] = [dataset[0]]
-    if options.get("tokenizer") and not Path(options["tokenizer"]).exists():
-        metadata["base_model"] = options["tokenizer"]  # an id on the Hub
+    model = empty_model(folder)
+    reports = {path: read_report(path) for path in sorted(folder.glob(f"{EVALUATIONS}/*/{REPORT_FILE}"))}
+    described = _describe_run(folder) if (folder / "training.json").is_file() else {}
+    if reports:
+        described |= {"results": [result for report in reports.values() for result in eval_results(report)]}
+        described |= {"results_note": _note(folder, reports)}
     return model_card(
-        empty_model(folder),
+        model,
         repo_id,
-        facts=facts,
-        results=results,
-        results_note=note,
-        pictures={caption: name for name, caption in PICTURES.items() if (folder / name).is_file()},
-        recipe={STAGES[stage]: _recipe(run) for stage, (_, run) in runs.items()},
+        pictures=_pictures(folder, [path.parent for path in reports]),
         self_contained=any(folder.glob("*_dar.py")),
-        **metadata,
+        **described,
     )
 
 
 def write_run_card(folder: str | Path, repo_id: str) -> None:
-    """Write a run's card as README.md into its folder; what people wrote into the one there stays.
+    """Write a folder's card as README.md into it; what people wrote into the one there stays.
+
+    Where no run was, so does the description there (such as what a model was converted from).
 
     Raises:
         ValueError: if the card there cannot be read; it is left as it is.
     """
-    path, card = Path(folder) / "README.md", str(run_card(folder, repo_id))
+    folder = Path(folder)
+    path, card = folder / "README.md", str(run_card(folder, repo_id))
     if path.is_file():
-        card = merge_cards(path.read_text(encoding="utf-8"), card)
+        existing = path.read_text(encoding="utf-8")
+        if not (folder / "training.json").is_file():
+            for block in ("about", "facts"):
+                card = replace_block(card, existing, block)
+        card = merge_cards(existing, card)
     write_text(path, card)
 
 
 def take_report(report: str | Path, folder: str | Path) -> None:
-    """Copy a report and the pictures beside it into a run's folder, where its card and its repository take them.
+    """Copy a report and the pictures beside it into a model's folder, where its card and its repository take them.
+
+    It takes the place of an earlier one of the same mode.
+
+    Args:
+        report: report.json or its folder.
 
     Raises:
-        FileNotFoundError: if there is no report.
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if it holds a model of another kind, or there is no report.
     """
     report, folder = Path(report), Path(folder)
-    if not report.is_file():
-        raise FileNotFoundError(f"no report {report}.")
-    sources = {"report.json": report} | {name: report.with_name(name) for name in PICTURES}
-    for name, source in sources.items():
-        if source.is_file() and source.resolve() != (folder / name).resolve():
-            shutil.copyfile(source, folder / name)
+    empty_model(folder)
+    mode = read_report(report)["mode"]
+    source = report if report.is_dir() else report.parent
+    target = folder / EVALUATIONS / mode
+    if source.resolve() == target.resolve():
+        return
+    temporary = target.with_name(f".{mode}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    shutil.copyfile(source / REPORT_FILE if report.is_dir() else report, temporary / REPORT_FILE)
+    for name in PICTURES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, temporary / name)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
 
 
-def _dataset(name: str) -> tuple[str, str]:
-    """Id and name of a data set for a card; of a local folder only its last part."""
-    if name == "digits":
-        return name, "scikit-learn digits"
-    local = Path(name)
-    return (local.name, local.name) if local.exists() else (name, name)
+def _note(folder: Path, reports: Mapping[Path, Mapping[str, Any]]) -> str:
+    """Where the figures of reports come from, and their warnings."""
+    lines = []
+    for path, report in reports.items():
+        name = path.relative_to(folder).as_posix()
+        versions = ", ".join(f"{package} {version}" for package, version in report.get("versions", {}).items())
+        lines.append(f"[{name}]({name}) holds all settings" + (f"; measured with {versions}." if versions else "."))
+        lines += [f"Warning: {warning}" for warning in report.get("warnings", [])]
+    return "\n".join(f"- {line}" for line in lines)
 
 
-def _validation_results(folder: Path, dataset: tuple[str, str]) -> list[EvalResult]:
+def _pictures(folder: Path, evaluations: Sequence[Path]) -> dict[str, str]:
+    """Captions and files: an evaluation's picture takes the place of the run's own of that name."""
+    found = {}
+    for name, caption in PICTURES.items():
+        measured = [place / name for place in evaluations if (place / name).is_file()]
+        for path in measured or [folder / name]:
+            if path.is_file():
+                title = f"{caption} ({path.parent.name})" if len(measured) > 1 else caption
+                found[title] = path.relative_to(folder).as_posix()
+    return found
+
+
+def _describe_run(folder: Path) -> dict[str, Any]:
+    """What a finished run says of itself, as arguments of `model_card`."""
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    options, dataset = training["arguments"], dataset_names(training["arguments"]["dataset_name"])
+    runs = {training["stage"]: (folder, training)}
+    earlier = Path(options.get("tokenizer") or "", "training.json")
+    if earlier.is_file():  # a tokenizer trained here, too
+        runs = {"tokenizer": (earlier.parent, json.loads(earlier.read_text(encoding="utf-8")))} | runs
+    described: dict[str, Any] = {
+        "facts": {"trained on": f"{dataset[1]}, {training['num_samples']:,} images"},
+        "results": [result for place, run in runs.values() for result in _validation_results(place, run)],
+        "results_note": "On images held out for validation.",
+        "recipe": {STAGES[stage]: _recipe(run) for stage, (_, run) in runs.items()},
+    }
+    if dataset[0] == options["dataset_name"] and "/" in dataset[0]:
+        described["datasets"] = [dataset[0]]
+    if options.get("tokenizer") and not Path(options["tokenizer"]).exists():
+        described["base_model"] = options["tokenizer"]  # an id on the Hub
+    return described
+
+
+def _validation_results(folder: Path, training: Mapping[str, Any]) -> list[EvalResult]:
     """The last validation in a run's history, as results."""
     figures: dict[str, float] = {}
     for line in read_history(folder / "history.jsonl"):
         figures |= {
             name.removeprefix("validation/"): value for name, value in line.items() if name.startswith("validation/")
         }
-    by_task: dict[str, dict[str, float]] = {"reconstruction": {}, "generation": {}}
-    for name, value in figures.items():
-        by_task["generation" if name == "cross_entropy" else "reconstruction"][name] = value
-    return report_results(by_task, dataset)
+    report = {
+        "mode": "reconstruction" if training["stage"] == "tokenizer" else "generation",
+        "data": {"dataset": training["arguments"]["dataset_name"]},
+        "settings": {},
+        "metrics": [metric(kind, value) for kind, value in figures.items()],
+    }
+    return eval_results(report)
 
 
 def _recipe(training: dict) -> dict[str, Any]:
