@@ -28,6 +28,7 @@ class SeedFor(IntEnum):
     NOISE = 4
     CLASS_DROPOUT = 5
     CODEBOOK = 6
+    DISCRIMINATOR = 7
 
 
 def draw_seed(*parts: int) -> int:

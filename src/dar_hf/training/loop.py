@@ -192,6 +192,7 @@ class TrainingLoop:
             enable = getattr(stage.model, "enable_gradient_checkpointing", None)
             (enable or stage.model.gradient_checkpointing_enable)()
         stage.model.to(accelerator.device)
+        stage.prepare(accelerator)
         optimizer = torch.optim.AdamW(
             stage.parameter_groups(),
             lr=args.learning_rate,
@@ -204,7 +205,7 @@ class TrainingLoop:
         self.parameters = list(stage.model.parameters())
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
         self.ema = EMAModel(self.parameters, decay=args.ema_decay, foreach=True) if args.ema_decay else None
-        for state in (self.ema, stage.keeper):
+        for state in (self.ema, *stage.keepers):
             if state is not None:
                 accelerator.register_for_checkpointing(state)
         self.description = self._describe()
@@ -351,7 +352,8 @@ class TrainingLoop:
                 raise NonFiniteLossError(
                     f"loss term {term.name!r} is {value} at step {step + 1}; the last checkpoint is from before it."
                 )
-        total = sum(term.weight * value for term, value in zip(self.stage.terms, values, strict=True))
+        terms = zip(self.stage.terms, values, strict=True)
+        total = sum(term.weight * value for term, value in terms if term.in_total)
         named = {f"loss/{term.name}": value for term, value in zip(self.stage.terms, values, strict=True)}
         return {"loss/total": total, **named}
 

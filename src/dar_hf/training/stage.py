@@ -1,6 +1,7 @@
 """What a stage brings to the loop."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ class Stage(ABC):
         model: the module that is trained; its forward is the one wrapped call of every step.
         samples: data set addressed by ``(index, seed)``.
         terms: the losses. Append a `LossTerm` to add one.
-        keeper: an object with ``state_dict`` that belongs into checkpoints, or None.
+        keepers: objects with ``state_dict`` that belong into checkpoints, always in the same order.
     """
 
     name: ClassVar[str]
@@ -30,7 +31,11 @@ class Stage(ABC):
     model: nn.Module
     samples: torch.utils.data.Dataset
     terms: list[LossTerm]
-    keeper: Any = None
+    keepers: Sequence[Any] = ()
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Called once before training: move what is not the model to the device; nothing by default."""
+        return None
 
     @abstractmethod
     def parameter_groups(self) -> list[dict]:
