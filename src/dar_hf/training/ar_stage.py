@@ -1,13 +1,11 @@
 """Stage 2: the language model on the codes of a finished tokenizer (D-AR, section 3.3)."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..data import ImageSamples, dropped, normal_noise
 from ..modeling_dar import DARForCausalLM
@@ -15,11 +13,11 @@ from ..pictures import image_grid
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
+from .codes import ENCODE_BATCH, CodeSamples, encode_all, tokenizer_fingerprint
 from .loop import LoopArguments, _option
 from .losses import LossTerm, cross_entropy_sum
 from .stage import Stage
 
-ENCODE_BATCH = 128
 MAX_SAMPLE_ROWS = 10
 SAMPLE_COLUMNS = 8
 
@@ -29,6 +27,7 @@ class ARArguments(LoopArguments):
     """Options of stage 2."""
 
     tokenizer: str = _option("", "folder or Hub id of the trained tokenizer")
+    codes: str | None = _option(None, "codes made by extract_codes.py, a folder or Hub id, instead of training images")
     cache_codes: bool = _option(False, "encode the whole set once, before training: for small sets")
     guidance_scale: list[float] | None = _option(None, "default guidance saved with the model: one scale, or two ends")
 
@@ -36,38 +35,8 @@ class ARArguments(LoopArguments):
         super().__post_init__()
         if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):
             raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
-
-
-class CodeSamples(torch.utils.data.Dataset):
-    """Codes and labels by ``(index, seed)``; the seed picks the crop, as it does for images.
-
-    Args:
-        samples: the labelled images; each of their countable variants is encoded.
-        tokenizer: the encoder.
-
-    Raises:
-        ValueError: if the transform's variants cannot be counted (random crops, noise).
-    """
-
-    def __init__(self, samples: ImageSamples, tokenizer: DARTokenizer):
-        variants = samples.transform.num_variants
-        if variants is None:
-            raise ValueError("cache_codes needs variants that can be counted: crop=center or ten, and no pixel_noise.")
-        self.transform, self.labels = samples.transform, samples.labels
-        parts = []
-        for start in tqdm(range(0, len(samples), ENCODE_BATCH), desc="codes", mininterval=1.0):
-            indices = range(start, min(start + ENCODE_BATCH, len(samples)))
-            stacks = [samples.stack(indices, variant).to(tokenizer.device) for variant in range(variants)]
-            parts.append(torch.stack([tokenizer.encode(stack).codes for stack in stacks], dim=1).cpu())
-        self.codes = torch.cat(parts)  # (images, variants, tokens)
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        index, seed = key
-        codes = self.codes[index, self.transform.variant(seed)]
-        return {"codes": codes, "label": self.labels[index], "index": index, "seed": seed}
+        if self.codes and self.cache_codes:
+            raise ValueError("codes are stored already: --codes and --cache_codes exclude each other.")
 
 
 class ARStage(Stage):
@@ -76,7 +45,7 @@ class ARStage(Stage):
     Args:
         model: the language model.
         tokenizer: the trained tokenizer, frozen.
-        samples: labelled training images.
+        samples: labelled training images, or their codes.
         args: the recipe.
         validation: labelled images for validation, or None.
         id2label: class names.
@@ -89,14 +58,14 @@ class ARStage(Stage):
         self,
         model: DARForCausalLM,
         tokenizer: DARTokenizer,
-        samples: ImageSamples,
+        samples: ImageSamples | CodeSamples,
         args: ARArguments,
         validation: ImageSamples | None = None,
         id2label: dict[int, str] | None = None,
     ):
         self.model, self.args, self.id2label = model, args, id2label
         self.tokenizer = tokenizer.eval().requires_grad_(False)
-        self.samples = CodeSamples(samples, tokenizer) if args.cache_codes else samples
+        self.samples = encode_all(samples, tokenizer) if args.cache_codes else samples  # type: ignore[arg-type]
         self.validation = validation
         self.terms = [
             LossTerm("cross_entropy", 1.0, "tokens", lambda logits, batch: cross_entropy_sum(logits, batch["codes"]))
@@ -160,7 +129,4 @@ class ARStage(Stage):
         DARPipeline(self.tokenizer, self.model, scheduler, self.id2label).save_pretrained(folder)
 
     def describe(self) -> dict:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.tokenizer.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return {**self.model.config.to_diff_dict(), "tokenizer": digest.hexdigest()}
+        return {**self.model.config.to_diff_dict(), "tokenizer": tokenizer_fingerprint(self.tokenizer)}

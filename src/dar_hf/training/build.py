@@ -1,6 +1,7 @@
 """From arguments to a stage: data sets, models and overrides."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..modeling_dar import DARForCausalLM
 from ..presets import get_preset, parse_options
 from ..tokenizer_dar import SHORT_SEQUENCE, DARTokenizer
 from .ar_stage import ARArguments, ARStage
+from .codes import CodeSamples, load_codes, stored_samples
 from .loop import LoopArguments
 from .tokenizer_stage import TokenizerArguments, TokenizerStage
 
@@ -27,38 +29,76 @@ def _image_samples(
     args: LoopArguments, tokenizer: DARTokenizer, with_labels: bool
 ) -> tuple[ImageSamples, ImageSamples | None]:
     """Training and validation images in the tokenizer's size; validation is always the plain centre crop."""
-    size, channels = tokenizer.image_size, tokenizer.config.in_channels
     train, validation = _splits(args, with_labels)
     train = _subset(train, args.max_train_samples, args.seed)
-    transform = ImageTransform(size, channels, args.crop, args.flip, args.pixel_noise)
+    return ImageSamples(train, _train_transform(args, tokenizer)), _validation_samples(args, tokenizer, validation)
+
+
+def _train_transform(args: LoopArguments, tokenizer: DARTokenizer) -> ImageTransform:
+    return ImageTransform(tokenizer.image_size, tokenizer.config.in_channels, args.crop, args.flip, args.pixel_noise)
+
+
+def _validation_samples(
+    args: LoopArguments, tokenizer: DARTokenizer, validation: datasets.Dataset | None
+) -> ImageSamples | None:
     if validation is None:
-        return ImageSamples(train, transform), None
+        return None
     validation = _subset(validation, args.max_validation_samples, args.seed)
-    return ImageSamples(train, transform), ImageSamples(validation, ImageTransform(size, channels))
+    return ImageSamples(validation, ImageTransform(tokenizer.image_size, tokenizer.config.in_channels))
 
 
-def _splits(args: LoopArguments, with_labels: bool) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """The training split and one for validation, held out of the former where there is none that can be used."""
-    if not args.dataset_name:
-        raise ValueError("dataset_name is missing: digits, a folder, a parquet file or a Hub id.")
-    load = partial(
+def _code_samples(
+    args: ARArguments, tokenizer: DARTokenizer
+) -> tuple[CodeSamples, ImageSamples | None, datasets.ClassLabel]:
+    """Stored training codes, validation images from a split of their own if the data set is named, and classes."""
+    assert args.codes is not None
+    transform = _train_transform(args, tokenizer)
+    dataset = load_codes(args.codes, tokenizer, transform)
+    classes = dataset.features["label"]
+    validation = None
+    if args.dataset_name:
+        validation = _validation_split(args, _loader(args, with_labels=True), classes.names)
+    dataset = _subset(dataset, args.max_train_samples, args.seed)
+    return stored_samples(dataset, transform), _validation_samples(args, tokenizer, validation), classes
+
+
+def _loader(args: LoopArguments, with_labels: bool) -> Callable[..., datasets.Dataset]:
+    """Loads a split by name."""
+    return partial(
         load_images,
         args.dataset_name,
         config_name=args.dataset_config_name,
         image_column=args.image_column,
         label_column=args.label_column if with_labels else None,
     )
-    train = load(args.train_split)
-    class_names = train.features["label"].names if with_labels else None
+
+
+def _validation_split(
+    args: LoopArguments, load: Callable[..., datasets.Dataset], class_names: list[str] | None
+) -> datasets.Dataset | None:
+    """The split to validate on: the one named, or validation or test, where there is one that can be used."""
     if args.validation_split:
-        return train, load(args.validation_split, class_names=class_names)
+        return load(args.validation_split, class_names=class_names)
     available = available_splits(args.dataset_name, args.dataset_config_name)
     for split in ("validation", "test"):
         if split in available:
             try:
-                return train, load(split, class_names=class_names)
+                return load(split, class_names=class_names)
             except ValueError as error:
                 logger.warning("not validating on the split %s: %s", split, error)
+    return None
+
+
+def _splits(args: LoopArguments, with_labels: bool) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The training split and one for validation, held out of the former where there is none that can be used."""
+    if not args.dataset_name:
+        raise ValueError("dataset_name is missing: digits, a folder, a parquet file or a Hub id.")
+    load = _loader(args, with_labels)
+    train = load(args.train_split)
+    class_names = train.features["label"].names if with_labels else None
+    validation = _validation_split(args, load, class_names)
+    if validation is not None:
+        return train, validation
     held_out = min(args.max_validation_samples, len(train) // HELD_OUT_PART)
     if held_out == 0:
         return train, None
@@ -114,8 +154,12 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
         tokenizer = DARTokenizer.from_pretrained(args.tokenizer).to(device)
     except OSError as error:
         raise ValueError(f"no tokenizer at {args.tokenizer!r}, neither as a folder nor on the Hub.") from error
-    train, validation = _image_samples(args, tokenizer, with_labels=True)
-    label_feature = train.dataset.features["label"]
+    train: ImageSamples | CodeSamples
+    if args.codes:
+        train, validation, label_feature = _code_samples(args, tokenizer)
+    else:
+        train, validation = _image_samples(args, tokenizer, with_labels=True)
+        label_feature = train.dataset.features["label"]
     assert isinstance(label_feature, datasets.ClassLabel)  # load_images makes it one
     overrides = parse_options(args.model_overrides)
     unknown = set(overrides) - set(DARConfig().to_dict())
@@ -132,6 +176,10 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
         )
         | overrides,
     )
+    if config.num_classes < label_feature.num_classes:
+        raise ValueError(
+            f"num_classes={config.num_classes}, but the data set has {label_feature.num_classes} classes."
+        )
     set_seed(args.seed)
     model = DARForCausalLM(config)
     if torch.device(device).type == "cpu" and config.num_image_tokens <= SHORT_SEQUENCE:

@@ -21,8 +21,8 @@ PICTURES = {
 STAGES = {"tokenizer": "Tokenizer (stage 1)", "ar": "Language model (stage 2)"}
 # options of a run that say where it ran, and nothing about the model
 BOOKKEEPING = {
-    "output_dir", "tokenizer", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "overwrite_output_dir", "validation_steps", "logging_steps", "dataloader_num_workers", "report_to",
+    "output_dir", "tokenizer", "codes", "lpips_weights", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "overwrite_output_dir", "validation_steps", "logging_steps", "dataloader_num_workers", "report_to",
     "push_to_hub", "hub_model_id", "hub_private_repo", "dataset_name",
 }  # fmt: skip
 
@@ -39,7 +39,8 @@ def run_card(folder: str | Path, repo_id: str) -> ModelCard:
     """
     folder = Path(folder)
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    options, dataset = training["arguments"], _dataset(training["arguments"]["dataset_name"])
+    options = training["arguments"]
+    dataset = _dataset(options["dataset_name"] or options.get("codes") or "")
     runs = {training["stage"]: (folder, training)}
     earlier = Path(options.get("tokenizer") or "", "training.json")
     if earlier.is_file():  # a tokenizer trained here, too
