@@ -13,6 +13,7 @@ from typing import NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from dar_hf.data import DataError
 from dar_hf.presets import get_preset
 from dar_hf.training import ARArguments, TokenizerArguments, train
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
@@ -70,7 +71,7 @@ def main() -> None:
         train(stage, args, accelerator)
     except ResumeError as error:
         fail(error, 2)
-    except (NonFiniteLossError, PushError) as error:
+    except (NonFiniteLossError, PushError, DataError) as error:
         fail(error, 1)
 
 

@@ -190,7 +190,13 @@ def ar_runs(tmp_path_factory, environment, tokenizer_runs):
     return all_runs(environment, tmp_path_factory.mktemp("ar"), "ar", layouts, resumable)
 
 
-@pytest.fixture(params=["tokenizer", "ar"])
+@pytest.fixture(scope="module")
+def streamed_runs(tmp_path_factory, environment):
+    options = (TOKENIZER_MODEL, TOKENIZER | {"streaming": True, "stream_block_size": 16})
+    return all_runs(environment, tmp_path_factory.mktemp("streamed"), "tokenizer", options, options)
+
+
+@pytest.fixture(params=["tokenizer", "ar", "streamed"])
 def runs(request):
     return request.getfixturevalue(f"{request.param}_runs")
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
-from ..data import ImageSamples, dropped, normal_noise
+from ..data import ImageSamples, StreamedImages, dropped, normal_noise
 from ..modeling_dar import DARForCausalLM
 from ..pictures import image_grid
 from ..pipeline_dar import DARPipeline
@@ -37,6 +38,8 @@ class ARArguments(LoopArguments):
             raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
         if self.codes and self.cache_codes:
             raise ValueError("codes are stored already: --codes and --cache_codes exclude each other.")
+        if self.streaming and (self.codes or self.cache_codes):
+            raise ValueError("--streaming reads images: it excludes --codes and --cache_codes.")
 
 
 class ARStage(Stage):
@@ -58,14 +61,16 @@ class ARStage(Stage):
         self,
         model: DARForCausalLM,
         tokenizer: DARTokenizer,
-        samples: ImageSamples | CodeSamples,
+        samples: ImageSamples | StreamedImages | CodeSamples,
         args: ARArguments,
         validation: ImageSamples | None = None,
         id2label: dict[int, str] | None = None,
     ):
         self.model, self.args, self.id2label = model, args, id2label
         self.tokenizer = tokenizer.eval().requires_grad_(False)
-        self.samples = encode_all(samples, tokenizer) if args.cache_codes else samples  # type: ignore[arg-type]
+        self.samples: Any = samples
+        if args.cache_codes and isinstance(samples, ImageSamples):
+            self.samples = encode_all(samples, tokenizer)
         self.validation = validation
         self.terms = [
             LossTerm("cross_entropy", 1.0, "tokens", lambda logits, batch: cross_entropy_sum(logits, batch["codes"]))

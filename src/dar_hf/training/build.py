@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_dar import DARConfig
-from ..data import ImageSamples, ImageTransform, available_splits, load_images
+from ..data import ImageSamples, ImageTransform, StreamedImages, available_splits, load_images, stream_images
 from ..modeling_dar import DARForCausalLM
 from ..presets import get_preset, parse_options
 from ..tokenizer_dar import SHORT_SEQUENCE, DARTokenizer
@@ -22,13 +22,16 @@ from .tokenizer_stage import TokenizerArguments, TokenizerStage
 
 logger = logging.getLogger(__name__)
 
+NO_DATASET = "dataset_name is missing: digits, a folder, a parquet or tar file or a Hub id."
 HELD_OUT_PART = 20  # one in so many images is held out for validation where there is no split for it
 
 
 def _image_samples(
     args: LoopArguments, tokenizer: DARTokenizer, with_labels: bool
-) -> tuple[ImageSamples, ImageSamples | None]:
+) -> tuple[ImageSamples | StreamedImages, ImageSamples | None]:
     """Training and validation images in the tokenizer's size; validation is always the plain centre crop."""
+    if args.streaming:
+        return _streamed_images(args, tokenizer, with_labels)
     train, validation = _splits(args, with_labels)
     train = _subset(train, args.max_train_samples, args.seed)
     return ImageSamples(train, _train_transform(args, tokenizer)), _validation_samples(args, tokenizer, validation)
@@ -44,7 +47,52 @@ def _validation_samples(
     if validation is None:
         return None
     validation = _subset(validation, args.max_validation_samples, args.seed)
-    return ImageSamples(validation, ImageTransform(tokenizer.image_size, tokenizer.config.in_channels))
+    transform = ImageTransform(tokenizer.image_size, tokenizer.config.in_channels)
+    samples = ImageSamples(validation, transform)
+    readable = [index for index in range(len(samples)) if samples.is_readable(index)]
+    if len(readable) == len(samples):
+        return samples
+    return ImageSamples(validation.select(readable), transform) if readable else None
+
+
+def _streamed_images(
+    args: LoopArguments, tokenizer: DARTokenizer, with_labels: bool
+) -> tuple[StreamedImages, ImageSamples | None]:
+    """A stream to train on, and the first images of the validation split, where there is one."""
+    if not args.dataset_name:
+        raise ValueError(NO_DATASET)
+    load = _loader(args, with_labels, stream_images)
+    stream = load(args.train_split)
+    classes = _stream_classes(args, stream) if with_labels else None
+    if args.max_train_samples is not None:
+        stream = stream.take(args.max_train_samples)
+
+    def load_first(split: str, class_names: list[str] | None = None) -> datasets.Dataset:
+        part = load(split)
+        features = datasets.Features(part.features | ({"label": classes} if classes else {}))
+        rows = list(part.cast_column("image", datasets.Image(decode=False)).take(args.max_validation_samples))
+        if not rows or (classes and any(not 0 <= row["label"] < classes.num_classes for row in rows)):
+            raise ValueError("it is empty, or has labels outside the classes.")
+        return datasets.Dataset.from_list(rows, features=features)
+
+    samples = StreamedImages(
+        stream, _train_transform(args, tokenizer), args.stream_block_size, classes.num_classes if classes else None
+    )
+    validation = _validation_split(args, load_first, None)
+    if validation is None:
+        logger.warning("no split to validate on: images of a stream cannot be held out")
+    return samples, _validation_samples(args, tokenizer, validation)
+
+
+def _stream_classes(args: LoopArguments, stream: datasets.IterableDataset) -> datasets.ClassLabel:
+    """Classes of a stream, from its labels' names or from ``--model_overrides num_classes=N``."""
+    feature = stream.features["label"]
+    if isinstance(feature, datasets.ClassLabel):
+        return feature
+    count = parse_options(args.model_overrides).get("num_classes")
+    if not isinstance(count, int):
+        raise ValueError("the stream's labels have no names to count: give --model_overrides num_classes=N.")
+    return datasets.ClassLabel(names=[str(label) for label in range(count)])
 
 
 def _code_samples(
@@ -62,10 +110,10 @@ def _code_samples(
     return stored_samples(dataset, transform), _validation_samples(args, tokenizer, validation), classes
 
 
-def _loader(args: LoopArguments, with_labels: bool) -> Callable[..., datasets.Dataset]:
+def _loader(args: LoopArguments, with_labels: bool, load: Callable = load_images) -> Callable:
     """Loads a split by name."""
     return partial(
-        load_images,
+        load,
         args.dataset_name,
         config_name=args.dataset_config_name,
         image_column=args.image_column,
@@ -92,7 +140,7 @@ def _validation_split(
 def _splits(args: LoopArguments, with_labels: bool) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """The training split and one for validation, held out of the former where there is none that can be used."""
     if not args.dataset_name:
-        raise ValueError("dataset_name is missing: digits, a folder, a parquet file or a Hub id.")
+        raise ValueError(NO_DATASET)
     load = _loader(args, with_labels)
     train = load(args.train_split)
     class_names = train.features["label"].names if with_labels else None
@@ -154,12 +202,14 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
         tokenizer = DARTokenizer.from_pretrained(args.tokenizer).to(device)
     except OSError as error:
         raise ValueError(f"no tokenizer at {args.tokenizer!r}, neither as a folder nor on the Hub.") from error
-    train: ImageSamples | CodeSamples
+    train: ImageSamples | StreamedImages | CodeSamples
     if args.codes:
         train, validation, label_feature = _code_samples(args, tokenizer)
     else:
         train, validation = _image_samples(args, tokenizer, with_labels=True)
         label_feature = train.dataset.features["label"]
+        if isinstance(train, StreamedImages):
+            label_feature = _stream_classes(args, train.dataset)
     assert isinstance(label_feature, datasets.ClassLabel)  # load_images makes it one
     overrides = parse_options(args.model_overrides)
     unknown = set(overrides) - set(DARConfig().to_dict())

@@ -49,7 +49,8 @@ def run_card(folder: str | Path, repo_id: str) -> ModelCard:
     results, note = [], "On images held out for validation."
     for run_folder, _ in runs.values():
         results += _validation_results(run_folder, dataset)
-    facts = {"trained on": f"{dataset[1]}, {training['num_samples']:,} images"}
+    count = training["num_samples"]  # a stream has none
+    facts = {"trained on": dataset[1] + (f", {count:,} images" if count else "")}
     report_path = folder / "report.json"
     if report_path.is_file():
         report = json.loads(report_path.read_text(encoding="utf-8"))

@@ -20,23 +20,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from ..data import GlobalBatchSampler
+from ..data import BatchStream, DataError, GlobalBatchSampler, StreamedImages, collate
 from ..files import saved_class, write_json, write_text
 from ..hub import one_line, prepare_repository, push_folder
 from ..linear_dar import has_fast_bf16
 from ..pictures import plot_history, read_history, save_picture
 from .cards import write_run_card
-from .checkpoints import find_checkpoint, read_state, save_checkpoint
+from .checkpoints import find_checkpoint, read_position, read_state, save_checkpoint
 from .stage import Stage
 
 logger = logging.getLogger(__name__)
 
 MODEL_INDICES = ("model_index.json", "config.json")  # say what a finished folder holds
-ON_HOST = ("seed", "index")  # read one by one: on a GPU each would wait for the device
+ON_HOST = ("seed", "index", "skipped")  # read one by one: on a GPU each would wait for the device
 
 
 def _option(default: Any, text: str) -> Any:
@@ -49,7 +49,9 @@ class LoopArguments:
 
     preset: str = _option("v1", "named size and recipe, see dar_hf.presets")
     output_dir: str = _option("outputs/run", "folder for the model, checkpoints, curves and pictures")
-    dataset_name: str = _option("", "digits, a folder of images or parquet files, a parquet file, or a Hub id")
+    dataset_name: str = _option("", "digits, a folder of images, parquet files or webdataset tars, a file, a Hub id")
+    streaming: bool = _option(False, "read the training images as they are needed, without an index or a copy on disk")
+    stream_block_size: int = _option(1024, "rows of a stream that are shuffled together")
     dataset_config_name: str | None = _option(None, "configuration of a Hub data set")
     train_split: str = _option("train", "split to train on")
     validation_split: str | None = _option(
@@ -58,6 +60,7 @@ class LoopArguments:
     image_column: str = _option("image", "column with the images")
     label_column: str = _option("label", "column with the classes")
     max_train_samples: int | None = _option(None, "use only the first so many images")
+    max_corrupt_images: int = _option(100, "stop when more images than these cannot be read; fewer are left out")
     max_validation_samples: int = _option(256, "validate on the first so many images")
     crop: str = _option("center", "center, random or ten")
     flip: bool = _option(False, "mirror half of the images")
@@ -97,7 +100,7 @@ class LoopArguments:
 
     def __post_init__(self):
         positive = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
-        for name in (*positive, "max_train_samples", "max_validation_samples"):
+        for name in (*positive, "max_train_samples", "max_validation_samples", "stream_block_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
@@ -107,7 +110,8 @@ class LoopArguments:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}.")
-        for name in ("warmup_steps", "checkpointing_steps", "validation_steps", "weight_decay", "pixel_noise", "seed"):
+        counts = ("warmup_steps", "checkpointing_steps", "validation_steps", "seed", "max_corrupt_images")
+        for name in (*counts, "dataloader_num_workers", "weight_decay", "pixel_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
@@ -211,6 +215,8 @@ class TrainingLoop:
         self.description = self._describe()
         self.history: list[dict] = []
         self.start_step = 0
+        self.stream = self._open_stream()
+        self.corrupt_images: set[int] = set()
 
     # Checkpoints and history
 
@@ -222,14 +228,17 @@ class TrainingLoop:
             "stage": self.stage.name,
             "model": self.stage.describe(),
             "seed": args.seed,
-            "num_samples": len(self.stage.samples),  # type: ignore[arg-type]
+            "num_samples": None if args.streaming else len(self.stage.samples),  # type: ignore[arg-type]
             "images_per_step": args.train_batch_size * args.gradient_accumulation_steps * world,
             "max_train_steps": args.max_train_steps,
         }
 
     def _save_checkpoint(self, step: int) -> None:
         state = {"step": step, **self.description}
-        save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.args.checkpoints_total_limit)
+        position = None if self.stream is None else self.stream.state_dict()
+        save_checkpoint(
+            self.accelerator, self.folder / "checkpoints", state, self.args.checkpoints_total_limit, position
+        )
 
     def resume(self) -> None:
         """Continue from the checkpoint the arguments name.
@@ -246,6 +255,11 @@ class TrainingLoop:
             value = json.loads(json.dumps(value))  # tuples come back as lists
             if value != state.get(name):
                 raise ResumeError(f"cannot resume {checkpoint}: {_difference(name, state.get(name), value)}.")
+        if self.stream is not None:
+            try:
+                self.stream.load_state_dict(read_position(checkpoint, self.accelerator.process_index))
+            except ValueError as error:
+                raise ResumeError(f"cannot resume {checkpoint}: {error}.") from error
         self.accelerator.load_state(str(checkpoint))
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # accelerate restores custom states on the CPU
@@ -279,7 +293,22 @@ class TrainingLoop:
 
     # Steps
 
+    def _open_stream(self) -> BatchStream | None:
+        if not isinstance(self.stage.samples, StreamedImages):
+            return None
+        return BatchStream(
+            self.stage.samples,
+            self.args.train_batch_size,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            num_workers=self.args.dataloader_num_workers,
+            seed=self.args.seed,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
     def _batches(self) -> Iterator[dict]:
+        if self.stream is not None:
+            return iter(self.stream)
         sampler = GlobalBatchSampler(
             len(self.stage.samples),  # type: ignore[arg-type]
             self.args.train_batch_size,
@@ -295,6 +324,7 @@ class TrainingLoop:
             torch.utils.data.DataLoader(
                 self.stage.samples,
                 batch_sampler=sampler,  # type: ignore[arg-type]
+                collate_fn=collate,
                 num_workers=workers,
                 pin_memory=self.accelerator.device.type == "cuda",
                 # without its own generator the loader draws from the global one, and a resumed run drops other units
@@ -305,11 +335,25 @@ class TrainingLoop:
 
     def _totals(self, batches: list[dict]) -> dict[str, float]:
         """What the whole step holds, over its micro-batches and all processes."""
-        amounts = [self.stage.amounts(batch) for batch in batches]
+        amounts = [self.stage.amounts(batch) | {"skipped": len(batch.get("skipped", []))} for batch in batches]
         names = sorted(amounts[0])
         sums = torch.tensor([sum(amount[name] for amount in amounts) for name in names], dtype=torch.float64)
         sums = self.accelerator.reduce(sums.to(self.accelerator.device, torch.float32), "sum")
         return dict(zip(names, sums.tolist(), strict=True))
+
+    def _note_corrupt(self, batches: list[dict]) -> None:
+        """Count distinct images that could not be read, of all processes; they call this together.
+
+        Raises:
+            DataError: if there are too many.
+        """
+        own = [index for batch in batches for index in batch.get("skipped", [])]
+        self.corrupt_images.update(gather_object(own))
+        if len(self.corrupt_images) > self.args.max_corrupt_images:
+            raise DataError(
+                f"{len(self.corrupt_images)} images could not be read, more than max_corrupt_images="
+                f"{self.args.max_corrupt_images}; the warnings above name them. The last checkpoint is complete."
+            )
 
     def _step(self, step: int, batches: list[dict]) -> dict[str, float]:
         """One optimizer step; returns its losses, gradient norm and learning rate."""
@@ -317,6 +361,8 @@ class TrainingLoop:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * args.learning_rate_factor(step)
         totals = self._totals(batches)
+        if totals["skipped"]:
+            self._note_corrupt(batches)
         # backward averages over processes and accumulation steps; the losses are divided by totals already
         scale = accelerator.num_processes * args.gradient_accumulation_steps
         logged = torch.zeros(len(stage.terms), device=accelerator.device)
@@ -342,7 +388,8 @@ class TrainingLoop:
         if self.ema is not None:
             self.ema.step(self.parameters)
         stage.after_step(step, accelerator, self.optimizer, self.ema)
-        return {**losses, "grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"]}
+        line = {**losses, "grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"]}
+        return line | ({"data/corrupt_images": len(self.corrupt_images)} if self.corrupt_images else {})
 
     def _checked(self, step: int, logged: torch.Tensor) -> dict[str, float]:
         """Loss terms of the step over all processes, before the optimizer uses their gradients."""

@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
+from ..data import StreamedImages
 from .losses import LossTerm
 
 
@@ -21,7 +22,7 @@ class Stage(ABC):
         name: "tokenizer" or "ar", as in the command.
         saved_class: class that the finished output folder holds.
         model: the module that is trained; its forward is the one wrapped call of every step.
-        samples: data set addressed by ``(index, seed)``.
+        samples: data set addressed by ``(index, seed)``, or a stream.
         terms: the losses. Append a `LossTerm` to add one.
         keepers: objects with ``state_dict`` that belong into checkpoints, always in the same order.
     """
@@ -29,7 +30,7 @@ class Stage(ABC):
     name: ClassVar[str]
     saved_class: ClassVar[str]
     model: nn.Module
-    samples: torch.utils.data.Dataset
+    samples: torch.utils.data.Dataset | StreamedImages
     terms: list[LossTerm]
     keepers: Sequence[Any] = ()
 

@@ -18,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
-from ..data import ImageSamples, SeedFor, draw_seed, normal_noise, sample_times
+from ..data import ImageSamples, SeedFor, StreamedImages, draw_seed, normal_noise, sample_times
 from ..metrics import codebook_statistics, psnr
 from ..metrics.lpips import MIN_SIZE, load_lpips
 from ..pictures import image_grid, interleave_rows
@@ -91,7 +91,11 @@ class TokenizerStage(Stage):
     saved_class = "DARTokenizer"
 
     def __init__(
-        self, model: DARTokenizer, samples: ImageSamples, args: TokenizerArguments, validation: ImageSamples | None
+        self,
+        model: DARTokenizer,
+        samples: ImageSamples | StreamedImages,
+        args: TokenizerArguments,
+        validation: ImageSamples | None,
     ):
         self.model, self.samples, self.args, self.validation = model, samples, args, validation
         data_std = model.config.data_std
