@@ -1,5 +1,6 @@
 """Stage 2: the language model on the codes of a finished tokenizer (D-AR, section 3.3)."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .loop import LoopArguments, _option
 from .losses import LossTerm, cross_entropy_sum
 from .stage import Stage
 
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_SAMPLE_ROWS = 10
 SAMPLE_COLUMNS = 8
 
@@ -30,16 +32,35 @@ class ARArguments(LoopArguments):
     tokenizer: str = _option("", "folder or Hub id of the trained tokenizer")
     codes: str | None = _option(None, "codes made by extract_codes.py, a folder or Hub id, instead of training images")
     cache_codes: bool = _option(False, "encode the whole set once, before training: for small sets")
+    lora_rank: int = _option(0, "train only low-rank adapters of this rank, which are merged at the end; 0 for all")
+    lora_alpha: int | None = _option(None, "scale of the adapters times their rank; default the rank")
     guidance_scale: list[float] | None = _option(None, "default guidance saved with the model: one scale, or two ends")
 
     def __post_init__(self):
         super().__post_init__()
         if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):
             raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
+        if self.lora_rank < 0 or (self.lora_alpha is not None and not self.lora_alpha > 0):
+            raise ValueError("lora_rank must not be negative, and lora_alpha must be positive.")
+        if self.lora_rank and not self.init_from:
+            raise ValueError("adapters need a model to adapt: give --init_from beside --lora_rank.")
         if self.codes and self.cache_codes:
             raise ValueError("codes are stored already: --codes and --cache_codes exclude each other.")
         if self.streaming and (self.codes or self.cache_codes):
             raise ValueError("--streaming reads images: it excludes --codes and --cache_codes.")
+
+
+def add_adapters(model: DARForCausalLM, rank: int, alpha: int) -> nn.Module:
+    """The model with trainable low-rank adapters on every linear layer but the head, and all else frozen (peft).
+
+    Raises:
+        ImportError: without peft.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError('adapters come with peft: pip install "dar-hf[peft]".') from error
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=ADAPTED))
 
 
 class ARStage(Stage):
@@ -66,7 +87,10 @@ class ARStage(Stage):
         validation: ImageSamples | None = None,
         id2label: dict[int, str] | None = None,
     ):
-        self.model, self.args, self.id2label = model, args, id2label
+        self.model: Any = model
+        self.args, self.id2label = args, id2label
+        if args.lora_rank:
+            self.model = add_adapters(model, args.lora_rank, args.lora_alpha or args.lora_rank)
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.samples: Any = samples
         if args.cache_codes and isinstance(samples, ImageSamples):
@@ -131,7 +155,11 @@ class ARStage(Stage):
 
     def save(self, folder: Path) -> None:
         scheduler = FlowMatchAdamsBashforthScheduler(shift=self.tokenizer.config.time_shift)
-        DARPipeline(self.tokenizer, self.model, scheduler, self.id2label).save_pretrained(folder)
+        model: Any = self.model
+        if self.args.lora_rank:
+            model = copy.deepcopy(model).merge_and_unload()
+        DARPipeline(self.tokenizer, model, scheduler, self.id2label).save_pretrained(folder)
 
     def describe(self) -> dict:
-        return {**self.model.config.to_diff_dict(), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        adapters = {"lora_rank": self.args.lora_rank} if self.args.lora_rank else {}
+        return {**self.model.config.to_diff_dict(), "tokenizer": tokenizer_fingerprint(self.tokenizer), **adapters}

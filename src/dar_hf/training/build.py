@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -173,11 +174,68 @@ def build_tokenizer_stage(args: TokenizerArguments) -> TokenizerStage:
     if not options and args.preset != "v1":
         raise ValueError(f"preset {args.preset!r} has no tokenizer; use v1 or digits.")
     set_seed(args.seed)
-    model = _make(DARTokenizer, options | parse_options(args.model_overrides))
+    overrides = parse_options(args.model_overrides)
+    if args.init_from:
+        model = _saved_tokenizer(args.init_from, overrides)
+    else:
+        model = _make(DARTokenizer, options | overrides)
     train, validation = _image_samples(args, model, with_labels=False)
     stage = TokenizerStage(model, train, args, validation)
-    stage.start_fresh()
+    if not args.init_from:
+        stage.start_fresh()
     return stage
+
+
+def _saved_tokenizer(source: str, overrides: dict[str, Any]) -> DARTokenizer:
+    """A saved tokenizer to fine-tune, in float32; options may change what has no weights, or add a REPA head.
+
+    Raises:
+        ValueError: if there is none, or its weights do not fit the options.
+    """
+    try:
+        saved = DARTokenizer.from_pretrained(_part(source, "tokenizer"))
+    except OSError as error:
+        raise ValueError(f"init_from: no tokenizer at {source!r}, neither as a folder nor on the Hub.") from error
+    config = {name: value for name, value in dict(saved.config).items() if not name.startswith("_")}
+    model = _make(DARTokenizer, config | overrides)
+    try:
+        missing, unknown = model.load_state_dict(saved.state_dict(), strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"init_from: {source} does not fit --model_overrides: {error}") from error
+    wrong = [name for name in (*missing, *unknown) if not name.startswith("denoiser.repa_head.")]
+    if wrong:
+        raise ValueError(f"init_from: {source} does not fit --model_overrides: {', '.join(wrong[:3])}, …")
+    return model.train()
+
+
+def _saved_transformer(source: str, overrides: dict[str, Any], wanted: dict[str, Any]) -> DARForCausalLM:
+    """A saved language model to fine-tune, in float32; options may change its dropouts.
+
+    Raises:
+        ValueError: if there is none, or it is of other codes or fewer classes.
+    """
+    fixed = [name for name in overrides if not name.endswith("_dropout")]
+    if fixed:
+        raise ValueError(f"init_from: of a saved language model only dropouts can change, not {', '.join(fixed)}.")
+    part = _part(source, "transformer")
+    try:
+        config = DARConfig.from_pretrained(part)
+        for name, value in overrides.items():
+            setattr(config, name, value)
+        model = DARForCausalLM.from_pretrained(part, config=config, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"init_from: no language model at {source!r}, neither as a folder nor on the Hub.") from error
+    for name, value in wanted.items():
+        found = getattr(config, name)
+        if found < value if name == "num_classes" else found != value:
+            raise ValueError(f"init_from: {source} has {name}={found}, the tokenizer and data have {value}.")
+    return model.train()
+
+
+def _part(source: str, name: str) -> str:
+    """A component's folder, where ``source`` is a pipeline's."""
+    part = Path(source).expanduser() / name
+    return str(part) if part.is_dir() else source
 
 
 def _make(model_class: type, options: dict[str, Any]) -> Any:
@@ -215,23 +273,24 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
     unknown = set(overrides) - set(DARConfig().to_dict())
     if unknown:
         raise ValueError(f"DARConfig has no options {', '.join(sorted(unknown))}.")
-    config = _make(
-        DARConfig,
-        options
-        | dict(
-            codebook_size=tokenizer.config.codebook_size,
-            num_image_tokens=tokenizer.config.num_tokens,
-            tokens_per_group=tokenizer.config.tokens_per_group,
-            num_classes=label_feature.num_classes,
-        )
-        | overrides,
+    wanted = dict(
+        codebook_size=tokenizer.config.codebook_size,
+        num_image_tokens=tokenizer.config.num_tokens,
+        tokens_per_group=tokenizer.config.tokens_per_group,
+        num_classes=label_feature.num_classes,
     )
-    if config.num_classes < label_feature.num_classes:
-        raise ValueError(
-            f"num_classes={config.num_classes}, but the data set has {label_feature.num_classes} classes."
-        )
-    set_seed(args.seed)
-    model = DARForCausalLM(config)
-    if torch.device(device).type == "cpu" and config.num_image_tokens <= SHORT_SEQUENCE:
+    if args.init_from:
+        model = _saved_transformer(args.init_from, overrides, wanted)
+    else:
+        model = _new_transformer(args, options | wanted | overrides, label_feature.num_classes)
+    if torch.device(device).type == "cpu" and model.config.num_image_tokens <= SHORT_SEQUENCE:
         model.set_attn_implementation("eager")  # for training only: it is not saved
     return ARStage(model, tokenizer, train, args, validation, dict(enumerate(label_feature.names)))
+
+
+def _new_transformer(args: ARArguments, options: dict[str, Any], num_classes: int) -> DARForCausalLM:
+    config = _make(DARConfig, options)
+    if config.num_classes < num_classes:
+        raise ValueError(f"num_classes={config.num_classes}, but the data set has {num_classes} classes.")
+    set_seed(args.seed)
+    return DARForCausalLM(config)

@@ -21,7 +21,7 @@ PICTURES = {
 STAGES = {"tokenizer": "Tokenizer (stage 1)", "ar": "Language model (stage 2)"}
 # options of a run that say where it ran, and nothing about the model
 BOOKKEEPING = {
-    "output_dir", "tokenizer", "codes", "lpips_weights", "checkpointing_steps", "checkpoints_total_limit",
+    "output_dir", "tokenizer", "codes", "init_from", "lpips_weights", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "overwrite_output_dir", "validation_steps", "logging_steps",
     "dataloader_num_workers", "report_to",
     "push_to_hub", "hub_model_id", "hub_private_repo", "dataset_name",

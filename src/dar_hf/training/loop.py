@@ -11,6 +11,8 @@ import logging
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +68,7 @@ class LoopArguments:
     flip: bool = _option(False, "mirror half of the images")
     pixel_noise: float = _option(0.0, "deviation of noise on training pixels, in units of [-1, 1]; for stage 2")
     model_overrides: list[str] | None = _option(None, "changes to the preset's model, as name=value")
+    init_from: str | None = _option(None, "fine-tune this saved model instead of a new one: a folder or Hub id")
 
     max_train_steps: int = _option(1000, "optimizer steps of the whole run")
     train_batch_size: int = _option(64, "images per process and forward pass")
@@ -83,6 +86,7 @@ class LoopArguments:
         None, "decay of the averaged weights that are validated and saved; none if unset"
     )
     mixed_precision: str = _option("auto", "auto (bf16 where the hardware computes it natively), no, bf16 or fp16")
+    torch_compile: bool = _option(False, "compile the model's forward pass with torch's inductor")
     gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
     seed: int = _option(0, "seed of everything random")
 
@@ -169,6 +173,10 @@ class NonFiniteLossError(RuntimeError):
     """A loss term became NaN or infinite; the message names the term and the step."""
 
 
+class StoppedError(RuntimeError):
+    """The run was asked to end (SIGTERM) and has left a checkpoint."""
+
+
 class PushError(RuntimeError):
     """The Hub took nothing, before training or after it; the message says why, and where the finished model is."""
 
@@ -217,6 +225,7 @@ class TrainingLoop:
         self.start_step = 0
         self.stream = self._open_stream()
         self.corrupt_images: set[int] = set()
+        self._asked_to_stop = self._stopping = False
 
     # Checkpoints and history
 
@@ -291,6 +300,31 @@ class TrainingLoop:
         finally:
             self.ema.restore(self.parameters)
 
+    @contextmanager
+    def _listening_for_sigterm(self) -> Iterator[None]:
+        """Inside, SIGTERM (a scheduler's notice) ends the run after the step it is in, with a checkpoint."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            self._asked_to_stop = True
+
+        previous = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _stop(self, step: int, saved: bool) -> None:
+        """End a run that was asked to, on all processes together."""
+        if not saved:
+            self._save_checkpoint(step)
+        raise StoppedError(
+            f"stopped by SIGTERM after step {step} of {self.args.max_train_steps}; checkpoint-{step} is saved: "
+            "continue with --resume_from_checkpoint latest."
+        )
+
     # Steps
 
     def _open_stream(self) -> BatchStream | None:
@@ -336,8 +370,9 @@ class TrainingLoop:
     def _totals(self, batches: list[dict]) -> dict[str, float]:
         """What the whole step holds, over its micro-batches and all processes."""
         amounts = [self.stage.amounts(batch) | {"skipped": len(batch.get("skipped", []))} for batch in batches]
+        amounts[0]["stop"] = float(self._asked_to_stop)
         names = sorted(amounts[0])
-        sums = torch.tensor([sum(amount[name] for amount in amounts) for name in names], dtype=torch.float64)
+        sums = torch.tensor([sum(amount.get(name, 0.0) for amount in amounts) for name in names], dtype=torch.float64)
         sums = self.accelerator.reduce(sums.to(self.accelerator.device, torch.float32), "sum")
         return dict(zip(names, sums.tolist(), strict=True))
 
@@ -361,6 +396,7 @@ class TrainingLoop:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * args.learning_rate_factor(step)
         totals = self._totals(batches)
+        self._stopping = totals["stop"] > 0  # one process that was asked stops all
         if totals["skipped"]:
             self._note_corrupt(batches)
         # backward averages over processes and accumulation steps; the losses are divided by totals already
@@ -450,8 +486,11 @@ class TrainingLoop:
                     self._log({"step": done, **figures})
                     progress.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
                 clock += time.perf_counter() - paused
-            if args.checkpointing_steps and done % args.checkpointing_steps == 0 and done < args.max_train_steps:
+            due = bool(args.checkpointing_steps) and done % args.checkpointing_steps == 0
+            if due and done < args.max_train_steps:
                 self._save_checkpoint(done)
+            if self._stopping and done < args.max_train_steps:
+                self._stop(done, saved=due)
         progress.close()
         self._save_model()
 
@@ -529,7 +568,8 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
         accelerator.init_trackers(
             "dar-hf", config={k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
         )
-    loop.run()
+    with loop._listening_for_sigterm():
+        loop.run()
     # the wrapped model must go before the process group: otherwise its reducer destroys the group last, which joins
     # the communication thread under the interpreter's lock and can wait for ever
     accelerator.free_memory()
@@ -548,6 +588,7 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
         project_dir=args.output_dir,
+        dynamo_backend="inductor" if args.torch_compile else None,
     )
     if args.mixed_precision == "auto":
         reason = "computed natively here" if precision == "bf16" else "no native bf16 here"

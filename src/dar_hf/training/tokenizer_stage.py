@@ -66,6 +66,10 @@ class TokenizerArguments(LoopArguments):
             raise ValueError(
                 f"continuous_steps={self.continuous_steps} must be less than max_train_steps={self.max_train_steps}."
             )
+        if self.init_from and self.continuous_steps:
+            raise ValueError(
+                "continuous_steps would replace the codebook that --init_from brings: pass --continuous_steps 0."
+            )
         if self.revive_every < 0 or not 0 <= self.revive_until <= 1:
             raise ValueError("revive_every must not be negative, and revive_until must lie in [0, 1].")
         weights = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
