@@ -198,6 +198,27 @@ def test_processes_share_the_shards(tmp_path, tokenizer, small_digits, stored, m
     assert same_set(tmp_path / "codes", stored)
 
 
+def test_broken_images_are_left_out_with_their_labels(tmp_path, tokenizer):
+    from PIL import Image
+
+    for index in range(6):
+        (tmp_path / "images" / str(index % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 40 * index).save(tmp_path / "images" / str(index % 2) / f"{index}.png")
+    (tmp_path / "images" / "0" / "2.png").write_bytes(b"junk")  # the second of the class 0
+    args = arguments(tmp_path / "codes", tokenizer, str(tmp_path / "images"), shard_size=3)
+    assert extract_codes(args, Accelerator(cpu=True))["num_images"] == 6
+    stored_set = datasets.load_dataset(str(tmp_path / "codes"), split="train")
+    assert stored_set["label"][:] == [0, 0, 1, 1, 1]
+    extract_codes(args, Accelerator(cpu=True))  # finished: left alone
+    options = SUBSET | {"crop": "ten", "dataset_name": str(tmp_path / "images")}
+    stage, _ = ar_stage(tmp_path / "run", tokenizer, **options | {"codes": args.output_dir, "dataset_name": ""})
+    memory, _ = ar_stage(tmp_path / "run", tokenizer, **options | {"cache_codes": True})
+    assert len(stage.samples) == len(memory.samples) == 5
+    for index in range(5):
+        one, other = (samples[index, 7] for samples in (stage.samples, memory.samples))
+        assert torch.equal(one["codes"], other["codes"]) and one["label"] == other["label"]
+
+
 def test_a_folder_of_other_codes_is_left_alone(tmp_path, tokenizer, small_digits, stored):
     shutil.copytree(stored, tmp_path / "codes")
     args = arguments(tmp_path / "codes", tokenizer, small_digits, crop="center")

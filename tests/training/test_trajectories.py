@@ -287,6 +287,36 @@ def test_the_pipeline_generates_in_a_fresh_process(ar_runs, environment, tmp_pat
     assert Image.open(tmp_path / "three.png").size == (8, 8)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_ends_the_command_with_a_checkpoint(environment, tmp_path, processes):
+    options = TOKENIZER | {"max_train_steps": 5000, "checkpointing_steps": 0}
+    command = Command(environment, "tokenizer", tmp_path / "run", TOKENIZER_MODEL, processes=processes, **options)
+    process = subprocess.Popen(
+        command.line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline, history = time.monotonic() + TIMEOUT, tmp_path / "run" / "history.jsonl"
+    while time.monotonic() < deadline and not (history.is_file() and history.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    _, error = process.communicate(timeout=TIMEOUT)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    assert f"{checkpoint.name} is saved: continue with --resume_from_checkpoint latest" in error
+    assert (checkpoint / "trainer_state.json").is_file() and not (tmp_path / "run" / "config.json").exists()
+    assert process.returncode == 128 + signal.SIGTERM if processes == 1 else process.returncode != 0
+
+
+def test_a_compiled_run_is_the_plain_one(environment, tmp_path):
+    options = TOKENIZER | {"max_train_steps": 12, "checkpointing_steps": 6}
+    plain, compiled = (
+        Command(environment, "tokenizer", tmp_path / str(compiled), TOKENIZER_MODEL, **options, torch_compile=compiled)
+        for compiled in (False, True)
+    )
+    together(plain.run, compiled.run)
+    assert_same_curve(plain.finished().history(), compiled.finished().history(), 1e-4)
+    assert_same_weights(plain.weights(), compiled.weights(), 1e-4)
+    assert_same_weights(plain.weights("checkpoint-6"), compiled.weights("checkpoint-6"), 1e-4)
+
+
 # Errors
 
 MISTAKES = {

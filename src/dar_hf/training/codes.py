@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError
+from pyarrow.parquet import read_metadata
 from tqdm.auto import tqdm
 
 from ..data import ImageSamples, ImageTransform, load_images
@@ -58,10 +59,30 @@ def num_variants(transform: ImageTransform) -> int:
     return transform.num_variants
 
 
-def encode_variants(samples: ImageSamples, indices: range, tokenizer: DARTokenizer) -> torch.Tensor:
-    """Codes ``(len(indices), variants, tokens)`` of every countable variant of some images, on the CPU."""
-    stacks = (samples.stack(indices, variant) for variant in range(num_variants(samples.transform)))
-    return torch.stack([tokenizer.encode(stack.to(tokenizer.device)).codes.cpu() for stack in stacks], dim=1)
+def encode_variants(samples: ImageSamples, indices: range, tokenizer: DARTokenizer) -> tuple[torch.Tensor, list[int]]:
+    """Codes of every countable variant of some images, ``(n, variants, tokens)`` on the CPU, and which images they are.
+
+    Images that cannot be read are left out, with a warning.
+    """
+    transform, kept = samples.transform, [index for index in indices if samples.is_readable(index)]
+    images = [samples.image(index) for index in kept]
+    if not images:
+        return torch.empty(0, num_variants(transform), tokenizer.config.num_tokens, dtype=torch.long), kept
+    stacks = (
+        torch.stack([transform.render(image, variant) for image in images])
+        for variant in range(num_variants(transform))
+    )
+    return torch.stack([tokenizer.encode(stack.to(tokenizer.device)).codes.cpu() for stack in stacks], dim=1), kept
+
+
+def _encode(
+    samples: ImageSamples, indices: range, tokenizer: DARTokenizer, batch_size: int, progress: bool = False
+) -> tuple[torch.Tensor, list[int]]:
+    """Codes of the images that can be read, encoded batch by batch, and their labels."""
+    starts = tqdm(indices[::batch_size], desc="codes", disable=not progress, mininterval=1.0)
+    parts = [encode_variants(samples, range(i, min(i + batch_size, indices.stop)), tokenizer) for i in starts]
+    labels = [samples.labels[index] for _, kept in parts for index in kept]
+    return torch.cat([codes for codes, _ in parts]), labels
 
 
 class CodeSamples(torch.utils.data.Dataset):
@@ -92,11 +113,8 @@ def encode_all(samples: ImageSamples, tokenizer: DARTokenizer) -> CodeSamples:
         ValueError: if the transform's variants cannot be counted (random crops, noise).
     """
     num_variants(samples.transform)
-    starts = tqdm(range(0, len(samples), ENCODE_BATCH), desc="codes", mininterval=1.0)
-    parts = [
-        encode_variants(samples, range(start, min(start + ENCODE_BATCH, len(samples))), tokenizer) for start in starts
-    ]
-    return CodeSamples(torch.cat(parts), samples.labels, samples.transform)
+    codes, labels = _encode(samples, range(len(samples)), tokenizer, ENCODE_BATCH, progress=True)
+    return CodeSamples(codes, labels, samples.transform)
 
 
 class _StoredCodes:
@@ -128,8 +146,8 @@ def load_codes(source: str, tokenizer: DARTokenizer, transform: ImageTransform) 
             "examples/extract_codes.py, or give the options that they were made with."
         )
     dataset = datasets.load_dataset("parquet", data_files={"train": files}, split="train")
-    if len(dataset) != stamp["num_images"]:
-        raise ValueError(f"{source} holds {len(dataset)} rows, its stamp says {stamp['num_images']}.")
+    if len(dataset) != stamp["num_rows"]:
+        raise ValueError(f"{source} holds {len(dataset)} rows, its stamp says {stamp['num_rows']}.")
     return dataset
 
 
@@ -235,7 +253,8 @@ def extract_codes(args: ExtractArguments, accelerator: Accelerator) -> dict[str,
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_text(folder / "README.md", CARD.format(**stamp))
-            write_json(folder / STAMP_FILE, stamp)
+            rows = sum(read_metadata(path).num_rows for path in folder.glob("train-*.parquet"))
+            write_json(folder / STAMP_FILE, stamp | {"num_rows": rows})
             (folder / UNFINISHED_FILE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return stamp
@@ -256,7 +275,8 @@ def _claim_folder(folder: Path, stamp: dict[str, Any]) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (STAMP_FILE, UNFINISHED_FILE):
         if (folder / name).is_file():
-            if json.loads((folder / name).read_text()) != stamp:
+            found = json.loads((folder / name).read_text())
+            if found | {"num_rows": None} != stamp | {"num_rows": None}:
                 raise ValueError(
                     f"{folder} holds codes of another tokenizer, data set or crop (see {name}): choose another folder."
                 )
@@ -286,14 +306,8 @@ def _write_shards(
         if path.is_file():
             continue
         stop = min(starts[shard] + stamp["shard_size"], len(samples))
-        parts = [
-            encode_variants(samples, range(start, min(start + batch_size, stop)), tokenizer)
-            for start in range(starts[shard], stop, batch_size)
-        ]
-        columns = {
-            "codes": torch.cat(parts).numpy().astype(dtype),
-            "label": samples.labels[starts[shard] : stop],
-        }
+        codes, labels = _encode(samples, range(starts[shard], stop), tokenizer, batch_size)
+        columns = {"codes": codes.numpy().astype(dtype), "label": labels}
         temporary = path.with_name(f".{path.name}.tmp")
         datasets.Dataset.from_dict(columns, features=features).to_parquet(temporary)
         os.replace(temporary, path)

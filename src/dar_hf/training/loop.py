@@ -5,6 +5,7 @@ the whole step holds, so the layout of the batch changes nothing but speed. See 
 a function of its seed and step.
 """
 
+import copy
 import gc
 import json
 import logging
@@ -18,12 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..data import BatchStream, DataError, GlobalBatchSampler, StreamedImages, collate
@@ -33,6 +35,7 @@ from ..linear_dar import has_fast_bf16
 from ..pictures import plot_history, read_history, save_picture
 from .cards import write_run_card
 from .checkpoints import find_checkpoint, read_position, read_state, save_checkpoint
+from .sharding import gather_into
 from .stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,8 @@ def _option(default: Any, text: str) -> Any:
 @dataclass
 class LoopArguments:
     """Options of both stages. Presets set many of them; the command line has the last word."""
+
+    can_be_sharded: ClassVar[bool] = True  # over processes, by FSDP
 
     preset: str = _option("v1", "named size and recipe, see dar_hf.presets")
     output_dir: str = _option("outputs/run", "folder for the model, checkpoints, curves and pictures")
@@ -203,6 +208,8 @@ class TrainingLoop:
         if args.gradient_checkpointing:
             enable = getattr(stage.model, "enable_gradient_checkpointing", None)
             (enable or stage.model.gradient_checkpointing_enable)()
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.whole = copy.deepcopy(stage.model) if self.sharded and accelerator.is_main_process else None
         stage.model.to(accelerator.device)
         stage.prepare(accelerator)
         optimizer = torch.optim.AdamW(
@@ -214,8 +221,8 @@ class TrainingLoop:
             fused=True,
         )
         self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.parameters = list(stage.model.parameters())
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
+        self.parameters = list(self.model.parameters())  # FSDP has replaced the model's
         self.ema = EMAModel(self.parameters, decay=args.ema_decay, foreach=True) if args.ema_decay else None
         for state in (self.ema, *stage.keepers):
             if state is not None:
@@ -299,6 +306,28 @@ class TrainingLoop:
             yield
         finally:
             self.ema.restore(self.parameters)
+
+    @contextmanager
+    def _finished_model(self) -> Iterator[None]:
+        """Inside, the main process's stage holds the model as it would be saved. All processes enter together."""
+        stage = self.stage
+        trained = stage.model
+        if self.sharded:
+            gather_into(self.accelerator.unwrap_model(self.model), self.whole)
+            if self.whole is not None:
+                stage.model = self.whole.to(self.accelerator.device)
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        with self.averaged_weights():
+            stage.model.eval()
+            try:
+                yield
+            finally:
+                stage.model = trained
+                stage.model.train()
+                if self.whole is not None:
+                    self.whole.to("cpu")
 
     @contextmanager
     def _listening_for_sigterm(self) -> Iterator[None]:
@@ -417,6 +446,7 @@ class TrainingLoop:
                 if accelerator.sync_gradients:
                     losses = self._checked(step, logged)
                     norm = accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
+                    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                     if accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):  # fp16 skips such steps
                         raise NonFiniteLossError(f"the gradient norm is {float(norm)} at step {step + 1}.")
                 self.optimizer.step()
@@ -443,11 +473,11 @@ class TrainingLoop:
     def _validate(self, step: int) -> dict[str, float]:
         """Validate the averaged weights on the main process, and write its pictures."""
         figures: dict[str, float] = {}
-        if self.accelerator.is_main_process:
-            with self.averaged_weights():
-                self.stage.model.eval()
+        pictures: dict[str, Any] = {}
+        with self._finished_model():
+            if self.accelerator.is_main_process:
                 figures, pictures = self.stage.validate(step)
-                self.stage.model.train()
+        if self.accelerator.is_main_process:
             for name, picture in pictures.items():
                 save_picture(picture, self.folder / f"{name}.png")
             plot_history({self.stage.name: self.history}, self.folder / "loss.png")
@@ -496,12 +526,12 @@ class TrainingLoop:
 
     def _save_model(self) -> None:
         """Write the finished model aside, then move it into the output folder, its index last."""
-        if self.accelerator.is_main_process:
-            temporary = self.folder / ".saving"
-            shutil.rmtree(temporary, ignore_errors=True)
-            with self.averaged_weights():
-                self.stage.model.eval()
+        temporary = self.folder / ".saving"
+        with self._finished_model():
+            if self.accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
                 self.stage.save(temporary)
+        if self.accelerator.is_main_process:
             for (
                 name
             ) in MODEL_INDICES:  # the old index goes first and the new one comes last: no index over mixed parts
@@ -593,4 +623,22 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     if args.mixed_precision == "auto":
         reason = "computed natively here" if precision == "bf16" else "no native bf16 here"
         accelerator.print(f"mixed precision: {precision} ({reason})")
+    check_layout(args, accelerator.distributed_type, accelerator.is_fsdp2)
     return accelerator
+
+
+def check_layout(args: LoopArguments, kind: DistributedType, is_fsdp2: bool) -> None:
+    """Refuse ways of spreading a run that would give a wrong model.
+
+    Raises:
+        ValueError: saying what to do instead.
+    """
+    if kind == DistributedType.FSDP:
+        if not is_fsdp2:
+            raise ValueError("only version 2 of FSDP is supported: set fsdp_version: 2 in accelerate's configuration.")
+        if not args.can_be_sharded:
+            raise ValueError("stage 1 changes its codebook between steps: train it with DDP, FSDP is for stage 2.")
+        if args.ema_decay:
+            raise ValueError("averaged weights are not kept of sharded models: leave ema_decay out, or use DDP.")
+    if kind == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed is not supported: for models that DDP cannot hold, use FSDP version 2.")

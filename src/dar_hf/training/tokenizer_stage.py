@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -39,6 +39,8 @@ NUM_PICTURES = 16
 @dataclass
 class TokenizerArguments(LoopArguments):
     """Options of stage 1. The defaults are the plain recipe of the paper; small presets switch the cures on."""
+
+    can_be_sharded: ClassVar[bool] = False
 
     encoder_learning_rate: float | None = _option(None, "peak rate of the encoder, if another than the decoder's")
     vq_weight: float = _option(1.0, "weight of the codebook loss")
