@@ -13,8 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
+
+from dar_hf.metrics.lpips import LPIPSNetwork
+from dar_hf.metrics.weights import write_weights
 
 from .helpers import overrides
 
@@ -315,6 +320,49 @@ def test_a_compiled_run_is_the_plain_one(environment, tmp_path):
     assert_same_curve(plain.finished().history(), compiled.finished().history(), 1e-4)
     assert_same_weights(plain.weights(), compiled.weights(), 1e-4)
     assert_same_weights(plain.weights("checkpoint-6"), compiled.weights("checkpoint-6"), 1e-4)
+
+
+@pytest.fixture(scope="module")
+def full_recipe(tmp_path_factory):
+    """Stage 1 with every loss term, on 16 pixels; the networks that judge have random weights."""
+    folder = tmp_path_factory.mktemp("judges")
+    torch.manual_seed(0)
+    write_weights(LPIPSNetwork().state_dict(), folder / "lpips.safetensors")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 224, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "encoder")
+    size = {"sample_size": 16, "encoder_patch_size": 4, "diffusion_patch_size": 4, "repa_layer": 0, "repa_dim": 16}
+    options = TOKENIZER | {
+        "max_train_steps": 8,
+        "continuous_steps": 0,
+        "perceptual_weight": 0.5,
+        "lpips_weights": folder / "lpips.safetensors",
+        "repa_weight": 0.5,
+        "repa_model": folder / "encoder",
+        "discriminator_weight": 0.1,
+        "discriminator_start": 2,
+        "discriminator_layers": 2,
+        "discriminator_width": 16,
+    }
+    return TOKENIZER_MODEL | size, options
+
+
+def test_the_full_recipe_does_not_depend_on_the_layout(environment, tmp_path, full_recipe):
+    model, options = full_recipe
+    layouts = {
+        "whole": {},
+        "accumulated": {"train_batch_size": 2, "gradient_accumulation_steps": 4},
+        "two": {"train_batch_size": 4, "processes": 2},
+    }
+    runs = {
+        name: Command(environment, "tokenizer", tmp_path / name, model, **options | changes)
+        for name, changes in layouts.items()
+    }
+    together(*(command.run for command in runs.values()))
+    whole = runs["whole"].finished()
+    assert {"loss/perceptual", "loss/repa", "loss/adversarial", "loss/discriminator"} <= whole.history()[8].keys()
+    for name in ("accumulated", "two"):
+        assert_same_curve(whole.history(), runs[name].finished().history(), 1e-4)
+        assert_same_weights(whole.weights(), runs[name].weights(), 2e-4)
 
 
 # Errors

@@ -146,27 +146,26 @@ class ImageSamples(torch.utils.data.Dataset):
             DataError: if no image can be read.
         """
         (index, seed), skipped = key, []
-        while not self.is_readable(index):
+        while (image := self.readable_image(index)) is None:
             skipped.append(index)
             if len(skipped) == len(self):
                 raise DataError(f"none of the {len(self)} images can be read.")
             index = (index + 1) % len(self)
-        sample = {"pixel_values": self.transform(self.image(index), seed), "index": index, "seed": seed}
+        sample = {"pixel_values": self.transform(image, seed), "index": index, "seed": seed}
         if self.labels:
             sample["label"] = self.labels[index]
         return sample | ({"skipped": skipped} if skipped else {})
 
-    def is_readable(self, index: int) -> bool:
-        """Whether an image can be decoded; the first time that one cannot, a warning says why."""
+    def readable_image(self, index: int) -> Image.Image | None:
+        """The decoded image, or None if it cannot be decoded; the first time, a warning says why."""
         if index in self._unreadable:
-            return False
+            return None
         try:
-            self.image(index)
+            return self.image(index)
         except UNREADABLE as error:
             self._unreadable.add(index)
             warn_unreadable(f"{index} ({self.dataset[index]['image']['path']})", error)
-            return False
-        return True
+            return None
 
     def stack(self, indices: Sequence[int], variant: int = 0) -> torch.Tensor:
         """``(len(indices), C, H, W)``: one countable variant of several images."""

@@ -85,7 +85,11 @@ class _Reader(torch.utils.data.IterableDataset):
         state = dict(self.states[worker]) if self.states else {"epoch": 0, "block": 0, "row": 0, "count": 0}
         samples = self._samples(state, worker, num_workers)
         while True:
-            batch = collate([next(samples) for _ in range(self.batch_size)])
+            try:
+                batch = collate([next(samples) for _ in range(self.batch_size)])
+            except DataError as error:  # out of a worker it would come with a traceback in its message
+                yield {"error": str(error)}
+                return
             yield {"batch": batch, "worker": worker, "state": dict(state)}
 
     def _samples(self, state: dict, worker: int, num_workers: int) -> Iterator[dict]:
@@ -174,6 +178,8 @@ class BatchStream:
         for item in loader:
             if item is None:
                 continue
+            if "error" in item:
+                raise DataError(item["error"])
             self._states[item["worker"]] = item["state"]
             self._num_batches += 1
             yield item["batch"]

@@ -50,7 +50,7 @@ def _validation_samples(
     validation = _subset(validation, args.max_validation_samples, args.seed)
     transform = ImageTransform(tokenizer.image_size, tokenizer.config.in_channels)
     samples = ImageSamples(validation, transform)
-    readable = [index for index in range(len(samples)) if samples.is_readable(index)]
+    readable = [index for index in range(len(samples)) if samples.readable_image(index) is not None]
     if len(readable) == len(samples):
         return samples
     return ImageSamples(validation.select(readable), transform) if readable else None
@@ -208,7 +208,7 @@ def _saved_tokenizer(source: str, overrides: dict[str, Any]) -> DARTokenizer:
     return model.train()
 
 
-def _saved_transformer(source: str, overrides: dict[str, Any], wanted: dict[str, Any]) -> DARForCausalLM:
+def _saved_transformer(source: str, overrides: dict[str, Any], wanted: dict[str, Any], seed: int) -> DARForCausalLM:
     """A saved language model to fine-tune, in float32; options may change its dropouts.
 
     Raises:
@@ -229,6 +229,7 @@ def _saved_transformer(source: str, overrides: dict[str, Any], wanted: dict[str,
         found = getattr(config, name)
         if found < value if name == "num_classes" else found != value:
             raise ValueError(f"init_from: {source} has {name}={found}, the tokenizer and data have {value}.")
+    set_seed(seed)  # of adapters
     return model.train()
 
 
@@ -280,7 +281,7 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
         num_classes=label_feature.num_classes,
     )
     if args.init_from:
-        model = _saved_transformer(args.init_from, overrides, wanted)
+        model = _saved_transformer(args.init_from, overrides, wanted, args.seed)
     else:
         model = _new_transformer(args, options | wanted | overrides, label_feature.num_classes)
     if torch.device(device).type == "cpu" and model.config.num_image_tokens <= SHORT_SEQUENCE:

@@ -60,12 +60,13 @@ def num_variants(transform: ImageTransform) -> int:
 
 
 def encode_variants(samples: ImageSamples, indices: range, tokenizer: DARTokenizer) -> tuple[torch.Tensor, list[int]]:
-    """Codes of every countable variant of some images, ``(n, variants, tokens)`` on the CPU, and which images they are.
+    """Codes of all countable variants of some images, ``(n, variants, tokens)`` on the CPU, and which images they are.
 
     Images that cannot be read are left out, with a warning.
     """
-    transform, kept = samples.transform, [index for index in indices if samples.is_readable(index)]
-    images = [samples.image(index) for index in kept]
+    transform = samples.transform
+    found = {index: image for index in indices if (image := samples.readable_image(index)) is not None}
+    kept, images = list(found), list(found.values())
     if not images:
         return torch.empty(0, num_variants(transform), tokenizer.config.num_tokens, dtype=torch.long), kept
     stacks = (
