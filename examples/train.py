@@ -7,16 +7,25 @@ Every option of a preset can be changed on the command line or in a file given b
 --help after the stage lists all options.
 """
 
+import signal
 import sys
 from typing import NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
+from dar_hf.data import DataError
 from dar_hf.presets import get_preset
 from dar_hf.training import ARArguments, TokenizerArguments, train
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
-from dar_hf.training.loop import NonFiniteLossError, PushError, ResumeError, claim_output_dir, make_accelerator
+from dar_hf.training.loop import (
+    NonFiniteLossError,
+    PushError,
+    ResumeError,
+    StoppedError,
+    claim_output_dir,
+    make_accelerator,
+)
 
 STAGES = {"tokenizer": TokenizerArguments, "ar": ARArguments}
 
@@ -70,7 +79,9 @@ def main() -> None:
         train(stage, args, accelerator)
     except ResumeError as error:
         fail(error, 2)
-    except (NonFiniteLossError, PushError) as error:
+    except StoppedError as error:
+        fail(error, 128 + signal.SIGTERM)
+    except (NonFiniteLossError, PushError, DataError) as error:
         fail(error, 1)
 
 

@@ -1,7 +1,12 @@
 """Tiny models with random weights: every part takes part in the result, and everything runs in milliseconds."""
 
+import io
+import tarfile
+
+import datasets
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
@@ -103,3 +108,34 @@ def tiny_pipeline(tiny_tokenizer, tiny_transformer):
     pipeline = DARPipeline(tiny_tokenizer, tiny_transformer, FlowMatchAdamsBashforthScheduler(), id2label=labels)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def image_sets(tmp_path_factory):
+    """The same 200 labelled images, 8x8, as a folder of images, a parquet file and three webdataset tars."""
+    root, generator = tmp_path_factory.mktemp("sets"), torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (200, 8, 8, 3), generator=generator, dtype=torch.uint8)
+    for name in ("imagefolder", "parquet", "webdataset"):
+        (root / name).mkdir()
+    rows: dict[str, list] = {"image": [], "label": []}
+    tars = [tarfile.open(root / "webdataset" / f"train-{shard}.tar", "w") for shard in range(3)]  # noqa: SIM115
+    for index, array in enumerate(pixels):
+        label = index // 20
+        buffer = io.BytesIO()
+        Image.fromarray(array.numpy()).save(buffer, "PNG")
+        file = root / "imagefolder" / str(label) / f"{index:03d}.png"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(buffer.getvalue())
+        rows["image"].append({"bytes": buffer.getvalue(), "path": file.name})
+        rows["label"].append(label)
+        for ending, content in (("png", buffer.getvalue()), ("cls", str(label).encode())):
+            entry = tarfile.TarInfo(f"{index:03d}.{ending}")
+            entry.size = len(content)
+            tars[index // 70].addfile(entry, io.BytesIO(content))
+    for tar in tars:
+        tar.close()
+    names = [str(label) for label in range(10)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    data = datasets.Dataset.from_dict(rows, features=features)
+    data.to_parquet(root / "parquet" / "train.parquet")
+    return {name: root / name for name in ("imagefolder", "parquet", "webdataset")}

@@ -200,7 +200,7 @@ def test_cached_codes_are_those_computed_online(tmp_path, tokenizer, crop, flip)
 
 def test_what_cannot_be_counted_cannot_be_cached(tmp_path, tokenizer):
     for options in ({"crop": "random"}, {"pixel_noise": 0.1}):
-        with pytest.raises(ValueError, match="cache_codes needs"):
+        with pytest.raises(ValueError, match="variants that can be counted"):
             ar_stage(tmp_path, tokenizer, cache_codes=True, **options)
 
 

@@ -13,8 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
+
+from dar_hf.metrics.lpips import LPIPSNetwork
+from dar_hf.metrics.weights import write_weights
 
 from .helpers import overrides
 
@@ -190,7 +195,13 @@ def ar_runs(tmp_path_factory, environment, tokenizer_runs):
     return all_runs(environment, tmp_path_factory.mktemp("ar"), "ar", layouts, resumable)
 
 
-@pytest.fixture(params=["tokenizer", "ar"])
+@pytest.fixture(scope="module")
+def streamed_runs(tmp_path_factory, environment):
+    options = (TOKENIZER_MODEL, TOKENIZER | {"streaming": True, "stream_block_size": 16})
+    return all_runs(environment, tmp_path_factory.mktemp("streamed"), "tokenizer", options, options)
+
+
+@pytest.fixture(params=["tokenizer", "ar", "streamed"])
 def runs(request):
     return request.getfixturevalue(f"{request.param}_runs")
 
@@ -279,6 +290,79 @@ def test_the_pipeline_generates_in_a_fresh_process(ar_runs, environment, tmp_pat
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split() == ["4", "10"]
     assert Image.open(tmp_path / "three.png").size == (8, 8)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_ends_the_command_with_a_checkpoint(environment, tmp_path, processes):
+    options = TOKENIZER | {"max_train_steps": 5000, "checkpointing_steps": 0}
+    command = Command(environment, "tokenizer", tmp_path / "run", TOKENIZER_MODEL, processes=processes, **options)
+    process = subprocess.Popen(
+        command.line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline, history = time.monotonic() + TIMEOUT, tmp_path / "run" / "history.jsonl"
+    while time.monotonic() < deadline and not (history.is_file() and history.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    _, error = process.communicate(timeout=TIMEOUT)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("checkpoint-*")
+    assert f"{checkpoint.name} is saved: continue with --resume_from_checkpoint latest" in error
+    assert (checkpoint / "trainer_state.json").is_file() and not (tmp_path / "run" / "config.json").exists()
+    assert process.returncode == 128 + signal.SIGTERM if processes == 1 else process.returncode != 0
+
+
+def test_a_compiled_run_is_the_plain_one(environment, tmp_path):
+    options = TOKENIZER | {"max_train_steps": 12, "checkpointing_steps": 6}
+    plain, compiled = (
+        Command(environment, "tokenizer", tmp_path / str(compiled), TOKENIZER_MODEL, **options, torch_compile=compiled)
+        for compiled in (False, True)
+    )
+    together(plain.run, compiled.run)
+    assert_same_curve(plain.finished().history(), compiled.finished().history(), 1e-4)
+    assert_same_weights(plain.weights(), compiled.weights(), 1e-4)
+    assert_same_weights(plain.weights("checkpoint-6"), compiled.weights("checkpoint-6"), 1e-4)
+
+
+@pytest.fixture(scope="module")
+def full_recipe(tmp_path_factory):
+    """Stage 1 with every loss term, on 16 pixels; the networks that judge have random weights."""
+    folder = tmp_path_factory.mktemp("judges")
+    torch.manual_seed(0)
+    write_weights(LPIPSNetwork().state_dict(), folder / "lpips.safetensors")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 224, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "encoder")
+    size = {"sample_size": 16, "encoder_patch_size": 4, "diffusion_patch_size": 4, "repa_layer": 0, "repa_dim": 16}
+    options = TOKENIZER | {
+        "max_train_steps": 8,
+        "continuous_steps": 0,
+        "perceptual_weight": 0.5,
+        "lpips_weights": folder / "lpips.safetensors",
+        "repa_weight": 0.5,
+        "repa_model": folder / "encoder",
+        "discriminator_weight": 0.1,
+        "discriminator_start": 2,
+        "discriminator_layers": 2,
+        "discriminator_width": 16,
+    }
+    return TOKENIZER_MODEL | size, options
+
+
+def test_the_full_recipe_does_not_depend_on_the_layout(environment, tmp_path, full_recipe):
+    model, options = full_recipe
+    layouts = {
+        "whole": {},
+        "accumulated": {"train_batch_size": 2, "gradient_accumulation_steps": 4},
+        "two": {"train_batch_size": 4, "processes": 2},
+    }
+    runs = {
+        name: Command(environment, "tokenizer", tmp_path / name, model, **options | changes)
+        for name, changes in layouts.items()
+    }
+    together(*(command.run for command in runs.values()))
+    whole = runs["whole"].finished()
+    assert {"loss/perceptual", "loss/repa", "loss/adversarial", "loss/discriminator"} <= whole.history()[8].keys()
+    for name in ("accumulated", "two"):
+        assert_same_curve(whole.history(), runs[name].finished().history(), 1e-4)
+        assert_same_weights(whole.weights(), runs[name].weights(), 2e-4)
 
 
 # Errors

@@ -6,6 +6,7 @@ processes and accumulation steps, and a resumed run needs no more than its step 
 """
 
 import io
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
@@ -16,7 +17,15 @@ from PIL import Image
 
 from .transforms import ImageTransform
 
+logger = logging.getLogger(__name__)
+
+# what pillow raises for damaged files, and what a missing one raises
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 _MASK = (1 << 64) - 1
+
+
+class DataError(RuntimeError):
+    """Images or labels with which training cannot go on."""
 
 
 class SeedFor(IntEnum):
@@ -28,6 +37,7 @@ class SeedFor(IntEnum):
     NOISE = 4
     CLASS_DROPOUT = 5
     CODEBOOK = 6
+    DISCRIMINATOR = 7
 
 
 def draw_seed(*parts: int) -> int:
@@ -111,6 +121,7 @@ class ImageSamples(torch.utils.data.Dataset):
         self.transform = transform
         self._decoded: dict[int, Image.Image] = {}
         self._budget = memory_budget
+        self._unreadable: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -119,9 +130,7 @@ class ImageSamples(torch.utils.data.Dataset):
         """The decoded image, as it is stored."""
         if index in self._decoded:
             return self._decoded[index]
-        source = self.dataset[index]["image"]
-        image = Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
-        image.load()
+        image = open_image(self.dataset[index]["image"])
         size = image.width * image.height * len(image.getbands())
         if size <= self._budget:
             self._budget -= size
@@ -129,16 +138,63 @@ class ImageSamples(torch.utils.data.Dataset):
         return image
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """``pixel_values (C, H, W)``, ``index``, ``seed`` and, where there are labels, ``label``."""
-        index, seed = key
-        sample = {"pixel_values": self.transform(self.image(index), seed), "index": index, "seed": seed}
+        """``pixel_values (C, H, W)``, ``index``, ``seed`` and, where there are labels, ``label``.
+
+        In the place of an image that cannot be read comes the next one, and ``skipped`` lists what was left out.
+
+        Raises:
+            DataError: if no image can be read.
+        """
+        (index, seed), skipped = key, []
+        while (image := self.readable_image(index)) is None:
+            skipped.append(index)
+            if len(skipped) == len(self):
+                raise DataError(f"none of the {len(self)} images can be read.")
+            index = (index + 1) % len(self)
+        sample = {"pixel_values": self.transform(image, seed), "index": index, "seed": seed}
         if self.labels:
             sample["label"] = self.labels[index]
-        return sample
+        return sample | ({"skipped": skipped} if skipped else {})
+
+    def readable_image(self, index: int) -> Image.Image | None:
+        """The decoded image, or None if it cannot be decoded; the first time, a warning says why."""
+        if index in self._unreadable:
+            return None
+        try:
+            return self.image(index)
+        except UNREADABLE as error:
+            self._unreadable.add(index)
+            warn_unreadable(f"{index} ({self.dataset[index]['image']['path']})", error)
+            return None
 
     def stack(self, indices: Sequence[int], variant: int = 0) -> torch.Tensor:
         """``(len(indices), C, H, W)``: one countable variant of several images."""
         return torch.stack([self.transform.render(self.image(index), variant) for index in indices])
+
+
+def open_image(source: dict) -> Image.Image:
+    """A decoded image from the ``bytes`` or ``path`` of a data set's row; of an animated one the first frame.
+
+    Raises:
+        ValueError: if there is none. Damaged files raise the other errors in ``UNREADABLE``.
+    """
+    if source is None or (source["bytes"] is None and source["path"] is None):
+        raise ValueError("the row holds no image.")
+    image = Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
+    image.load()
+    return image
+
+
+def warn_unreadable(name: str, error: BaseException) -> None:
+    """Say once which image is left out, and why."""
+    logger.warning("leaving out image %s, which cannot be read: %s", name, error)
+
+
+def collate(samples: list[dict]) -> dict:
+    """Samples as one batch; ``skipped`` lists what was left out of any of them, where there is any."""
+    skipped = [index for sample in samples for index in sample.pop("skipped", [])]
+    batch = torch.utils.data.default_collate(samples)
+    return batch | ({"skipped": skipped} if skipped else {})
 
 
 def sample_times(seeds: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,17 @@
-"""Where images come from: scikit-learn's digits, a folder of images, parquet files, or any data set of the Hub."""
+"""Where images come from: scikit-learn's digits, a folder of images, parquet files, webdataset tars, or the Hub.
+
+Each is loaded whole (indexed, on disk) or as a stream.
+"""
 
 import os
+from typing import Any
 
 import datasets
 import numpy as np
 from PIL import Image
 
 DIGITS = "digits"
+FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
 NUM_TRAIN_DIGITS = 1437  # the first 80 %; the split is fixed so that figures can be compared
 
 
@@ -22,11 +27,11 @@ def load_images(
     """Load a data set of images, with labels if asked for.
 
     Args:
-        name: "digits", a folder of images or of parquet files, one parquet file, or a Hub id.
+        name: "digits", a folder of images, parquet files or webdataset tars, one such file, or a Hub id.
         split: name of the split.
         config_name: configuration of a Hub data set.
-        image_column: column with the images.
-        label_column: column with the classes; None where no labels are needed.
+        image_column: column with the images; of webdatasets "image" stands for the only field with images.
+        label_column: column with the classes; None where no labels are needed; of webdatasets "label" stands for cls.
         class_names: number the classes in this order, as another split does.
 
     Returns:
@@ -35,20 +40,67 @@ def load_images(
     Raises:
         ValueError: for a path, split or column that is not there, or a data set without images.
     """
-    dataset = _load(name, split, config_name)
+    dataset = _select(_load(name, split, config_name), name, image_column, label_column)
+    if len(dataset) == 0:
+        raise ValueError(f"split {split!r} of {name} holds no images.")
+    return _with_class_labels(dataset, name, class_names) if label_column else dataset
+
+
+def stream_images(
+    name: str,
+    split: str = "train",
+    *,
+    config_name: str | None = None,
+    image_column: str = "image",
+    label_column: str | None = "label",
+) -> datasets.IterableDataset:
+    """Like `load_images`, but read as it is needed, and never written to disk. Labels stay as they are.
+
+    Raises:
+        ValueError: for a path, split or column that is not there, or labels that are no integers.
+    """
+    dataset = _select(_load(name, split, config_name, streaming=True), name, image_column, label_column)
+    if label_column:
+        feature = dataset.features["label"]
+        integers = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+        if not (integers or isinstance(feature, datasets.ClassLabel)):
+            raise ValueError(
+                f"labels of a stream must be integers, those of {name} are {feature}: do without streaming."
+            )
+    return dataset
+
+
+def _select(dataset: Any, name: str, image_column: str, label_column: str | None) -> Any:
+    """The columns "image" and "label" of a data set or stream."""
+    if dataset.features is None:
+        dataset = dataset._resolve_features()
+    if "__key__" in dataset.column_names:
+        image_column, label_column = _webdataset_fields(dataset, image_column, label_column)
     columns = {"image": image_column} | ({"label": label_column} if label_column else {})
     for role, column in columns.items():
         if column not in dataset.column_names:
             raise ValueError(
                 f"{name} has no column {column!r} for the {role}s; it has {', '.join(dataset.column_names)}."
             )
-    if len(dataset) == 0:
-        raise ValueError(f"split {split!r} of {name} holds no images.")
+    if isinstance(
+        dataset, datasets.IterableDataset
+    ):  # renaming its columns decodes them, and broken images fail there
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({column: role for role, column in columns.items() if column != role})
     if not isinstance(dataset.features["image"], datasets.Image):
         dataset = dataset.cast_column("image", datasets.Image())
-    return _with_class_labels(dataset, name, class_names) if label_column else dataset
+    return dataset
+
+
+def _webdataset_fields(dataset: Any, image_column: str, label_column: str | None) -> tuple[str, str | None]:
+    """Webdatasets name fields by their file endings: the image's is jpg or png or another, the class's is cls."""
+    images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if image_column == "image" and "image" not in dataset.column_names and len(images) == 1:
+        image_column = images[0]
+    if label_column == "label" and "label" not in dataset.column_names:
+        label_column = "cls"
+    return image_column, label_column
 
 
 def _with_class_labels(dataset: datasets.Dataset, name: str, class_names: list[str] | None) -> datasets.Dataset:
@@ -77,17 +129,21 @@ def _with_class_labels(dataset: datasets.Dataset, name: str, class_names: list[s
     return dataset.cast_column("label", datasets.ClassLabel(names=class_names))
 
 
-def _load(name: str, split: str, config_name: str | None) -> datasets.Dataset:
+def _load(name: str, split: str, config_name: str | None, streaming: bool = False) -> Any:
     if name == DIGITS:
-        return load_digits(split)
+        digits = load_digits(split)
+        return digits.to_iterable_dataset() if streaming else digits
     path = os.path.expanduser(name)
     try:
         if os.path.isfile(path):
-            return datasets.load_dataset("parquet", data_files={split: path}, split=split)
+            ending = os.path.splitext(path)[1]
+            if ending not in FORMATS:
+                raise ValueError(f"a single file must end in {' or '.join(FORMATS)}")
+            return datasets.load_dataset(FORMATS[ending], data_files={split: path}, split=split, streaming=streaming)
         if os.path.isdir(path) or not name.startswith((".", "/", "~")):
-            return datasets.load_dataset(path, config_name, split=split)
+            return datasets.load_dataset(path, config_name, split=split, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise ValueError(f"no data set {name!r} (digits, a folder, a parquet file, a Hub id): {error}") from error
+        raise ValueError(f"no data set {name!r} (digits, a folder, a file, a Hub id): {error}") from error
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"cannot load split {split!r} of {name}: {error}") from error
     raise ValueError(f"no such file or folder: {path}.")

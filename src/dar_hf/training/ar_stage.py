@@ -1,25 +1,26 @@
 """Stage 2: the language model on the codes of a finished tokenizer (D-AR, section 3.3)."""
 
-import hashlib
+import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
-from tqdm.auto import tqdm
 
-from ..data import ImageSamples, dropped, normal_noise
+from ..data import ImageSamples, StreamedImages, dropped, normal_noise
 from ..modeling_dar import DARForCausalLM
 from ..pictures import image_grid
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
+from .codes import ENCODE_BATCH, CodeSamples, encode_all, tokenizer_fingerprint
 from .loop import LoopArguments, _option
 from .losses import LossTerm, cross_entropy_sum
 from .stage import Stage
 
-ENCODE_BATCH = 128
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_SAMPLE_ROWS = 10
 SAMPLE_COLUMNS = 8
 
@@ -29,45 +30,37 @@ class ARArguments(LoopArguments):
     """Options of stage 2."""
 
     tokenizer: str = _option("", "folder or Hub id of the trained tokenizer")
+    codes: str | None = _option(None, "codes made by extract_codes.py, a folder or Hub id, instead of training images")
     cache_codes: bool = _option(False, "encode the whole set once, before training: for small sets")
+    lora_rank: int = _option(0, "train only low-rank adapters of this rank, which are merged at the end; 0 for all")
+    lora_alpha: int | None = _option(None, "scale of the adapters times their rank; default the rank")
     guidance_scale: list[float] | None = _option(None, "default guidance saved with the model: one scale, or two ends")
 
     def __post_init__(self):
         super().__post_init__()
         if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):
             raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
+        if self.lora_rank < 0 or (self.lora_alpha is not None and not self.lora_alpha > 0):
+            raise ValueError("lora_rank must not be negative, and lora_alpha must be positive.")
+        if self.lora_rank and not self.init_from:
+            raise ValueError("adapters need a model to adapt: give --init_from beside --lora_rank.")
+        if self.codes and self.cache_codes:
+            raise ValueError("codes are stored already: --codes and --cache_codes exclude each other.")
+        if self.streaming and (self.codes or self.cache_codes):
+            raise ValueError("--streaming reads images: it excludes --codes and --cache_codes.")
 
 
-class CodeSamples(torch.utils.data.Dataset):
-    """Codes and labels by ``(index, seed)``; the seed picks the crop, as it does for images.
-
-    Args:
-        samples: the labelled images; each of their countable variants is encoded.
-        tokenizer: the encoder.
+def add_adapters(model: DARForCausalLM, rank: int, alpha: int) -> nn.Module:
+    """The model with trainable low-rank adapters on every linear layer but the head, and all else frozen (peft).
 
     Raises:
-        ValueError: if the transform's variants cannot be counted (random crops, noise).
+        ImportError: without peft.
     """
-
-    def __init__(self, samples: ImageSamples, tokenizer: DARTokenizer):
-        variants = samples.transform.num_variants
-        if variants is None:
-            raise ValueError("cache_codes needs variants that can be counted: crop=center or ten, and no pixel_noise.")
-        self.transform, self.labels = samples.transform, samples.labels
-        parts = []
-        for start in tqdm(range(0, len(samples), ENCODE_BATCH), desc="codes", mininterval=1.0):
-            indices = range(start, min(start + ENCODE_BATCH, len(samples)))
-            stacks = [samples.stack(indices, variant).to(tokenizer.device) for variant in range(variants)]
-            parts.append(torch.stack([tokenizer.encode(stack).codes for stack in stacks], dim=1).cpu())
-        self.codes = torch.cat(parts)  # (images, variants, tokens)
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        index, seed = key
-        codes = self.codes[index, self.transform.variant(seed)]
-        return {"codes": codes, "label": self.labels[index], "index": index, "seed": seed}
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError('adapters come with peft: pip install "dar-hf[peft]".') from error
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=ADAPTED))
 
 
 class ARStage(Stage):
@@ -76,7 +69,7 @@ class ARStage(Stage):
     Args:
         model: the language model.
         tokenizer: the trained tokenizer, frozen.
-        samples: labelled training images.
+        samples: labelled training images, or their codes.
         args: the recipe.
         validation: labelled images for validation, or None.
         id2label: class names.
@@ -89,14 +82,19 @@ class ARStage(Stage):
         self,
         model: DARForCausalLM,
         tokenizer: DARTokenizer,
-        samples: ImageSamples,
+        samples: ImageSamples | StreamedImages | CodeSamples,
         args: ARArguments,
         validation: ImageSamples | None = None,
         id2label: dict[int, str] | None = None,
     ):
-        self.model, self.args, self.id2label = model, args, id2label
+        self.model: Any = model
+        self.args, self.id2label = args, id2label
+        if args.lora_rank:
+            self.model = add_adapters(model, args.lora_rank, args.lora_alpha or args.lora_rank)
         self.tokenizer = tokenizer.eval().requires_grad_(False)
-        self.samples = CodeSamples(samples, tokenizer) if args.cache_codes else samples
+        self.samples: Any = samples
+        if args.cache_codes and isinstance(samples, ImageSamples):
+            self.samples = encode_all(samples, tokenizer)
         self.validation = validation
         self.terms = [
             LossTerm("cross_entropy", 1.0, "tokens", lambda logits, batch: cross_entropy_sum(logits, batch["codes"]))
@@ -157,10 +155,11 @@ class ARStage(Stage):
 
     def save(self, folder: Path) -> None:
         scheduler = FlowMatchAdamsBashforthScheduler(shift=self.tokenizer.config.time_shift)
-        DARPipeline(self.tokenizer, self.model, scheduler, self.id2label).save_pretrained(folder)
+        model: Any = self.model
+        if self.args.lora_rank:
+            model = copy.deepcopy(model).merge_and_unload()
+        DARPipeline(self.tokenizer, model, scheduler, self.id2label).save_pretrained(folder)
 
     def describe(self) -> dict:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.tokenizer.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return {**self.model.config.to_diff_dict(), "tokenizer": digest.hexdigest()}
+        adapters = {"lora_rank": self.args.lora_rank} if self.args.lora_rank else {}
+        return {**self.model.config.to_diff_dict(), "tokenizer": tokenizer_fingerprint(self.tokenizer), **adapters}

@@ -1,7 +1,9 @@
 """From arguments to a stage: data sets, models and overrides."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -10,55 +12,142 @@ from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_dar import DARConfig
-from ..data import ImageSamples, ImageTransform, available_splits, load_images
+from ..data import ImageSamples, ImageTransform, StreamedImages, available_splits, load_images, stream_images
 from ..modeling_dar import DARForCausalLM
 from ..presets import get_preset, parse_options
 from ..tokenizer_dar import SHORT_SEQUENCE, DARTokenizer
 from .ar_stage import ARArguments, ARStage
+from .codes import CodeSamples, load_codes, stored_samples
 from .loop import LoopArguments
 from .tokenizer_stage import TokenizerArguments, TokenizerStage
 
 logger = logging.getLogger(__name__)
 
+NO_DATASET = "dataset_name is missing: digits, a folder, a parquet or tar file or a Hub id."
 HELD_OUT_PART = 20  # one in so many images is held out for validation where there is no split for it
 
 
 def _image_samples(
     args: LoopArguments, tokenizer: DARTokenizer, with_labels: bool
-) -> tuple[ImageSamples, ImageSamples | None]:
+) -> tuple[ImageSamples | StreamedImages, ImageSamples | None]:
     """Training and validation images in the tokenizer's size; validation is always the plain centre crop."""
-    size, channels = tokenizer.image_size, tokenizer.config.in_channels
+    if args.streaming:
+        return _streamed_images(args, tokenizer, with_labels)
     train, validation = _splits(args, with_labels)
     train = _subset(train, args.max_train_samples, args.seed)
-    transform = ImageTransform(size, channels, args.crop, args.flip, args.pixel_noise)
+    return ImageSamples(train, _train_transform(args, tokenizer)), _validation_samples(args, tokenizer, validation)
+
+
+def _train_transform(args: LoopArguments, tokenizer: DARTokenizer) -> ImageTransform:
+    return ImageTransform(tokenizer.image_size, tokenizer.config.in_channels, args.crop, args.flip, args.pixel_noise)
+
+
+def _validation_samples(
+    args: LoopArguments, tokenizer: DARTokenizer, validation: datasets.Dataset | None
+) -> ImageSamples | None:
     if validation is None:
-        return ImageSamples(train, transform), None
+        return None
     validation = _subset(validation, args.max_validation_samples, args.seed)
-    return ImageSamples(train, transform), ImageSamples(validation, ImageTransform(size, channels))
+    transform = ImageTransform(tokenizer.image_size, tokenizer.config.in_channels)
+    samples = ImageSamples(validation, transform)
+    readable = [index for index in range(len(samples)) if samples.readable_image(index) is not None]
+    if len(readable) == len(samples):
+        return samples
+    return ImageSamples(validation.select(readable), transform) if readable else None
 
 
-def _splits(args: LoopArguments, with_labels: bool) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """The training split and one for validation, held out of the former where there is none that can be used."""
+def _streamed_images(
+    args: LoopArguments, tokenizer: DARTokenizer, with_labels: bool
+) -> tuple[StreamedImages, ImageSamples | None]:
+    """A stream to train on, and the first images of the validation split, where there is one."""
     if not args.dataset_name:
-        raise ValueError("dataset_name is missing: digits, a folder, a parquet file or a Hub id.")
-    load = partial(
-        load_images,
+        raise ValueError(NO_DATASET)
+    load = _loader(args, with_labels, stream_images)
+    stream = load(args.train_split)
+    classes = _stream_classes(args, stream) if with_labels else None
+    if args.max_train_samples is not None:
+        stream = stream.take(args.max_train_samples)
+
+    def load_first(split: str, class_names: list[str] | None = None) -> datasets.Dataset:
+        part = load(split)
+        features = datasets.Features(part.features | ({"label": classes} if classes else {}))
+        rows = list(part.cast_column("image", datasets.Image(decode=False)).take(args.max_validation_samples))
+        if not rows or (classes and any(not 0 <= row["label"] < classes.num_classes for row in rows)):
+            raise ValueError("it is empty, or has labels outside the classes.")
+        return datasets.Dataset.from_list(rows, features=features)
+
+    samples = StreamedImages(
+        stream, _train_transform(args, tokenizer), args.stream_block_size, classes.num_classes if classes else None
+    )
+    validation = _validation_split(args, load_first, None)
+    if validation is None:
+        logger.warning("no split to validate on: images of a stream cannot be held out")
+    return samples, _validation_samples(args, tokenizer, validation)
+
+
+def _stream_classes(args: LoopArguments, stream: datasets.IterableDataset) -> datasets.ClassLabel:
+    """Classes of a stream, from its labels' names or from ``--model_overrides num_classes=N``."""
+    feature = stream.features["label"]
+    if isinstance(feature, datasets.ClassLabel):
+        return feature
+    count = parse_options(args.model_overrides).get("num_classes")
+    if not isinstance(count, int):
+        raise ValueError("the stream's labels have no names to count: give --model_overrides num_classes=N.")
+    return datasets.ClassLabel(names=[str(label) for label in range(count)])
+
+
+def _code_samples(
+    args: ARArguments, tokenizer: DARTokenizer
+) -> tuple[CodeSamples, ImageSamples | None, datasets.ClassLabel]:
+    """Stored training codes, validation images from a split of their own if the data set is named, and classes."""
+    assert args.codes is not None
+    transform = _train_transform(args, tokenizer)
+    dataset = load_codes(args.codes, tokenizer, transform)
+    classes = dataset.features["label"]
+    validation = None
+    if args.dataset_name:
+        validation = _validation_split(args, _loader(args, with_labels=True), classes.names)
+    dataset = _subset(dataset, args.max_train_samples, args.seed)
+    return stored_samples(dataset, transform), _validation_samples(args, tokenizer, validation), classes
+
+
+def _loader(args: LoopArguments, with_labels: bool, load: Callable = load_images) -> Callable:
+    """Loads a split by name."""
+    return partial(
+        load,
         args.dataset_name,
         config_name=args.dataset_config_name,
         image_column=args.image_column,
         label_column=args.label_column if with_labels else None,
     )
-    train = load(args.train_split)
-    class_names = train.features["label"].names if with_labels else None
+
+
+def _validation_split(
+    args: LoopArguments, load: Callable[..., datasets.Dataset], class_names: list[str] | None
+) -> datasets.Dataset | None:
+    """The split to validate on: the one named, or validation or test, where there is one that can be used."""
     if args.validation_split:
-        return train, load(args.validation_split, class_names=class_names)
+        return load(args.validation_split, class_names=class_names)
     available = available_splits(args.dataset_name, args.dataset_config_name)
     for split in ("validation", "test"):
         if split in available:
             try:
-                return train, load(split, class_names=class_names)
+                return load(split, class_names=class_names)
             except ValueError as error:
                 logger.warning("not validating on the split %s: %s", split, error)
+    return None
+
+
+def _splits(args: LoopArguments, with_labels: bool) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The training split and one for validation, held out of the former where there is none that can be used."""
+    if not args.dataset_name:
+        raise ValueError(NO_DATASET)
+    load = _loader(args, with_labels)
+    train = load(args.train_split)
+    class_names = train.features["label"].names if with_labels else None
+    validation = _validation_split(args, load, class_names)
+    if validation is not None:
+        return train, validation
     held_out = min(args.max_validation_samples, len(train) // HELD_OUT_PART)
     if held_out == 0:
         return train, None
@@ -85,11 +174,69 @@ def build_tokenizer_stage(args: TokenizerArguments) -> TokenizerStage:
     if not options and args.preset != "v1":
         raise ValueError(f"preset {args.preset!r} has no tokenizer; use v1 or digits.")
     set_seed(args.seed)
-    model = _make(DARTokenizer, options | parse_options(args.model_overrides))
+    overrides = parse_options(args.model_overrides)
+    if args.init_from:
+        model = _saved_tokenizer(args.init_from, overrides)
+    else:
+        model = _make(DARTokenizer, options | overrides)
     train, validation = _image_samples(args, model, with_labels=False)
     stage = TokenizerStage(model, train, args, validation)
-    stage.start_fresh()
+    if not args.init_from:
+        stage.start_fresh()
     return stage
+
+
+def _saved_tokenizer(source: str, overrides: dict[str, Any]) -> DARTokenizer:
+    """A saved tokenizer to fine-tune, in float32; options may change what has no weights, or add a REPA head.
+
+    Raises:
+        ValueError: if there is none, or its weights do not fit the options.
+    """
+    try:
+        saved = DARTokenizer.from_pretrained(_part(source, "tokenizer"))
+    except OSError as error:
+        raise ValueError(f"init_from: no tokenizer at {source!r}, neither as a folder nor on the Hub.") from error
+    config = {name: value for name, value in dict(saved.config).items() if not name.startswith("_")}
+    model = _make(DARTokenizer, config | overrides)
+    try:
+        missing, unknown = model.load_state_dict(saved.state_dict(), strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"init_from: {source} does not fit --model_overrides: {error}") from error
+    wrong = [name for name in (*missing, *unknown) if not name.startswith("denoiser.repa_head.")]
+    if wrong:
+        raise ValueError(f"init_from: {source} does not fit --model_overrides: {', '.join(wrong[:3])}, …")
+    return model.train()
+
+
+def _saved_transformer(source: str, overrides: dict[str, Any], wanted: dict[str, Any], seed: int) -> DARForCausalLM:
+    """A saved language model to fine-tune, in float32; options may change its dropouts.
+
+    Raises:
+        ValueError: if there is none, or it is of other codes or fewer classes.
+    """
+    fixed = [name for name in overrides if not name.endswith("_dropout")]
+    if fixed:
+        raise ValueError(f"init_from: of a saved language model only dropouts can change, not {', '.join(fixed)}.")
+    part = _part(source, "transformer")
+    try:
+        config = DARConfig.from_pretrained(part)
+        for name, value in overrides.items():
+            setattr(config, name, value)
+        model = DARForCausalLM.from_pretrained(part, config=config, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"init_from: no language model at {source!r}, neither as a folder nor on the Hub.") from error
+    for name, value in wanted.items():
+        found = getattr(config, name)
+        if found < value if name == "num_classes" else found != value:
+            raise ValueError(f"init_from: {source} has {name}={found}, the tokenizer and data have {value}.")
+    set_seed(seed)  # of adapters
+    return model.train()
+
+
+def _part(source: str, name: str) -> str:
+    """A component's folder, where ``source`` is a pipeline's."""
+    part = Path(source).expanduser() / name
+    return str(part) if part.is_dir() else source
 
 
 def _make(model_class: type, options: dict[str, Any]) -> Any:
@@ -114,26 +261,37 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
         tokenizer = DARTokenizer.from_pretrained(args.tokenizer).to(device)
     except OSError as error:
         raise ValueError(f"no tokenizer at {args.tokenizer!r}, neither as a folder nor on the Hub.") from error
-    train, validation = _image_samples(args, tokenizer, with_labels=True)
-    label_feature = train.dataset.features["label"]
+    train: ImageSamples | StreamedImages | CodeSamples
+    if args.codes:
+        train, validation, label_feature = _code_samples(args, tokenizer)
+    else:
+        train, validation = _image_samples(args, tokenizer, with_labels=True)
+        label_feature = train.dataset.features["label"]
+        if isinstance(train, StreamedImages):
+            label_feature = _stream_classes(args, train.dataset)
     assert isinstance(label_feature, datasets.ClassLabel)  # load_images makes it one
     overrides = parse_options(args.model_overrides)
     unknown = set(overrides) - set(DARConfig().to_dict())
     if unknown:
         raise ValueError(f"DARConfig has no options {', '.join(sorted(unknown))}.")
-    config = _make(
-        DARConfig,
-        options
-        | dict(
-            codebook_size=tokenizer.config.codebook_size,
-            num_image_tokens=tokenizer.config.num_tokens,
-            tokens_per_group=tokenizer.config.tokens_per_group,
-            num_classes=label_feature.num_classes,
-        )
-        | overrides,
+    wanted = dict(
+        codebook_size=tokenizer.config.codebook_size,
+        num_image_tokens=tokenizer.config.num_tokens,
+        tokens_per_group=tokenizer.config.tokens_per_group,
+        num_classes=label_feature.num_classes,
     )
-    set_seed(args.seed)
-    model = DARForCausalLM(config)
-    if torch.device(device).type == "cpu" and config.num_image_tokens <= SHORT_SEQUENCE:
+    if args.init_from:
+        model = _saved_transformer(args.init_from, overrides, wanted, args.seed)
+    else:
+        model = _new_transformer(args, options | wanted | overrides, label_feature.num_classes)
+    if torch.device(device).type == "cpu" and model.config.num_image_tokens <= SHORT_SEQUENCE:
         model.set_attn_implementation("eager")  # for training only: it is not saved
     return ARStage(model, tokenizer, train, args, validation, dict(enumerate(label_feature.names)))
+
+
+def _new_transformer(args: ARArguments, options: dict[str, Any], num_classes: int) -> DARForCausalLM:
+    config = _make(DARConfig, options)
+    if config.num_classes < num_classes:
+        raise ValueError(f"num_classes={config.num_classes}, but the data set has {num_classes} classes.")
+    set_seed(args.seed)
+    return DARForCausalLM(config)

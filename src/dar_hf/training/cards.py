@@ -29,8 +29,9 @@ PICTURES = {
 STAGES = {"tokenizer": "Tokenizer (stage 1)", "ar": "Language model (stage 2)"}
 # options of a run that say where it ran, and nothing about the model
 BOOKKEEPING = {
-    "output_dir", "tokenizer", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "overwrite_output_dir", "validation_steps", "logging_steps", "dataloader_num_workers", "report_to",
+    "output_dir", "tokenizer", "codes", "init_from", "lpips_weights", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "overwrite_output_dir", "validation_steps", "logging_steps",
+    "dataloader_num_workers", "report_to",
     "push_to_hub", "hub_model_id", "hub_private_repo", "dataset_name",
 }  # fmt: skip
 
@@ -137,13 +138,15 @@ def _pictures(folder: Path, evaluations: Sequence[Path]) -> dict[str, str]:
 def _describe_run(folder: Path) -> dict[str, Any]:
     """What a finished run says of itself, as arguments of `model_card`."""
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    options, dataset = training["arguments"], dataset_names(training["arguments"]["dataset_name"])
+    options = training["arguments"]
+    dataset = dataset_names(_data_name(options))
     runs = {training["stage"]: (folder, training)}
     earlier = Path(options.get("tokenizer") or "", "training.json")
     if earlier.is_file():  # a tokenizer trained here, too
         runs = {"tokenizer": (earlier.parent, json.loads(earlier.read_text(encoding="utf-8")))} | runs
+    count = training["num_samples"]  # a stream has none
     described: dict[str, Any] = {
-        "facts": {"trained on": f"{dataset[1]}, {training['num_samples']:,} images"},
+        "facts": {"trained on": dataset[1] + (f", {count:,} images" if count else "")},
         "results": [result for place, run in runs.values() for result in _validation_results(place, run)],
         "results_note": "On images held out for validation.",
         "recipe": {STAGES[stage]: _recipe(run) for stage, (_, run) in runs.items()},
@@ -164,11 +167,16 @@ def _validation_results(folder: Path, training: Mapping[str, Any]) -> list[EvalR
         }
     report = {
         "mode": "reconstruction" if training["stage"] == "tokenizer" else "generation",
-        "data": {"dataset": training["arguments"]["dataset_name"]},
+        "data": {"dataset": _data_name(training["arguments"])},
         "settings": {},
         "metrics": [metric(kind, value) for kind, value in figures.items()],
     }
     return eval_results(report)
+
+
+def _data_name(options: Mapping[str, Any]) -> str:
+    """What a run was trained on: images, or a set of codes."""
+    return options["dataset_name"] or options.get("codes") or ""
 
 
 def _recipe(training: dict) -> dict[str, Any]:

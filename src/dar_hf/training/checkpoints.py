@@ -11,6 +11,7 @@ from ..files import write_json
 
 CHECKPOINT_PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
+POSITION_FILE = "position-{}.json"  # of each process in its stream of images
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -23,10 +24,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict, keep: int | None) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, state: dict, keep: int | None, position: dict | None = None
+) -> None:
     """Save everything a run needs to continue as ``folder/checkpoint-<step>``, and drop the oldest beyond ``keep``.
 
-    All processes call this together; the folder appears under its name when all of them are done.
+    ``position`` is this process's place in a stream of images. All processes call this together; the folder appears
+    under its name when all of them are done.
     """
     target = folder / f"{CHECKPOINT_PREFIX}{state['step']}"
     temporary = folder / f".{target.name}.tmp"
@@ -35,6 +39,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict, keep: i
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
+    if position is not None:
+        write_json(temporary / POSITION_FILE.format(accelerator.process_index), position)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(temporary / STATE_FILE, state)
@@ -65,3 +71,15 @@ def find_checkpoint(folder: Path, name: str) -> Path:
 def read_state(checkpoint: Path) -> dict:
     """The run's own record in a checkpoint: step and settings."""
     return json.loads((checkpoint / STATE_FILE).read_text())
+
+
+def read_position(checkpoint: Path, process_index: int) -> dict:
+    """A process's place in its stream of images.
+
+    Raises:
+        ValueError: if the checkpoint holds none for it.
+    """
+    path = checkpoint / POSITION_FILE.format(process_index)
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing: it was not saved by so many processes reading a stream")
+    return json.loads(path.read_text())

@@ -5,38 +5,43 @@ the whole step holds, so the layout of the batch changes nothing but speed. See 
 a function of its seed and step.
 """
 
+import copy
 import gc
 import json
 import logging
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from ..data import GlobalBatchSampler
+from ..data import BatchStream, DataError, GlobalBatchSampler, StreamedImages, collate
 from ..files import saved_class, write_json, write_text
 from ..hub import one_line, prepare_repository, push_folder
 from ..linear_dar import has_fast_bf16
 from ..pictures import plot_history, read_history, save_picture
-from .cards import write_run_card
-from .checkpoints import find_checkpoint, read_state, save_checkpoint
+from .cards import EVALUATIONS, write_run_card
+from .checkpoints import find_checkpoint, read_position, read_state, save_checkpoint
+from .sharding import gather_into
 from .stage import Stage
 
 logger = logging.getLogger(__name__)
 
 MODEL_INDICES = ("model_index.json", "config.json")  # say what a finished folder holds
-ON_HOST = ("seed", "index")  # read one by one: on a GPU each would wait for the device
+ON_HOST = ("seed", "index", "skipped")  # read one by one: on a GPU each would wait for the device
 
 
 def _option(default: Any, text: str) -> Any:
@@ -47,9 +52,13 @@ def _option(default: Any, text: str) -> Any:
 class LoopArguments:
     """Options of both stages. Presets set many of them; the command line has the last word."""
 
+    can_be_sharded: ClassVar[bool] = True  # over processes, by FSDP
+
     preset: str = _option("v1", "named size and recipe, see dar_hf.presets")
     output_dir: str = _option("outputs/run", "folder for the model, checkpoints, curves and pictures")
-    dataset_name: str = _option("", "digits, a folder of images or parquet files, a parquet file, or a Hub id")
+    dataset_name: str = _option("", "digits, a folder of images, parquet files or webdataset tars, a file, a Hub id")
+    streaming: bool = _option(False, "read the training images as they are needed, without an index or a copy on disk")
+    stream_block_size: int = _option(1024, "rows of a stream that are shuffled together")
     dataset_config_name: str | None = _option(None, "configuration of a Hub data set")
     train_split: str = _option("train", "split to train on")
     validation_split: str | None = _option(
@@ -58,11 +67,13 @@ class LoopArguments:
     image_column: str = _option("image", "column with the images")
     label_column: str = _option("label", "column with the classes")
     max_train_samples: int | None = _option(None, "use only the first so many images")
+    max_corrupt_images: int = _option(100, "stop when more images than these cannot be read; fewer are left out")
     max_validation_samples: int = _option(256, "validate on the first so many images")
     crop: str = _option("center", "center, random or ten")
     flip: bool = _option(False, "mirror half of the images")
     pixel_noise: float = _option(0.0, "deviation of noise on training pixels, in units of [-1, 1]; for stage 2")
     model_overrides: list[str] | None = _option(None, "changes to the preset's model, as name=value")
+    init_from: str | None = _option(None, "fine-tune this saved model instead of a new one: a folder or Hub id")
 
     max_train_steps: int = _option(1000, "optimizer steps of the whole run")
     train_batch_size: int = _option(64, "images per process and forward pass")
@@ -80,6 +91,7 @@ class LoopArguments:
         None, "decay of the averaged weights that are validated and saved; none if unset"
     )
     mixed_precision: str = _option("auto", "auto (bf16 where the hardware computes it natively), no, bf16 or fp16")
+    torch_compile: bool = _option(False, "compile the model's forward pass with torch's inductor")
     gradient_checkpointing: bool = _option(False, "recompute activations to save memory")
     seed: int = _option(0, "seed of everything random")
 
@@ -97,7 +109,7 @@ class LoopArguments:
 
     def __post_init__(self):
         positive = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
-        for name in (*positive, "max_train_samples", "max_validation_samples"):
+        for name in (*positive, "max_train_samples", "max_validation_samples", "stream_block_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
@@ -107,7 +119,8 @@ class LoopArguments:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}.")
-        for name in ("warmup_steps", "checkpointing_steps", "validation_steps", "weight_decay", "pixel_noise", "seed"):
+        counts = ("warmup_steps", "checkpointing_steps", "validation_steps", "seed", "max_corrupt_images")
+        for name in (*counts, "dataloader_num_workers", "weight_decay", "pixel_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
@@ -147,7 +160,7 @@ def claim_output_dir(args: LoopArguments, expected_class: str) -> Path:
                     f"output_dir {folder} holds a {found}, not a {expected_class}: choose another folder."
                 )
             break
-    traces = [folder / name for name in ("checkpoints", "history.jsonl")]
+    traces = [folder / name for name in ("checkpoints", "history.jsonl", EVALUATIONS)]
     models = [folder / name for name in MODEL_INDICES]
     if not args.resume_from_checkpoint and any(path.exists() for path in traces + models):
         if not args.overwrite_output_dir:
@@ -163,6 +176,10 @@ def claim_output_dir(args: LoopArguments, expected_class: str) -> Path:
 
 class NonFiniteLossError(RuntimeError):
     """A loss term became NaN or infinite; the message names the term and the step."""
+
+
+class StoppedError(RuntimeError):
+    """The run was asked to end (SIGTERM) and has left a checkpoint."""
 
 
 class PushError(RuntimeError):
@@ -191,7 +208,10 @@ class TrainingLoop:
         if args.gradient_checkpointing:
             enable = getattr(stage.model, "enable_gradient_checkpointing", None)
             (enable or stage.model.gradient_checkpointing_enable)()
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.whole = copy.deepcopy(stage.model) if self.sharded and accelerator.is_main_process else None
         stage.model.to(accelerator.device)
+        stage.prepare(accelerator)
         optimizer = torch.optim.AdamW(
             stage.parameter_groups(),
             lr=args.learning_rate,
@@ -201,15 +221,18 @@ class TrainingLoop:
             fused=True,
         )
         self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.parameters = list(stage.model.parameters())
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
+        self.parameters = list(self.model.parameters())  # FSDP has replaced the model's
         self.ema = EMAModel(self.parameters, decay=args.ema_decay, foreach=True) if args.ema_decay else None
-        for state in (self.ema, stage.keeper):
+        for state in (self.ema, *stage.keepers):
             if state is not None:
                 accelerator.register_for_checkpointing(state)
         self.description = self._describe()
         self.history: list[dict] = []
         self.start_step = 0
+        self.stream = self._open_stream()
+        self.corrupt_images: set[int] = set()
+        self._asked_to_stop = self._stopping = False
 
     # Checkpoints and history
 
@@ -221,14 +244,17 @@ class TrainingLoop:
             "stage": self.stage.name,
             "model": self.stage.describe(),
             "seed": args.seed,
-            "num_samples": len(self.stage.samples),  # type: ignore[arg-type]
+            "num_samples": None if args.streaming else len(self.stage.samples),  # type: ignore[arg-type]
             "images_per_step": args.train_batch_size * args.gradient_accumulation_steps * world,
             "max_train_steps": args.max_train_steps,
         }
 
     def _save_checkpoint(self, step: int) -> None:
         state = {"step": step, **self.description}
-        save_checkpoint(self.accelerator, self.folder / "checkpoints", state, self.args.checkpoints_total_limit)
+        position = None if self.stream is None else self.stream.state_dict()
+        save_checkpoint(
+            self.accelerator, self.folder / "checkpoints", state, self.args.checkpoints_total_limit, position
+        )
 
     def resume(self) -> None:
         """Continue from the checkpoint the arguments name.
@@ -245,6 +271,11 @@ class TrainingLoop:
             value = json.loads(json.dumps(value))  # tuples come back as lists
             if value != state.get(name):
                 raise ResumeError(f"cannot resume {checkpoint}: {_difference(name, state.get(name), value)}.")
+        if self.stream is not None:
+            try:
+                self.stream.load_state_dict(read_position(checkpoint, self.accelerator.process_index))
+            except ValueError as error:
+                raise ResumeError(f"cannot resume {checkpoint}: {error}.") from error
         self.accelerator.load_state(str(checkpoint))
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # accelerate restores custom states on the CPU
@@ -276,9 +307,71 @@ class TrainingLoop:
         finally:
             self.ema.restore(self.parameters)
 
+    @contextmanager
+    def _finished_model(self) -> Iterator[None]:
+        """Inside, the main process's stage holds the model as it would be saved. All processes enter together."""
+        stage = self.stage
+        trained = stage.model
+        if self.sharded:
+            gather_into(self.accelerator.unwrap_model(self.model), self.whole)
+            if self.whole is not None:
+                stage.model = self.whole.to(self.accelerator.device)
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        with self.averaged_weights():
+            stage.model.eval()
+            try:
+                yield
+            finally:
+                stage.model = trained
+                stage.model.train()
+                if self.whole is not None:
+                    self.whole.to("cpu")
+
+    @contextmanager
+    def _listening_for_sigterm(self) -> Iterator[None]:
+        """Inside, SIGTERM (a scheduler's notice) ends the run after the step it is in, with a checkpoint."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            self._asked_to_stop = True
+
+        previous = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _stop(self, step: int, saved: bool) -> None:
+        """End a run that was asked to, on all processes together."""
+        if not saved:
+            self._save_checkpoint(step)
+        raise StoppedError(
+            f"stopped by SIGTERM after step {step} of {self.args.max_train_steps}; checkpoint-{step} is saved: "
+            "continue with --resume_from_checkpoint latest."
+        )
+
     # Steps
 
+    def _open_stream(self) -> BatchStream | None:
+        if not isinstance(self.stage.samples, StreamedImages):
+            return None
+        return BatchStream(
+            self.stage.samples,
+            self.args.train_batch_size,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            num_workers=self.args.dataloader_num_workers,
+            seed=self.args.seed,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
     def _batches(self) -> Iterator[dict]:
+        if self.stream is not None:
+            return iter(self.stream)
         sampler = GlobalBatchSampler(
             len(self.stage.samples),  # type: ignore[arg-type]
             self.args.train_batch_size,
@@ -294,6 +387,7 @@ class TrainingLoop:
             torch.utils.data.DataLoader(
                 self.stage.samples,
                 batch_sampler=sampler,  # type: ignore[arg-type]
+                collate_fn=collate,
                 num_workers=workers,
                 pin_memory=self.accelerator.device.type == "cuda",
                 # without its own generator the loader draws from the global one, and a resumed run drops other units
@@ -304,11 +398,26 @@ class TrainingLoop:
 
     def _totals(self, batches: list[dict]) -> dict[str, float]:
         """What the whole step holds, over its micro-batches and all processes."""
-        amounts = [self.stage.amounts(batch) for batch in batches]
+        amounts = [self.stage.amounts(batch) | {"skipped": len(batch.get("skipped", []))} for batch in batches]
+        amounts[0]["stop"] = float(self._asked_to_stop)
         names = sorted(amounts[0])
-        sums = torch.tensor([sum(amount[name] for amount in amounts) for name in names], dtype=torch.float64)
+        sums = torch.tensor([sum(amount.get(name, 0.0) for amount in amounts) for name in names], dtype=torch.float64)
         sums = self.accelerator.reduce(sums.to(self.accelerator.device, torch.float32), "sum")
         return dict(zip(names, sums.tolist(), strict=True))
+
+    def _note_corrupt(self, batches: list[dict]) -> None:
+        """Count distinct images that could not be read, of all processes; they call this together.
+
+        Raises:
+            DataError: if there are too many.
+        """
+        own = [index for batch in batches for index in batch.get("skipped", [])]
+        self.corrupt_images.update(gather_object(own))
+        if len(self.corrupt_images) > self.args.max_corrupt_images:
+            raise DataError(
+                f"{len(self.corrupt_images)} images could not be read, more than max_corrupt_images="
+                f"{self.args.max_corrupt_images}; the warnings above name them. The last checkpoint is complete."
+            )
 
     def _step(self, step: int, batches: list[dict]) -> dict[str, float]:
         """One optimizer step; returns its losses, gradient norm and learning rate."""
@@ -316,6 +425,9 @@ class TrainingLoop:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * args.learning_rate_factor(step)
         totals = self._totals(batches)
+        self._stopping = totals["stop"] > 0  # one process that was asked stops all
+        if totals["skipped"]:
+            self._note_corrupt(batches)
         # backward averages over processes and accumulation steps; the losses are divided by totals already
         scale = accelerator.num_processes * args.gradient_accumulation_steps
         logged = torch.zeros(len(stage.terms), device=accelerator.device)
@@ -334,6 +446,7 @@ class TrainingLoop:
                 if accelerator.sync_gradients:
                     losses = self._checked(step, logged)
                     norm = accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
+                    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                     if accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):  # fp16 skips such steps
                         raise NonFiniteLossError(f"the gradient norm is {float(norm)} at step {step + 1}.")
                 self.optimizer.step()
@@ -341,7 +454,8 @@ class TrainingLoop:
         if self.ema is not None:
             self.ema.step(self.parameters)
         stage.after_step(step, accelerator, self.optimizer, self.ema)
-        return {**losses, "grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"]}
+        line = {**losses, "grad_norm": float(norm), "lr": self.optimizer.param_groups[0]["lr"]}
+        return line | ({"data/corrupt_images": len(self.corrupt_images)} if self.corrupt_images else {})
 
     def _checked(self, step: int, logged: torch.Tensor) -> dict[str, float]:
         """Loss terms of the step over all processes, before the optimizer uses their gradients."""
@@ -351,18 +465,19 @@ class TrainingLoop:
                 raise NonFiniteLossError(
                     f"loss term {term.name!r} is {value} at step {step + 1}; the last checkpoint is from before it."
                 )
-        total = sum(term.weight * value for term, value in zip(self.stage.terms, values, strict=True))
+        terms = zip(self.stage.terms, values, strict=True)
+        total = sum(term.weight * value for term, value in terms if term.in_total)
         named = {f"loss/{term.name}": value for term, value in zip(self.stage.terms, values, strict=True)}
         return {"loss/total": total, **named}
 
     def _validate(self, step: int) -> dict[str, float]:
         """Validate the averaged weights on the main process, and write its pictures."""
         figures: dict[str, float] = {}
-        if self.accelerator.is_main_process:
-            with self.averaged_weights():
-                self.stage.model.eval()
+        pictures: dict[str, Any] = {}
+        with self._finished_model():
+            if self.accelerator.is_main_process:
                 figures, pictures = self.stage.validate(step)
-                self.stage.model.train()
+        if self.accelerator.is_main_process:
             for name, picture in pictures.items():
                 save_picture(picture, self.folder / f"{name}.png")
             plot_history({self.stage.name: self.history}, self.folder / "loss.png")
@@ -401,19 +516,22 @@ class TrainingLoop:
                     self._log({"step": done, **figures})
                     progress.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
                 clock += time.perf_counter() - paused
-            if args.checkpointing_steps and done % args.checkpointing_steps == 0 and done < args.max_train_steps:
+            due = bool(args.checkpointing_steps) and done % args.checkpointing_steps == 0
+            if due and done < args.max_train_steps:
                 self._save_checkpoint(done)
+            if self._stopping and done < args.max_train_steps:
+                self._stop(done, saved=due)
         progress.close()
         self._save_model()
 
     def _save_model(self) -> None:
         """Write the finished model aside, then move it into the output folder, its index last."""
-        if self.accelerator.is_main_process:
-            temporary = self.folder / ".saving"
-            shutil.rmtree(temporary, ignore_errors=True)
-            with self.averaged_weights():
-                self.stage.model.eval()
+        temporary = self.folder / ".saving"
+        with self._finished_model():
+            if self.accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
                 self.stage.save(temporary)
+        if self.accelerator.is_main_process:
             for (
                 name
             ) in MODEL_INDICES:  # the old index goes first and the new one comes last: no index over mixed parts
@@ -480,7 +598,8 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
         accelerator.init_trackers(
             "dar-hf", config={k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
         )
-    loop.run()
+    with loop._listening_for_sigterm():
+        loop.run()
     # the wrapped model must go before the process group: otherwise its reducer destroys the group last, which joins
     # the communication thread under the interpreter's lock and can wait for ever
     accelerator.free_memory()
@@ -499,8 +618,27 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
         project_dir=args.output_dir,
+        dynamo_backend="inductor" if args.torch_compile else None,
     )
     if args.mixed_precision == "auto":
         reason = "computed natively here" if precision == "bf16" else "no native bf16 here"
         accelerator.print(f"mixed precision: {precision} ({reason})")
+    check_layout(args, accelerator.distributed_type, accelerator.is_fsdp2)
     return accelerator
+
+
+def check_layout(args: LoopArguments, kind: DistributedType, is_fsdp2: bool) -> None:
+    """Refuse ways of spreading a run that would give a wrong model.
+
+    Raises:
+        ValueError: saying what to do instead.
+    """
+    if kind == DistributedType.FSDP:
+        if not is_fsdp2:
+            raise ValueError("only version 2 of FSDP is supported: set fsdp_version: 2 in accelerate's configuration.")
+        if not args.can_be_sharded:
+            raise ValueError("stage 1 changes its codebook between steps: train it with DDP, FSDP is for stage 2.")
+        if args.ema_decay:
+            raise ValueError("averaged weights are not kept of sharded models: leave ema_decay out, or use DDP.")
+    if kind == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed is not supported: for models that DDP cannot hold, use FSDP version 2.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..tokenizer_dar import DARTokenizerOutput
 
@@ -24,12 +25,14 @@ class LossTerm:
         weight: factor in the total.
         per: what its sum is divided by, "images" or "tokens".
         function: ``(model output, batch) -> sum`` over the micro-batch, a float32 scalar.
+        in_total: False for the loss of another network than the stage's model, which the logged total leaves out.
     """
 
     name: str
     weight: float
     per: str
     function: Callable[..., torch.Tensor]
+    in_total: bool = True
 
 
 def flow_matching_sum(output: DARTokenizerOutput, data_std: float) -> torch.Tensor:
@@ -50,6 +53,12 @@ def commitment_sum(output: DARTokenizerOutput) -> torch.Tensor:
 
 def _masked_sum(difference: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (difference.float().square().mean(dim=-1) * mask).sum()
+
+
+def perceptual_sum(network: nn.Module, output: DARTokenizerOutput, images: torch.Tensor) -> torch.Tensor:
+    """LPIPS of each image and its jump estimate, summed over images; grey ones are compared as RGB."""
+    estimate = output.pred_original_sample
+    return network(estimate.expand(-1, 3, -1, -1), images.expand(-1, 3, -1, -1)).float().sum()
 
 
 def cross_entropy_sum(logits: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What a stage brings to the loop."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
+from ..data import StreamedImages
 from .losses import LossTerm
 
 
@@ -20,17 +22,21 @@ class Stage(ABC):
         name: "tokenizer" or "ar", as in the command.
         saved_class: class that the finished output folder holds.
         model: the module that is trained; its forward is the one wrapped call of every step.
-        samples: data set addressed by ``(index, seed)``.
+        samples: data set addressed by ``(index, seed)``, or a stream.
         terms: the losses. Append a `LossTerm` to add one.
-        keeper: an object with ``state_dict`` that belongs into checkpoints, or None.
+        keepers: objects with ``state_dict`` that belong into checkpoints, always in the same order.
     """
 
     name: ClassVar[str]
     saved_class: ClassVar[str]
     model: nn.Module
-    samples: torch.utils.data.Dataset
+    samples: torch.utils.data.Dataset | StreamedImages
     terms: list[LossTerm]
-    keeper: Any = None
+    keepers: Sequence[Any] = ()
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Called once before training: move what is not the model to the device; nothing by default."""
+        return None
 
     @abstractmethod
     def parameter_groups(self) -> list[dict]:

@@ -1,13 +1,15 @@
 """Stage 1: the sequential diffusion tokenizer on images (D-AR, section 3.2).
 
-The terms here are flow matching, codebook and commitment losses. A further term (perceptual, say) is one more
-`LossTerm` in ``terms``: it gets the model's whole output and the batch.
+The terms are flow matching, codebook and commitment losses and, where their weights are not 0, LPIPS, REPA and a
+discriminator's. A further term is one more `LossTerm` in ``terms``: it gets the model's whole output and the batch.
 """
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -16,13 +18,16 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
-from ..data import ImageSamples, normal_noise, sample_times
+from ..data import ImageSamples, SeedFor, StreamedImages, draw_seed, normal_noise, sample_times
 from ..metrics import codebook_statistics, psnr
+from ..metrics.lpips import MIN_SIZE, load_lpips
 from ..pictures import image_grid, interleave_rows
-from ..tokenizer_dar import DARTokenizer, DARTokenizerOutput
+from ..tokenizer_dar import NUM_REPA_ROWS, DARTokenizer, DARTokenizerOutput
+from .adversary import Adversary, PatchDiscriminator, discriminator_sum, generator_sum
 from .codebook import CodebookKeeper
 from .loop import LoopArguments, _option
-from .losses import LossTerm, codebook_sum, commitment_sum, flow_matching_sum
+from .losses import LossTerm, codebook_sum, commitment_sum, flow_matching_sum, perceptual_sum
+from .repa import load_teacher, repa_grid, repa_sum
 from .stage import Stage
 
 ENCODER_PARTS = ("patch_embed", "query_embed", "query_proj", "encoder_blocks", "quant_proj")
@@ -35,9 +40,20 @@ NUM_PICTURES = 16
 class TokenizerArguments(LoopArguments):
     """Options of stage 1. The defaults are the plain recipe of the paper; small presets switch the cures on."""
 
+    can_be_sharded: ClassVar[bool] = False
+
     encoder_learning_rate: float | None = _option(None, "peak rate of the encoder, if another than the decoder's")
     vq_weight: float = _option(1.0, "weight of the codebook loss")
     commit_weight: float = _option(1.0, "weight of the commitment loss (its own 0.25 comes on top)")
+    perceptual_weight: float = _option(0.0, "weight of LPIPS between the image and its jump estimate")
+    lpips_weights: str | None = _option(None, "converted weights of LPIPS: a file, a folder or a Hub repository")
+    repa_weight: float = _option(0.0, "weight of REPA, which pulls features of the denoiser towards repa_model's")
+    repa_model: str = _option("facebook/dinov2-base", "folder or Hub id of REPA's image encoder")
+    discriminator_weight: float = _option(0.0, "weight of the PatchGAN discriminator's verdict; 0 for none")
+    discriminator_start: int = _option(0, "steps before the discriminator trains and counts")
+    discriminator_layers: int = _option(3, "convolutions of stride 2 of the discriminator")
+    discriminator_width: int = _option(128, "channels after the discriminator's first layer")
+    discriminator_learning_rate: float | None = _option(None, "peak rate of the discriminator, if another")
     gate_start: float = _option(0.0, "start value of the block gates")
     modulation_std: float = _option(0.0, "start deviation of the denoiser's adaLN layers")
     output_std: float = _option(0.0, "start deviation of the denoiser's output layer")
@@ -52,11 +68,19 @@ class TokenizerArguments(LoopArguments):
             raise ValueError(
                 f"continuous_steps={self.continuous_steps} must be less than max_train_steps={self.max_train_steps}."
             )
+        if self.init_from and self.continuous_steps:
+            raise ValueError(
+                "continuous_steps would replace the codebook that --init_from brings: pass --continuous_steps 0."
+            )
         if self.revive_every < 0 or not 0 <= self.revive_until <= 1:
             raise ValueError("revive_every must not be negative, and revive_until must lie in [0, 1].")
-        for name in ("vq_weight", "commit_weight", "modulation_std", "output_std", "post_quant_std"):
-            if getattr(self, name) < 0:
+        weights = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
+        for name in (*weights, "discriminator_start", "modulation_std", "output_std", "post_quant_std"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("discriminator_layers", "discriminator_width", "discriminator_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
 
 
 class TokenizerStage(Stage):
@@ -73,11 +97,13 @@ class TokenizerStage(Stage):
     saved_class = "DARTokenizer"
 
     def __init__(
-        self, model: DARTokenizer, samples: ImageSamples, args: TokenizerArguments, validation: ImageSamples | None
+        self,
+        model: DARTokenizer,
+        samples: ImageSamples | StreamedImages,
+        args: TokenizerArguments,
+        validation: ImageSamples | None,
     ):
         self.model, self.samples, self.args, self.validation = model, samples, args, validation
-        if model.config.repa_layer is not None:
-            model.denoiser.repa_head.requires_grad_(False)  # no term uses it: DDP must not wait for its gradients
         data_std = model.config.data_std
         self.terms = [
             LossTerm("flow", 1.0, "images", lambda output, batch: flow_matching_sum(output, data_std)),
@@ -91,9 +117,110 @@ class TokenizerStage(Stage):
             round(args.revive_until * args.max_train_steps),
             args.seed,
         )
+        self.keepers: list[Any] = [self.keeper]
+        self._frozen: list[nn.Module] = []  # networks that judge the images, on the device of the model
+        self._accelerator: Accelerator | None = None
+        self.adversary: Adversary | None = None
+        with torch.random.fork_rng(devices=[]):  # the model starts the same whatever judges it
+            self._add_perceptual()
+            self._add_repa()
+            self._add_adversary()
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._codes: deque[torch.Tensor] = deque(maxlen=STATISTICS_BATCHES)
         self._quantize = True
+        self._judging = False
+
+    def _add_perceptual(self) -> None:
+        if not self.args.perceptual_weight:
+            return
+        if min(self.model.image_size) < MIN_SIZE:
+            raise ValueError(
+                f"LPIPS needs images of {MIN_SIZE} pixels or more, these are {self.model.image_size}: "
+                "--perceptual_weight 0."
+            )
+        network = load_lpips(self.args.lpips_weights)
+        self._frozen.append(network)
+
+        def term(output: DARTokenizerOutput, batch: dict) -> torch.Tensor:
+            with self._autocast():
+                return perceptual_sum(network, output, batch["pixel_values"])
+
+        self.terms.append(LossTerm("perceptual", self.args.perceptual_weight, "images", term))
+
+    def _add_repa(self) -> None:
+        config = self.model.config
+        if not self.args.repa_weight:
+            if config.repa_layer is not None:
+                # no term uses it: DDP must not wait for its gradients
+                self.model.denoiser.repa_head.requires_grad_(False)
+            return
+        if config.repa_layer is None:
+            raise ValueError("REPA needs a head: --model_overrides repa_layer=N (8 in v1), or --repa_weight 0.")
+        teacher = load_teacher(self.args.repa_model)
+        if teacher.dim != config.repa_dim:
+            raise ValueError(
+                f"{self.args.repa_model} has features of width {teacher.dim}, the REPA head of {config.repa_dim}: "
+                f"--model_overrides repa_dim={teacher.dim}."
+            )
+        self._frozen.append(teacher)
+
+        def term(output: DARTokenizerOutput, batch: dict) -> torch.Tensor:
+            images = batch["pixel_values"]
+            grid = repa_grid(images.shape[2], images.shape[3], config.diffusion_patch_size, NUM_REPA_ROWS)
+            with self._autocast():
+                targets = teacher(images, grid)
+            return repa_sum(output.repa_features, targets)
+
+        self.terms.append(LossTerm("repa", self.args.repa_weight, "images", term))
+
+    def _add_adversary(self) -> None:
+        args = self.args
+        if not args.discriminator_weight:
+            return
+        least = PatchDiscriminator.min_size(args.discriminator_layers)
+        if min(self.model.image_size) < least:
+            raise ValueError(
+                f"a discriminator of {args.discriminator_layers} layers needs images of {least} pixels or more, these "
+                f"are {self.model.image_size}: fewer --discriminator_layers, or --discriminator_weight 0."
+            )
+        torch.manual_seed(draw_seed(args.seed, SeedFor.DISCRIMINATOR))
+        network = PatchDiscriminator(
+            self.model.config.in_channels, args.discriminator_layers, args.discriminator_width
+        )
+        rate = args.discriminator_learning_rate or args.learning_rate
+        betas = (args.adam_beta1, args.adam_beta2)
+        self.adversary = Adversary(network, rate, betas, args.adam_epsilon, args.max_grad_norm)
+        self.keepers.append(self.adversary)
+        self._frozen.append(network)
+
+        def judged(output: DARTokenizerOutput, batch: dict) -> torch.Tensor:
+            if not self._judging:
+                return output.velocity.new_zeros(())
+            with self._autocast():
+                return generator_sum(network, output.pred_original_sample)
+
+        def learning(output: DARTokenizerOutput, batch: dict) -> torch.Tensor:
+            if not self._judging:
+                return output.velocity.new_zeros(())
+            with self._autocast():
+                return discriminator_sum(network, batch["pixel_values"], output.pred_original_sample)
+
+        self.terms.append(LossTerm("adversarial", args.discriminator_weight, "images", judged))
+        self.terms.append(LossTerm("discriminator", 1.0, "images", learning, in_total=False))
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        """bf16 for the networks that judge, where the run has it; not fp16, whose range their gradients leave."""
+        if self._accelerator is not None and self._accelerator.mixed_precision == "bf16":
+            with self._accelerator.autocast():
+                yield
+        else:
+            yield
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        for network in self._frozen:
+            network.to(accelerator.device)
 
     def start_fresh(self) -> None:
         """Give a new model the recipe's start values."""
@@ -122,11 +249,15 @@ class TokenizerStage(Stage):
     def forward(self, model: nn.Module, batch: dict, step: int) -> DARTokenizerOutput:
         images, seeds = batch["pixel_values"], batch["seed"]
         self._quantize = step >= self.args.continuous_steps
+        self._judging = step >= self.args.discriminator_start
+        if self.adversary is not None and self._accelerator is not None:
+            self.adversary.note_scale(self._accelerator)
         output = model(
             images,
             timesteps=sample_times(seeds).to(images.device),
             noise=normal_noise(seeds, images.shape[1:], images.device),
             quantize=self._quantize,
+            output_repa=self.args.repa_weight > 0,
         )
         self._seen.append((output.codes, output.latents.detach()))
         return output
@@ -135,6 +266,8 @@ class TokenizerStage(Stage):
     def after_step(self, step: int, accelerator: Accelerator, optimizer: Any, ema: EMAModel | None) -> None:
         seen, self._seen = self._seen, []
         self._codes.extend(codes for codes, _ in seen)
+        if self.adversary is not None and self._judging:
+            self.adversary.step(accelerator, self.args.learning_rate_factor(step))
         if not (self.args.continuous_steps or self.args.revive_every):
             return
         gathered = [accelerator.gather(pair) for pair in seen]

@@ -1,0 +1,43 @@
+"""Encode a data set once, so that stage 2 trains on stored codes without running the tokenizer.
+
+    accelerate launch examples/extract_codes.py --tokenizer outputs/tokenizer --dataset_name path/to/images \\
+        --crop ten --output_dir outputs/codes
+    accelerate launch examples/train.py ar --preset L --tokenizer outputs/tokenizer --codes outputs/codes \\
+        --crop ten --output_dir outputs/pipeline
+
+Processes share the work; the same command again goes on where it was interrupted. --push_to_hub uploads the set.
+"""
+
+import sys
+from typing import NoReturn
+
+from accelerate import Accelerator
+from transformers import HfArgumentParser
+
+from dar_hf.training.codes import ExtractArguments, extract_codes, push_codes
+
+
+def fail(error: BaseException, code: int) -> NoReturn:
+    """End with one line on stderr."""
+    print(f"extract_codes.py: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main() -> None:
+    try:
+        args = HfArgumentParser(ExtractArguments).parse_args_into_dataclasses()[0]
+        accelerator = Accelerator()
+        stamp = extract_codes(args, accelerator)
+    except (ValueError, OSError, ImportError) as error:
+        fail(error, 2)
+    accelerator.print(f"{stamp['num_images']} images, {stamp['variants']} codes each: {args.output_dir}")
+    if args.push_to_hub and accelerator.is_main_process:
+        try:
+            print(f"pushed to {push_codes(args)}")
+        except Exception as error:  # also what the transport raises
+            fail(ValueError(f"the set is in {args.output_dir}, but not on the Hub: {error}"), 1)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

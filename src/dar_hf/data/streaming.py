@@ -1,0 +1,204 @@
+"""Images that are read in their stored order, without an index: large sets, webdataset tars, the Hub.
+
+A stream is shuffled twice: the order of its shards is drawn anew for each epoch, and rows are read in blocks, each of
+which is permuted. A block is read again after a resume, so the position is exact, which a buffer that mixes rows as
+they come does not allow.
+"""
+
+import copy
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import datasets
+import torch
+from datasets.distributed import split_dataset_by_node
+
+from .batches import UNREADABLE, DataError, SeedFor, collate, draw_seed, open_image, warn_unreadable
+from .transforms import ImageTransform
+
+MAX_UNREADABLE_IN_A_ROW = 1000
+
+
+class StreamedImages:
+    """Images of a streaming data set, endlessly, as tensors in [-1, 1].
+
+    Args:
+        dataset: columns "image" and perhaps "label".
+        transform: image to tensor.
+        block_size: rows that are shuffled together, and held in memory (encoded) by every worker.
+        num_classes: labels must lie below; None where there are none.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        transform: ImageTransform,
+        block_size: int = 1024,
+        num_classes: int | None = None,
+    ):
+        self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.transform, self.block_size, self.num_classes = transform, block_size, num_classes
+
+    def sample(self, row: dict, seed: int) -> dict:
+        """``pixel_values (C, H, W)``, ``index`` (a checksum of the image's name), ``seed`` and perhaps ``label``.
+
+        Raises:
+            DataError: for a label outside the classes.
+        """
+        sample = {"pixel_values": self.transform(open_image(row["image"]), seed), "index": _key(row), "seed": seed}
+        if self.num_classes is not None:
+            label = row["label"]
+            if label is None or not 0 <= label < self.num_classes:
+                raise DataError(f"a streamed image has the label {label}; the model has {self.num_classes} classes.")
+            sample["label"] = label
+        return sample
+
+
+def _key(row: dict) -> int:
+    image = row["image"]
+    return zlib.crc32((image["path"] or "").encode() or image["bytes"] or b"")
+
+
+class _Reader(torch.utils.data.IterableDataset):
+    """Collated batches of one process, as each worker reads them, with the state after each of them."""
+
+    def __init__(self, images: StreamedImages, batch_size: int, num_processes: int, process_index: int, seed: int):
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.num_processes, self.process_index = num_processes, process_index
+        dataset = images.dataset
+        # whole shards for each process where they come out even; else every process reads all and keeps its rows
+        self.by_shards = dataset.num_shards % num_processes == 0
+        if self.by_shards and num_processes > 1:
+            dataset = split_dataset_by_node(dataset, rank=process_index, world_size=num_processes)
+        self.dataset = dataset
+        self.states: list[dict] = []  # of each worker, to continue from
+        self.silent_workers = 0  # the first ones have had their turn
+
+    def __iter__(self) -> Iterator[dict | None]:
+        info = torch.utils.data.get_worker_info()
+        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        if worker < self.silent_workers:
+            yield None
+        self.dataset = copy.deepcopy(self.dataset)  # its epoch lies in memory that all workers share
+        state = dict(self.states[worker]) if self.states else {"epoch": 0, "block": 0, "row": 0, "count": 0}
+        samples = self._samples(state, worker, num_workers)
+        while True:
+            try:
+                batch = collate([next(samples) for _ in range(self.batch_size)])
+            except DataError as error:  # out of a worker it would come with a traceback in its message
+                yield {"error": str(error)}
+                return
+            yield {"batch": batch, "worker": worker, "state": dict(state)}
+
+    def _samples(self, state: dict, worker: int, num_workers: int) -> Iterator[dict]:
+        """Samples from ``state`` on, which is kept up to date; images that cannot be read are left out and noted."""
+        skipped: list[int] = []
+        for row, count in self._rows(state, worker):
+            position = count * self.num_processes + self.process_index if self.by_shards else count
+            seed = draw_seed(self.seed, SeedFor.SAMPLE, position * num_workers + worker)
+            try:
+                sample = self.images.sample(row, seed)
+            except UNREADABLE as error:
+                skipped.append(_key(row))
+                warn_unreadable(row["image"]["path"] or "without a name", error)
+                if len(skipped) > MAX_UNREADABLE_IN_A_ROW:
+                    raise DataError(f"{len(skipped)} images in a row cannot be read: {error}") from error
+                continue
+            yield sample | ({"skipped": skipped} if skipped else {})
+            skipped = []
+
+    def _rows(self, state: dict, worker: int) -> Iterator[tuple[dict, int]]:
+        """Rows of this process and their place in the worker's stream."""
+        while True:
+            # datasets draws the order of shards from the epoch's number, and leaves it alone in epoch 0
+            self.dataset.set_epoch(1 + draw_seed(self.seed, SeedFor.ORDER, state["epoch"]) % (1 << 31))
+            if state.get("source"):
+                self.dataset.load_state_dict(state["source"])
+            rows, found = iter(self.dataset), state["block"] > 0
+            while block := list(islice(rows, self.images.block_size)):
+                found = True
+                seed = draw_seed(self.seed, SeedFor.ORDER, state["epoch"], state["block"], worker)
+                order = torch.randperm(len(block), generator=torch.Generator().manual_seed(seed)).tolist()
+                for place in order[state["row"] :]:
+                    count = state["count"]
+                    state["row"], state["count"] = state["row"] + 1, count + 1
+                    if self.by_shards or count % self.num_processes == self.process_index:
+                        yield block[place], count
+                state |= {"block": state["block"] + 1, "row": 0, "source": self.dataset.state_dict()}
+            if not found:
+                raise DataError("the streamed data set holds no images.")
+            state |= {"epoch": state["epoch"] + 1, "block": 0, "row": 0, "source": None}
+
+
+class BatchStream:
+    """Batches of one process out of a stream, and the position in it.
+
+    Args:
+        images: the stream.
+        batch_size: samples per process and forward pass.
+        num_processes, process_index: the layout of the run.
+        num_workers: processes that read; at most one a shard.
+        seed: seed of the run.
+        pin_memory: keep batches where a GPU can copy them from.
+    """
+
+    def __init__(
+        self,
+        images: StreamedImages,
+        batch_size: int,
+        *,
+        num_processes: int = 1,
+        process_index: int = 0,
+        num_workers: int = 0,
+        seed: int = 0,
+        pin_memory: bool = False,
+    ):
+        self.reader = _Reader(images, batch_size, num_processes, process_index, seed)
+        self.num_workers = min(num_workers, self.reader.dataset.num_shards)
+        self.pin_memory = pin_memory
+        self.layout = {
+            "num_processes": num_processes,
+            "num_workers": self.num_workers,
+            "batch_size": batch_size,
+            "block_size": images.block_size,
+        }
+        self._states: dict[int, dict] = {}
+        self._num_batches = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        loader = torch.utils.data.DataLoader(
+            self.reader,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator().manual_seed(self.reader.seed),  # leaves the global one alone
+        )
+        for item in loader:
+            if item is None:
+                continue
+            if "error" in item:
+                raise DataError(item["error"])
+            self._states[item["worker"]] = item["state"]
+            self._num_batches += 1
+            yield item["batch"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch that was taken; JSON."""
+        fresh = {"epoch": 0, "block": 0, "row": 0, "count": 0}
+        workers = [self._states.get(worker, fresh) for worker in range(max(1, self.num_workers))]
+        return {"layout": self.layout, "num_batches": self._num_batches, "workers": workers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position, before the first batch is taken.
+
+        Raises:
+            ValueError: if it belongs to another layout.
+        """
+        if state["layout"] != self.layout:
+            raise ValueError(f"the stream was read with {state['layout']}, and is now with {self.layout}")
+        self.reader.states = state["workers"]
+        self._states = dict(enumerate(state["workers"]))
+        self._num_batches = state["num_batches"]
+        self.reader.silent_workers = self._num_batches % max(1, self.num_workers) if self.num_workers else 0

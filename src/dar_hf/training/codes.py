@@ -1,0 +1,314 @@
+"""Codes of a whole data set, made once: the tokenizer need not run while the language model trains.
+
+A stored set is a folder of parquet shards with ``codes.json`` beside them, the stamp that says which tokenizer, crops
+and size the codes are of. `dar_hf.training` reads no set whose stamp does not fit.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from pyarrow.parquet import read_metadata
+from tqdm.auto import tqdm
+
+from ..data import ImageSamples, ImageTransform, load_images
+from ..files import write_json, write_text
+from ..tokenizer_dar import DARTokenizer
+from .loop import _option
+
+STAMP_FILE = "codes.json"
+UNFINISHED_FILE = "extraction.json"  # the stamp of a set whose shards are not all there
+MUST_AGREE = ("tokenizer", "size", "crop", "flip", "codebook_size", "num_tokens")
+UINT16_CODES = 1 << 16
+ENCODE_BATCH = 128
+CARD = """---
+tags: [dar, image-codes]
+---
+# Image codes
+
+Codes of `{dataset}` ({split}, {num_images:,} images) under a D-AR tokenizer, {variants} a row: `codes` is
+(variants, tokens), in the order of the crops of `dar_hf.data.ImageTransform`. `codes.json` says which tokenizer
+(a hash of its weights), crop and size they are of; `examples/train.py ar --codes` takes no others.
+"""
+
+
+def tokenizer_fingerprint(tokenizer: DARTokenizer) -> str:
+    """SHA-256 of names and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def num_variants(transform: ImageTransform) -> int:
+    """How many codes each image has.
+
+    Raises:
+        ValueError: if they cannot be counted (random crops, noise).
+    """
+    if transform.num_variants is None:
+        raise ValueError("codes are stored of variants that can be counted: crop=center or ten, and no pixel_noise.")
+    return transform.num_variants
+
+
+def encode_variants(samples: ImageSamples, indices: range, tokenizer: DARTokenizer) -> tuple[torch.Tensor, list[int]]:
+    """Codes of all countable variants of some images, ``(n, variants, tokens)`` on the CPU, and which images they are.
+
+    Images that cannot be read are left out, with a warning.
+    """
+    transform = samples.transform
+    found = {index: image for index in indices if (image := samples.readable_image(index)) is not None}
+    kept, images = list(found), list(found.values())
+    if not images:
+        return torch.empty(0, num_variants(transform), tokenizer.config.num_tokens, dtype=torch.long), kept
+    stacks = (
+        torch.stack([transform.render(image, variant) for image in images])
+        for variant in range(num_variants(transform))
+    )
+    return torch.stack([tokenizer.encode(stack.to(tokenizer.device)).codes.cpu() for stack in stacks], dim=1), kept
+
+
+def _encode(
+    samples: ImageSamples, indices: range, tokenizer: DARTokenizer, batch_size: int, progress: bool = False
+) -> tuple[torch.Tensor, list[int]]:
+    """Codes of the images that can be read, encoded batch by batch, and their labels."""
+    starts = tqdm(indices[::batch_size], desc="codes", disable=not progress, mininterval=1.0)
+    parts = [encode_variants(samples, range(i, min(i + batch_size, indices.stop)), tokenizer) for i in starts]
+    labels = [samples.labels[index] for _, kept in parts for index in kept]
+    return torch.cat([codes for codes, _ in parts]), labels
+
+
+class CodeSamples(torch.utils.data.Dataset):
+    """Codes and labels by ``(index, seed)``; the seed picks the crop, as it does for images.
+
+    Args:
+        codes: ``codes[index]`` is ``(variants, tokens)``.
+        labels: class of each image.
+        transform: what makes the variants of images.
+    """
+
+    def __init__(self, codes: Any, labels: list[int], transform: ImageTransform):
+        self.codes, self.labels, self.transform = codes, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        index, seed = key
+        codes = self.codes[index][self.transform.variant(seed)]
+        return {"codes": codes, "label": self.labels[index], "index": index, "seed": seed}
+
+
+def encode_all(samples: ImageSamples, tokenizer: DARTokenizer) -> CodeSamples:
+    """Every image's codes in memory.
+
+    Raises:
+        ValueError: if the transform's variants cannot be counted (random crops, noise).
+    """
+    num_variants(samples.transform)
+    codes, labels = _encode(samples, range(len(samples)), tokenizer, ENCODE_BATCH, progress=True)
+    return CodeSamples(codes, labels, samples.transform)
+
+
+class _StoredCodes:
+    """Rows of a stored set as tensors; the set stays on disk."""
+
+    def __init__(self, dataset: datasets.Dataset):
+        self.dataset = dataset.select_columns("codes").with_format("numpy")
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self.dataset[index]["codes"].astype("int64"))
+
+
+def load_codes(source: str, tokenizer: DARTokenizer, transform: ImageTransform) -> datasets.Dataset:
+    """A stored set of codes, with the columns "codes" and "label" (a `datasets.ClassLabel`).
+
+    Args:
+        source: folder or Hub id.
+        tokenizer, transform: what the codes must be of.
+
+    Raises:
+        ValueError: if there is no finished set, or it is of another tokenizer, crop or size.
+    """
+    stamp, files = _find_codes(source)
+    wanted = make_stamp(tokenizer, transform)
+    wrong = [f"{name} {stamp.get(name)}, not {wanted[name]}" for name in MUST_AGREE if stamp.get(name) != wanted[name]]
+    if wrong:
+        raise ValueError(
+            f"the codes in {source} do not fit this run: they are of {'; '.join(wrong)}. Extract them again with "
+            "examples/extract_codes.py, or give the options that they were made with."
+        )
+    dataset = datasets.load_dataset("parquet", data_files={"train": files}, split="train")
+    if len(dataset) != stamp["num_rows"]:
+        raise ValueError(f"{source} holds {len(dataset)} rows, its stamp says {stamp['num_rows']}.")
+    return dataset
+
+
+def stored_samples(dataset: datasets.Dataset, transform: ImageTransform) -> CodeSamples:
+    """Samples of a stored set from `load_codes`."""
+    return CodeSamples(_StoredCodes(dataset), dataset["label"][:], transform)
+
+
+def _find_codes(source: str) -> tuple[dict, list[str]]:
+    """Stamp of a finished set and its shards."""
+    folder = Path(source).expanduser()
+    try:
+        if folder.is_dir():
+            stamp = json.loads((folder / STAMP_FILE).read_text())
+            return stamp, sorted(str(path) for path in folder.glob("train-*.parquet"))
+        stamp = json.loads(Path(hf_hub_download(source, STAMP_FILE, repo_type="dataset")).read_text())
+    except (OSError, HFValidationError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"no finished set of codes at {source!r}: no readable {STAMP_FILE}, which examples/extract_codes.py "
+            f"leaves last. ({error})"
+        ) from error
+    return stamp, [f"hf://datasets/{source}/train-*.parquet"]
+
+
+def make_stamp(tokenizer: DARTokenizer, transform: ImageTransform) -> dict[str, Any]:
+    """What codes are of: tokenizer, crops and size."""
+    return {
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "size": list(tokenizer.image_size),
+        "crop": transform.crop,
+        "flip": transform.flip and transform.crop != "ten",  # the ten crops hold mirrored ones in any case
+        "codebook_size": tokenizer.config.codebook_size,
+        "num_tokens": tokenizer.config.num_tokens,
+        "variants": num_variants(transform),
+    }
+
+
+# Extraction
+
+
+@dataclass
+class ExtractArguments:
+    """Options of examples/extract_codes.py."""
+
+    tokenizer: str = _option("", "folder or Hub id of the trained tokenizer, or of a pipeline's tokenizer folder")
+    dataset_name: str = _option("", "digits, a folder of images or parquet files, a parquet file, or a Hub id")
+    output_dir: str = _option("outputs/codes", "folder for the codes; an unfinished one is continued")
+    split: str = _option("train", "split to encode")
+    dataset_config_name: str | None = _option(None, "configuration of a Hub data set")
+    image_column: str = _option("image", "column with the images")
+    label_column: str = _option("label", "column with the classes")
+    crop: str = _option("ten", "center or ten")
+    flip: bool = _option(False, "also the mirrored images; the ten crops hold them in any case")
+    batch_size: int = _option(128, "images per forward pass")
+    shard_size: int = _option(8192, "images per shard; an interrupted extraction repeats at most one of each process")
+    push_to_hub: bool = _option(False, "upload the finished set")
+    hub_dataset_id: str | None = _option(None, "repository to upload to; default the name of output_dir")
+    hub_private_repo: bool = _option(False, "create that repository as a private one")
+
+    def __post_init__(self):
+        for name in ("tokenizer", "dataset_name"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing.")
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def extract_codes(args: ExtractArguments, accelerator: Accelerator) -> dict[str, Any]:
+    """Encode a data set into ``args.output_dir``; processes share the shards, and shards that are there stay.
+
+    Returns:
+        The stamp of the finished set.
+
+    Raises:
+        ValueError: for a missing tokenizer or data set, or a folder that holds other codes.
+    """
+    try:
+        tokenizer = DARTokenizer.from_pretrained(args.tokenizer).to(accelerator.device).eval()
+    except OSError as error:
+        raise ValueError(f"no tokenizer at {args.tokenizer!r}, neither as a folder nor on the Hub.") from error
+    transform = ImageTransform(tokenizer.image_size, tokenizer.config.in_channels, args.crop, args.flip)
+    with accelerator.main_process_first():
+        dataset = load_images(
+            args.dataset_name,
+            args.split,
+            config_name=args.dataset_config_name,
+            image_column=args.image_column,
+            label_column=args.label_column,
+        )
+    samples = ImageSamples(dataset, transform, memory_budget=0)
+    stamp = make_stamp(tokenizer, transform) | {
+        "dataset": Path(args.dataset_name).name if Path(args.dataset_name).exists() else args.dataset_name,
+        "split": args.split,
+        "num_images": len(dataset),
+        "shard_size": args.shard_size,
+    }
+    folder = Path(args.output_dir)
+    with accelerator.main_process_first():
+        finished = _claim_folder(folder, stamp)
+    if not finished:
+        _write_shards(samples, tokenizer, stamp, folder, args.batch_size, accelerator)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_text(folder / "README.md", CARD.format(**stamp))
+            rows = sum(read_metadata(path).num_rows for path in folder.glob("train-*.parquet"))
+            write_json(folder / STAMP_FILE, stamp | {"num_rows": rows})
+            (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return stamp
+
+
+def push_codes(args: ExtractArguments) -> str:
+    """Upload a finished set as a data set of the Hub; returns its address."""
+    api = HfApi()
+    name = args.hub_dataset_id or Path(args.output_dir).resolve().name
+    repo_id = api.create_repo(name, repo_type="dataset", private=args.hub_private_repo or None, exist_ok=True).repo_id
+    patterns = ["train-*.parquet", STAMP_FILE, "README.md"]
+    api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, repo_type="dataset", allow_patterns=patterns)
+    return f"{api.endpoint}/datasets/{repo_id}"
+
+
+def _claim_folder(folder: Path, stamp: dict[str, Any]) -> bool:
+    """Whether the folder holds this set already, finished; an empty or unfinished one is taken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (STAMP_FILE, UNFINISHED_FILE):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text())
+            if found | {"num_rows": None} != stamp | {"num_rows": None}:
+                raise ValueError(
+                    f"{folder} holds codes of another tokenizer, data set or crop (see {name}): choose another folder."
+                )
+            return name == STAMP_FILE
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no codes: choose another folder.")
+    write_json(folder / UNFINISHED_FILE, stamp)
+    return False
+
+
+def _write_shards(
+    samples: ImageSamples,
+    tokenizer: DARTokenizer,
+    stamp: dict[str, Any],
+    folder: Path,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> None:
+    """This process's share of the shards, each complete or absent."""
+    dtype = "uint16" if stamp["codebook_size"] <= UINT16_CODES else "int32"
+    shape = (stamp["variants"], stamp["num_tokens"])
+    features = datasets.Features({"codes": datasets.Array2D(shape, dtype), "label": samples.dataset.features["label"]})
+    starts = range(0, len(samples), stamp["shard_size"])
+    own = range(accelerator.process_index, len(starts), accelerator.num_processes)
+    for shard in tqdm(own, desc="shards", disable=not accelerator.is_main_process, mininterval=1.0):
+        path = folder / f"train-{shard:05d}-of-{len(starts):05d}.parquet"
+        if path.is_file():
+            continue
+        stop = min(starts[shard] + stamp["shard_size"], len(samples))
+        codes, labels = _encode(samples, range(starts[shard], stop), tokenizer, batch_size)
+        columns = {"codes": codes.numpy().astype(dtype), "label": labels}
+        temporary = path.with_name(f".{path.name}.tmp")
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(temporary)
+        os.replace(temporary, path)

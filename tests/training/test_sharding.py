@@ -1,0 +1,150 @@
+"""Gathering parameters that torch's fully_shard has spread over two processes."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from accelerate.utils import DistributedType
+from torch import nn
+
+from dar_hf import DARPipeline
+from dar_hf.training.loop import TrainingLoop, check_layout, make_accelerator
+from dar_hf.training.sharding import gather_into
+
+from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_args
+from .test_trajectories import free_port
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
+
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from dar_hf import DARConfig, DARForCausalLM
+from dar_hf.training.sharding import gather_into
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+sizes = dict(hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=2, codebook_size=7)
+model = DARForCausalLM(DARConfig(**sizes, num_classes=3, num_image_tokens=4, tokens_per_group=2))
+torch.nn.init.normal_(model.lm_head.weight)
+main = dist.get_rank() == 0
+torch.manual_seed(1)
+whole = DARForCausalLM(model.config) if main else None
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+local = sum(p.to_local().numel() for p in model.parameters())
+assert local < 0.6 * sum(p.numel() for p in model.parameters())  # it is sharded
+ids = torch.tensor([[7, 1, 2, 3], [9, 4, 5, 6]])
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+for _ in range(3):
+    model.train()
+    torch.manual_seed(5)
+    model(input_ids=ids, labels=ids.masked_fill(ids > 6, -100)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+gather_into(model, whole)
+model.eval()
+with torch.no_grad():
+    expected = model(input_ids=ids).logits  # all processes: a forward pass gathers, too
+if main:
+    whole.eval().save_pretrained(sys.argv[1])
+    loaded = DARForCausalLM.from_pretrained(sys.argv[1]).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-6, rtol=1e-5)
+    fresh = DARForCausalLM(model.config)
+    assert not any(torch.equal(a, b) for a, b in zip(loaded.parameters(), fresh.parameters()) if a.ndim > 1)
+    print("gathered")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_gather_what_they_trained(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    source = str(Path(__file__).parents[2] / "src")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": source}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    result = subprocess.run(
+        [*launch, str(tmp_path / "script.py"), str(tmp_path / "model")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "gathered" in result.stdout
+
+
+def test_plain_parameters_are_copied():
+    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    gather_into(one, other)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    gather_into(one, None)
+    with pytest.raises(ValueError, match="different parameters: bias"):
+        gather_into(one, nn.Linear(3, 2, bias=False))
+
+
+@pytest.fixture
+def tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def test_a_sharded_run_validates_and_saves_the_whole_copy(tmp_path, tokenizer):
+    """As under FSDP: the model that trains never meets validation or saving."""
+    with fresh_process():
+        stage, args = ar_stage(tmp_path / "run", tokenizer, ema_decay=None)
+        loop = TrainingLoop(stage, args, make_accelerator(args))
+        loop.sharded, loop.whole, trained = True, copy.deepcopy(stage.model), stage.model
+        judged = []
+        validate = stage.validate
+        stage.validate = lambda step: judged.append(stage.model) or validate(step)
+        loop.run()
+    assert judged == [loop.whole] and stage.model is trained and trained.training
+    saved = DARPipeline.from_pretrained(tmp_path / "run").transformer
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), trained.parameters(), strict=True))
+
+
+def test_layouts_that_would_give_a_wrong_model_are_refused(tmp_path, tokenizer):
+    stage_one, stage_two = tokenizer_args(tmp_path, ema_decay=None), ar_args(tmp_path, tokenizer, ema_decay=None)
+    check_layout(stage_two, DistributedType.FSDP, True)
+    check_layout(stage_one, DistributedType.MULTI_GPU, False)
+    mistakes = [
+        (stage_two, DistributedType.FSDP, False, "fsdp_version: 2"),
+        (stage_one, DistributedType.FSDP, True, "train it with DDP"),
+        (ar_args(tmp_path, tokenizer), DistributedType.FSDP, True, "leave ema_decay out"),
+        (stage_two, DistributedType.DEEPSPEED, False, "DeepSpeed is not supported"),
+    ]
+    for args, kind, is_fsdp2, message in mistakes:
+        with pytest.raises(ValueError, match=message):
+            check_layout(args, kind, is_fsdp2)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_configurations(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP)
+    assert config.mixed_precision == "bf16" and config.num_processes == 8 * config.num_machines
+    wrapped = yaml.safe_load(path.read_text()).get("fsdp_config", {}).get("fsdp_transformer_layer_cls_to_wrap")
+    assert wrapped in (None, "DARDecoderLayer")
