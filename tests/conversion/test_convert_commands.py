@@ -21,9 +21,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def files(tmp_path):
-    weights = originals.tokenizer_weights(originals.TOKENIZER)
-    weights = {name: tensor * 0.05 for name, tensor in weights.items()}
-    originals.save(originals.tokenizer_checkpoint(weights, originals.TOKENIZER), tmp_path / "tokenizer.pt")
+    config = originals.tokenizer_config(time_shift=1.5)
+    weights = {name: tensor * 0.05 for name, tensor in originals.tokenizer_weights(config).items()}
+    originals.save(originals.tokenizer_checkpoint(weights, config), tmp_path / "tokenizer.pt")
     model = originals.transformer_checkpoint(originals.transformer_weights(**originals.TRANSFORMER), n_head=2)
     torch.save(model, tmp_path / "transformer.pt")
     return ["--tokenizer", str(tmp_path / "tokenizer.pt"), "--transformer", str(tmp_path / "transformer.pt")]
@@ -35,23 +35,25 @@ def run(script, *arguments):
 
 
 def test_a_pipeline(files, tmp_path):
+    weights = originals.transformer_weights(**originals.TRANSFORMER | {"num_classes": 1000})
+    torch.save(originals.transformer_checkpoint(weights, n_head=2), files[3])
     result = run("convert_checkpoint.py", *files, "--output_dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    for line in ("tokenizer: ", " M (REPA head, for training)", "transformer: 0.5 M parameters", "codebook_used"):
+    for line in ("tokenizer: ", " M (REPA head, for training)", "transformer: 0.7 M parameters", "codebook_used"):
         assert line in result.stdout
     card = (tmp_path / "out" / "README.md").read_text()
     assert "`tokenizer.pt`, `transformer.pt`" in card and "library_name: diffusers" in card
     pipeline = DARPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.transformer.config.num_image_tokens == 16  # the tokenizer's: the file does not say
     assert pipeline.transformer.config.tokens_per_group == 4
-    assert pipeline.scheduler.config.shift == 2 and not pipeline.scheduler.config.variable_step
+    assert pipeline.scheduler.config.shift == 1.5 and not pipeline.scheduler.config.variable_step
     for converted, loaded in (
         (convert_tokenizer(files[1]), pipeline.tokenizer),
         (convert_transformer(files[3], num_image_tokens=16), pipeline.transformer),
     ):
         assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in converted.state_dict().items())
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline([0, 4]).images[0].size == (16, 16)
+    assert pipeline("golden retriever").images[0].size == (16, 16) and pipeline.get_label_ids("goldfish") == [1]
 
 
 def test_options(files, tmp_path):
@@ -70,6 +72,16 @@ def test_options(files, tmp_path):
     assert pipeline.transformer.generation_config.guidance_scale == [1.1, 10.0]
     assert pipeline.tokenizer.config.num_inference_steps == 3 and pipeline.tokenizer.config.strict_sample_size
     assert pipeline.transformer.config.class_dropout == 0.3
+
+
+def test_options_that_say_nothing(files, tmp_path):
+    (tmp_path / "labels.txt").write_text("a")
+    for options, message in (
+        ((*files[:2], "--id2label", tmp_path / "labels.txt"), "--id2label needs --tokenizer and --transformer"),
+        ((*files[2:], "--config", tmp_path / "labels.txt"), "--config needs --tokenizer"),
+    ):
+        result = run("convert_checkpoint.py", *options, "--output_dir", tmp_path / "out")
+        assert result.returncode == 2 and message in result.stderr and not (tmp_path / "out").exists()
 
 
 def test_one_model(files, tmp_path):
