@@ -75,7 +75,7 @@ def test_digits_is_a_whole_system():
         )
     )
     codes = torch.cat(list(model.eval().stream_codes([0, 9])), dim=1)
-    assert tokenizer.decode(codes).sample.shape == (2, 3, 8, 8)
+    assert tokenizer.decode(codes).sample.shape == (2, 1, 8, 8)
     assert millions(tokenizer) + millions(model) < 5
 
 

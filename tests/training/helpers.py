@@ -13,6 +13,7 @@ from dar_hf.training import ARArguments, TokenizerArguments
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
 
 TINY_TOKENIZER = {
+    "in_channels": 3,
     "encoder_dim": 32,
     "decoder_dim": 32,
     "diffusion_dim": 32,

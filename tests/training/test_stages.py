@@ -346,6 +346,16 @@ def test_the_saved_pipeline_is_complete(tmp_path, tokenizer):
     assert image.size == (8, 8)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_solver_is_saved(tmp_path, tokenizer, order):
+    stage, _ = ar_stage(tmp_path, tokenizer, solver_order=order)
+    stage.save(tmp_path / "out")
+    scheduler = DARPipeline.from_pretrained(tmp_path / "out").scheduler
+    assert scheduler.config.solver_order == order
+    with pytest.raises(ValueError, match="solver_order must be 1 or 2, got 3"):
+        ar_args(tmp_path, tokenizer, solver_order=3)
+
+
 def test_one_guidance_scale(tmp_path, tokenizer):
     stage, _ = ar_stage(tmp_path, tokenizer, guidance_scale=[1.5])
     assert stage.model.generation_config.guidance_scale == 1.5

@@ -35,11 +35,14 @@ class ARArguments(LoopArguments):
     lora_rank: int = _option(0, "train only low-rank adapters of this rank, which are merged at the end; 0 for all")
     lora_alpha: int | None = _option(None, "scale of the adapters times their rank; default the rank")
     guidance_scale: list[float] | None = _option(None, "default guidance saved with the model: one scale, or two ends")
+    solver_order: int = _option(2, "solver saved with the pipeline: 2 is the original's Adams-Bashforth, 1 Euler")
 
     def __post_init__(self):
         super().__post_init__()
         if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):
             raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
+        if self.solver_order not in (1, 2):
+            raise ValueError(f"solver_order must be 1 or 2, got {self.solver_order}.")
         if self.lora_rank < 0 or (self.lora_alpha is not None and not self.lora_alpha > 0):
             raise ValueError("lora_rank must not be negative, and lora_alpha must be positive.")
         if self.lora_rank and not self.init_from:
@@ -154,7 +157,9 @@ class ARStage(Stage):
         return figures, {"samples": image_grid(images, SAMPLE_COLUMNS)}
 
     def save(self, folder: Path) -> None:
-        scheduler = FlowMatchAdamsBashforthScheduler(shift=self.tokenizer.config.time_shift)
+        scheduler = FlowMatchAdamsBashforthScheduler(
+            shift=self.tokenizer.config.time_shift, solver_order=self.args.solver_order
+        )
         model: Any = self.model
         if self.args.lora_rank:
             model = copy.deepcopy(model).merge_and_unload()
