@@ -144,7 +144,8 @@ class FilledCacheLayer(DynamicLayer):
         self.dtype = torch.float32 if self.device.type == "cpu" else key_states.dtype
         batch_size, num_heads, _, head_dim = key_states.shape
         shape = (batch_size, num_heads, self.max_length, head_dim)
-        self.buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)]
+        with torch.inference_mode(False):  # a stream begun in inference mode may go on outside it
+            self.buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)]
         self.keys, self.values = (buffer[:, :, :0] for buffer in self.buffers)
         self.is_initialized = True
 
@@ -348,6 +349,10 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         self._static_caches: dict[tuple, StaticCache] = {}
         self.lm_head = Linear(config.hidden_size, config.codebook_size, bias=False)
         self.post_init()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles, without what was compiled: it belongs to this model's weights."""
+        return {**super().__getstate__(), "_compiled_forward": None, "_static_caches": {}}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
