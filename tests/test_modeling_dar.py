@@ -592,6 +592,12 @@ def test_group_size_and_num_tokens(tiny_transformer):
         assert torch.equal(torch.cat(groups, dim=1), whole[:, : sum(lengths)])
 
 
+def test_the_smallest_temperatures_are_greedy(tiny_transformer):
+    greedy = stream(tiny_transformer, [0, 3], temperature=0)
+    assert torch.equal(stream(tiny_transformer, [0, 3], temperature=1e-40), greedy)
+    assert torch.equal(stream(tiny_transformer, [0, 3], temperature=1e-20), greedy)
+
+
 def test_stream_begun_in_inference_mode_goes_on_outside_it(tiny_transformer):
     expected = stream(tiny_transformer, [0, 3], temperature=0)
     groups = tiny_transformer.stream_codes([0, 3], temperature=0)
