@@ -60,6 +60,7 @@ def forwards(tiny_pipeline):
         (0, {"num_inference_steps": -1}, "num_inference_steps must be a positive integer"),
         (0, {"num_inference_steps": 2.5}, "num_inference_steps must be a positive integer"),
         (0, {"num_inference_steps": True}, "num_inference_steps must be a positive integer"),
+        (0, {"num_inference_steps": 10**30}, "num_inference_steps must be a positive integer, at most 10000"),
         (0, {"num_tokens": "all"}, "num_tokens must be a positive integer"),
         (0, {"num_tokens": 0}, "num_tokens must be a positive integer"),
         (0, {"num_tokens": 17}, r"num_tokens must lie in \[1, 16\]"),

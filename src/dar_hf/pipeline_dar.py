@@ -24,7 +24,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .modeling_dar import DARForCausalLM, GuidanceScale, check_generators, guidance_schedule, sampling_warpers
-from .scheduling_dar import FlowMatchAdamsBashforthScheduler
+from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps
 from .tokenizer_dar import DARPreview, DARTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
@@ -203,7 +203,7 @@ class DARPipeline(DiffusionPipeline):
             guidance_scale: classifier-free guidance, a number or a pair (start, end) for a scale linear over the
                 tokens; None takes the default saved with the transformer, 1.0 switches it off.
             temperature, top_k, top_p: sampling of the codes; temperature 0 takes the most probable ones.
-            num_inference_steps: denoising steps, any number; default the tokenizer's.
+            num_inference_steps: denoising steps, any number up to 10000; default the tokenizer's.
             num_tokens: generate and decode only this many codes (a preview).
             num_images_per_prompt: images per label.
             prefix_codes: ``(B or 1, n)`` codes to start from; as with images, one row serves all, one for each label
@@ -446,7 +446,7 @@ class DARPipeline(DiffusionPipeline):
 
     def _num_steps(self, num_inference_steps: int | None) -> int:
         default = self.tokenizer.config.num_inference_steps
-        return _positive_int("num_inference_steps", default if num_inference_steps is None else num_inference_steps)
+        return check_num_steps(default if num_inference_steps is None else num_inference_steps)
 
     def _num_tokens(self, num_tokens: int | None, num_steps: int, output_type: str, start_step: int = 0) -> int:
         most = self.tokenizer.config.num_tokens
