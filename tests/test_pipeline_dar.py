@@ -474,6 +474,13 @@ def test_callback_gets_the_tensors_it_names(tiny_pipeline):
     assert all(set(step) == {"step", "timestep", "codes"} for step in steps)
 
 
+@pytest.mark.parametrize("options", [{"num_tokens": 2}, {"num_tokens": 13, "image": picture(), "strength": 0.25}])
+def test_callback_counts_from_zero_where_codes_complete_no_step(tiny_pipeline, options):
+    steps = []
+    tiny_pipeline(0, output_type="codes", callback_on_step_end=lambda _, step, *__: steps.append(step), **options)
+    assert steps == [0]
+
+
 def test_callback_can_replace_the_latents(tiny_pipeline):
     tokenizer = tiny_pipeline.tokenizer
     codes = generated_codes(tiny_pipeline, 0, generator=seeded())

@@ -363,7 +363,8 @@ class DARPipeline(DiffusionPipeline):
             return False
         tensors = {"preview": step.sample, "codes": torch.cat(pieces, dim=1), "latents": step.latents}
         tensors = {name: tensors[name] for name in decoding.callback_inputs}
-        answer = decoding.callback(self, step.step - 1 - decoding.start_step, step.timestep, tensors)
+        index = max(step.step - decoding.start_step, 1) - 1  # codes alone may complete no step
+        answer = decoding.callback(self, index, step.timestep, tensors)
         if answer is not None and not isinstance(answer, dict):
             raise ValueError(f"callback_on_step_end must return a dictionary or None, got {type(answer).__name__}.")
         answer = answer or {}
