@@ -598,6 +598,20 @@ def test_the_smallest_temperatures_are_greedy(tiny_transformer):
     assert torch.equal(stream(tiny_transformer, [0, 3], temperature=1e-20), greedy)
 
 
+def test_a_model_in_training_streams_as_in_evaluation(tiny_transformer):
+    options = {"guidance_scale": 2.0, "generator": seeded()}
+    expected = stream(tiny_transformer, [0, 3], **options)
+    tiny_transformer.train().gradient_checkpointing_enable()
+    tiny_transformer.training = False  # as adapters are, put as new parts into a model that is not in training
+    modes, state = [module.training for module in tiny_transformer.modules()], torch.get_rng_state()
+    groups = []
+    for group in tiny_transformer.stream_codes([0, 3], **options | {"generator": seeded()}):
+        groups.append(group)
+        assert [module.training for module in tiny_transformer.modules()] == modes
+    assert torch.equal(torch.cat(groups, dim=1), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_stream_begun_in_inference_mode_goes_on_outside_it(tiny_transformer):
     expected = stream(tiny_transformer, [0, 3], temperature=0)
     groups = tiny_transformer.stream_codes([0, 3], temperature=0)

@@ -111,6 +111,19 @@ def check_generators(generator: Generators, batch_size: int, device: torch.devic
         raise ValueError(f"got {len(generators)} generators for a batch of {batch_size}.")
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout, and checkpointing, which drops the cache, off for a block; every part gets its mode back."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 class ClassifierFreeGuidance(LogitsProcessor):
     """Merges the doubled rows of a guided step; stands first among the processors of `generate`."""
 
@@ -515,7 +528,8 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     ) -> Iterator[torch.LongTensor]:
         """Generate codes and yield each group ``(B, group_size)`` as soon as it is complete.
 
-        Every code is one forward pass over a key-value cache; the prefix is never computed again.
+        Every code is one forward pass over a key-value cache, without dropout whatever mode the model is in; the
+        prefix is never computed again.
 
         Args:
             class_labels: one label per image, in [0, num_classes).
@@ -603,20 +617,21 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         with self._decoding(rows, num_tokens) as (forward, cache):
             while yielded < num_tokens:
                 stop = min(yielded + group_size, num_tokens)
-                while codes.shape[1] < stop:
-                    inputs = tokens if schedule is None else self._with_null_rows(tokens)
-                    # the first pass, over the class and the prefix, has a length of its own: not worth compiling
-                    step = self if first else forward
-                    logits = step(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-                    logits, first = logits[:, -1].float(), False
-                    codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
-                    if schedule is not None:
-                        logits = apply_guidance(logits, schedule[codes.shape[1]])
-                    if warpers is None:
-                        tokens = logits.argmax(dim=-1, keepdim=True)
-                    else:
-                        tokens = draw(warpers(None, logits), generator)[:, None]
-                    codes = torch.cat([codes, tokens], dim=1)
+                with evaluating(self):
+                    while codes.shape[1] < stop:
+                        inputs = tokens if schedule is None else self._with_null_rows(tokens)
+                        # the first pass, over the class and the prefix, has a length of its own: not worth compiling
+                        step = self if first else forward
+                        logits = step(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                        logits, first = logits[:, -1].float(), False
+                        codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
+                        if schedule is not None:
+                            logits = apply_guidance(logits, schedule[codes.shape[1]])
+                        if warpers is None:
+                            tokens = logits.argmax(dim=-1, keepdim=True)
+                        else:
+                            tokens = draw(warpers(None, logits), generator)[:, None]
+                        codes = torch.cat([codes, tokens], dim=1)
                 yield codes[:, yielded:stop]
                 yielded = stop
 
