@@ -28,6 +28,7 @@ setup(
         "peft": ["peft>=0.17"],  # LoRA of the language model
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.14",
             "matplotlib>=3.9",

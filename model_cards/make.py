@@ -76,7 +76,7 @@ def digits_card() -> str:
             "made by": "`make demo` (preset `digits`, seed 0), 2026-11-23",
             "made with": versions,
             "machine": "2 CPU cores with AVX-512 bf16",
-            "time": "7 min 18 s in all: tokenizer 4 min 54 s, language model 56 s, the rest installation, loading and "
+            "time": "6 min 51 s after installation: tokenizer 5 min 32 s, language model 55 s, the rest loading and "
             "evaluation",
         },
         results=eval_results(report),
