@@ -373,10 +373,6 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         self.lm_head = Linear(config.hidden_size, config.codebook_size, bias=False)
         self.post_init()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Of copies and pickles, without what was compiled: it belongs to this model's weights."""
-        return {**super().__getstate__(), "_compiled_forward": None, "_static_caches": {}}
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
