@@ -46,6 +46,8 @@ def load_inputs(args: argparse.Namespace, pipe: DARPipeline) -> torch.Tensor:
     if args.images:
         images = [Image.open(path) for path in args.images]
     else:
+        if args.num_images < 1:
+            raise ValueError(f"--num_images must be at least 1, got {args.num_images}.")
         dataset = load_images(args.dataset_name, args.split, label_column=None)
         images = dataset.select(range(min(args.num_images, len(dataset))))["image"]
     height, width = pipe.tokenizer.image_size

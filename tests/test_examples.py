@@ -119,3 +119,4 @@ def test_reconstruct_a_data_set(folder, run, capsys):
     run("reconstruct.py", *options)
     assert Image.open(folder / "out.png").size == (3 * TILE + 2, 2 * TILE + 2)
     assert "image size 16x16" in refusal(run, capsys, "reconstruct.py", *options, "--height", 16, "--width", 16)
+    assert "--num_images must be at least 1" in refusal(run, capsys, "reconstruct.py", *options, "--num_images", 0)

@@ -170,3 +170,14 @@ def test_weights_are_packed_while_codes_stream_and_not_after(tiny_transformer):
     next(stream)
     del stream
     assert not any(layer.weight.is_mkldnn for layer in layers(tiny_transformer))
+
+
+@onednn
+def test_a_model_that_ran_in_inference_mode_trains(tiny_transformer):
+    with torch.inference_mode():
+        list(tiny_transformer.stream_codes([0]))
+    assert not any(parameter.is_inference() for parameter in tiny_transformer.parameters())
+    sequence = torch.tensor([[32, 1, 2]])
+    optimizer = torch.optim.SGD(tiny_transformer.train().parameters(), lr=0.1)
+    tiny_transformer(sequence, labels=sequence).loss.backward()
+    optimizer.step()

@@ -1,5 +1,6 @@
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -591,6 +592,34 @@ def test_group_size_and_num_tokens(tiny_transformer):
         assert torch.equal(torch.cat(groups, dim=1), whole[:, : sum(lengths)])
 
 
+def test_the_smallest_temperatures_are_greedy(tiny_transformer):
+    greedy = stream(tiny_transformer, [0, 3], temperature=0)
+    assert torch.equal(stream(tiny_transformer, [0, 3], temperature=1e-40), greedy)
+    assert torch.equal(stream(tiny_transformer, [0, 3], temperature=1e-20), greedy)
+
+
+def test_a_model_in_training_streams_as_in_evaluation(tiny_transformer):
+    options = {"guidance_scale": 2.0, "generator": seeded()}
+    expected = stream(tiny_transformer, [0, 3], **options)
+    tiny_transformer.train().gradient_checkpointing_enable()
+    tiny_transformer.training = False  # as adapters are, put as new parts into a model that is not in training
+    modes, state = [module.training for module in tiny_transformer.modules()], torch.get_rng_state()
+    groups = []
+    for group in tiny_transformer.stream_codes([0, 3], **options | {"generator": seeded()}):
+        groups.append(group)
+        assert [module.training for module in tiny_transformer.modules()] == modes
+    assert torch.equal(torch.cat(groups, dim=1), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_stream_begun_in_inference_mode_goes_on_outside_it(tiny_transformer):
+    expected = stream(tiny_transformer, [0, 3], temperature=0)
+    groups = tiny_transformer.stream_codes([0, 3], temperature=0)
+    with torch.inference_mode():
+        first = next(groups)
+    assert torch.equal(torch.cat([first, *groups], dim=1), expected)
+
+
 def test_stream_leaves_the_global_generator_alone(tiny_transformer):
     state = torch.get_rng_state()
     one = stream(tiny_transformer, [0, 3], generator=seeded(1))
@@ -696,6 +725,17 @@ def test_vocabulary_cannot_be_resized(tiny_transformer):
     for model in (tiny_transformer, tiny_transformer.model):
         with pytest.raises(ValueError, match="cannot be resized"):
             model.resize_token_embeddings(100)
+
+
+def test_copies_of_a_compiled_model_run_their_own_weights(tiny_transformer, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args, **kwargs: function(*args, **kwargs))
+    tiny_transformer.compile_decoding = True
+    codes = stream(tiny_transformer, [0, 3], temperature=0)
+    copied = copy.deepcopy(tiny_transformer)
+    with torch.no_grad():
+        tiny_transformer.lm_head.weight.neg_()
+    assert torch.equal(stream(copied, [0, 3], temperature=0), codes)
+    assert torch.equal(stream(pickle.loads(pickle.dumps(copied)), [0, 3], temperature=0), codes)
 
 
 @pytest.mark.slow

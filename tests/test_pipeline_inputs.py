@@ -1,6 +1,7 @@
 """What the pipeline refuses: one ValueError for each wrong argument, before any model runs."""
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from pipeline_helpers import picture, seeded
@@ -33,6 +34,8 @@ def forwards(tiny_pipeline):
         (None, {}, "class label must be an integer"),
         (torch.tensor([0.0]), {}, "class label must be an integer"),
         ([1.0], {}, "class label must be an integer"),
+        (torch.tensor([True]), {}, "class label must be an integer"),
+        (b"\x01", {}, "class label must be an integer"),
         ("whale", {}, "unknown class name 'whale'; known names: goldfish, shark"),
         (["shark", "whale"], {}, "unknown class name 'whale'"),
         ([], {}, "class_labels is empty"),
@@ -43,6 +46,11 @@ def forwards(tiny_pipeline):
         (0, {"temperature": -1.0}, "temperature must be a finite number >= 0"),
         (0, {"temperature": float("inf")}, "temperature must be a finite number >= 0"),
         (0, {"temperature": "hot"}, "temperature must be a finite number >= 0"),
+        (0, {"temperature": False}, "temperature must be a finite number >= 0"),
+        (0, {"temperature": 10**400}, "temperature must be a finite number >= 0"),
+        (0, {"guidance_scale": True}, "finite numbers >= 0"),
+        (0, {"guidance_scale": (1.0, 10**400)}, "finite numbers >= 0"),
+        (0, {"top_p": True}, r"top_p must lie in \(0, 1\]"),
         (0, {"top_k": -1}, "top_k must be an integer >= 0"),
         (0, {"top_k": 2.0}, "top_k must be an integer >= 0"),
         (0, {"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
@@ -52,6 +60,7 @@ def forwards(tiny_pipeline):
         (0, {"num_inference_steps": -1}, "num_inference_steps must be a positive integer"),
         (0, {"num_inference_steps": 2.5}, "num_inference_steps must be a positive integer"),
         (0, {"num_inference_steps": True}, "num_inference_steps must be a positive integer"),
+        (0, {"num_inference_steps": 10**30}, "num_inference_steps must be a positive integer, at most 10000"),
         (0, {"num_tokens": "all"}, "num_tokens must be a positive integer"),
         (0, {"num_tokens": 0}, "num_tokens must be a positive integer"),
         (0, {"num_tokens": 17}, r"num_tokens must lie in \[1, 16\]"),
@@ -66,6 +75,9 @@ def forwards(tiny_pipeline):
         (0, {"prefix_codes": PREFIX, "num_tokens": 3, "output_type": "codes"}, "a prefix of 4 codes is longer than"),
         (0, {"prefix_codes": PREFIX[0]}, "prefix_codes must be integers of shape"),
         ([0] * 3, {"prefix_codes": PREFIX.expand(2, -1)}, "prefix_codes must be integers of shape"),
+        ([0] * 3, {"prefix_codes": PREFIX.expand(2, -1), "num_images_per_prompt": 2}, "prefix_codes must be integers"),
+        (0, {"prefix_codes": (PREFIX + 32).numpy().astype("uint16")}, r"prefix_codes must lie in \[0, 32\)"),
+        (0, {"prefix_codes": np.full((1, 4), 2**64 - 1, "uint64")}, r"prefix_codes must lie in \[0, 32\)"),
         (0, {"prefix_codes": PREFIX + 32}, r"prefix_codes must lie in \[0, 32\)"),
         (0, {"prefix_codes": PREFIX - 1}, r"prefix_codes must lie in \[0, 32\)"),
         (0, {"prefix_codes": PREFIX.repeat(1, 5)}, "a prefix of 20 codes is longer than the 16"),
@@ -93,6 +105,13 @@ def forwards(tiny_pipeline):
         ),
         (0, {"layout_image": [picture(), None], "layout_tokens": 4}, "got Image, NoneType"),
         (0, {"layout_image": [], "layout_tokens": 4}, "got an empty list"),
+        (0, {"layout_image": PIL.Image.new("RGB", (0, 8)), "layout_tokens": 4}, "must have pixels, of 8 bits"),
+        (
+            0,
+            {"layout_image": PIL.Image.new("I;16", (8, 8)), "layout_tokens": 4},
+            "of 8 bits a channel, got mode 'I;16'",
+        ),
+        (0, {"layout_image": PIL.Image.new("F", (8, 8)), "layout_tokens": 4}, "of 8 bits a channel, got mode 'F'"),
         (
             0,
             {"layout_image": picture(), "layout_tokens": 5, "num_tokens": 4},
@@ -110,6 +129,12 @@ def forwards(tiny_pipeline):
         (0, {"image": torch.full((3, 8, 8), float("inf")), "strength": 0.5}, "image must lie in"),
         (0, {"image": 3, "strength": 0.5}, "image must be PIL images, or arrays, or tensors, got int"),
         ([0, 1], {"image": [picture()] * 3, "strength": 0.5}, "got 3 images for 2 labels"),
+        ([0, 1], {"image": [picture()] * 3, "strength": 0.5, "num_images_per_prompt": 2}, "got 3 images for 2 labels"),
+        (
+            0,
+            {"image": picture(), "strength": 0.25, "num_tokens": 11, "output_type": "codes"},
+            "num_tokens=11 is less than the 12 tokens of the image",
+        ),
         (0, {"image": picture(), "strength": 0.5, "num_tokens": 8}, "completes no step: the first one needs 12"),
         (0, {"image": picture(), "strength": True}, r"strength must lie in \[0, 1\]"),
         (0, {"image": picture(), "strength": "0.5"}, r"strength must lie in \[0, 1\]"),
@@ -120,6 +145,7 @@ def forwards(tiny_pipeline):
         (0, {"latents": torch.zeros(1, 3, 4, 4)}, r"latents must be finite and of shape \(1, 3, 8, 8\)"),
         (0, {"latents": torch.full((1, 3, 8, 8), float("nan"))}, "latents must be finite"),
         (0, {"latents": torch.full((1, 3, 8, 8), float("inf"))}, "latents must be finite"),
+        (0, {"latents": torch.full((1, 3, 8, 8), 1e300, dtype=torch.float64)}, "latents must be finite"),
         ([0, 1], {"latents": torch.zeros(1, 3, 8, 8)}, r"of shape \(2, 3, 8, 8\)"),
         (0, {"latents": np.zeros((1, 3, 8, 8))}, "latents must be a floating-point tensor, got ndarray"),
         (0, {"latents": torch.zeros(1, 3, 8, 8, dtype=torch.long)}, "latents must be a floating-point tensor"),

@@ -162,6 +162,19 @@ def test_offloading_layer_by_layer(tiny_pipeline):
     assert tiny_pipeline.tokenizer(torch.zeros(1, 3, 8, 8)).velocity.shape == (1, 3, 8, 8)
 
 
+@pytest.mark.parametrize("options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level"}], ids=str)
+def test_group_offloading_of_the_tokenizer(tiny_pipeline, tmp_path, options):
+    """With the disk as the place that weights are offloaded to, they are nowhere until they are brought in."""
+    expected = tiny_pipeline(1, layout_image=picture(), layout_tokens=5, generator=seeded(), output_type="pt").images
+    if options["offload_type"] == "block_level":
+        options = options | {"num_blocks_per_group": 1}
+    cpu = torch.device("cpu")
+    tiny_pipeline.tokenizer.enable_group_offload(cpu, cpu, offload_to_disk_path=str(tmp_path), **options)
+    for _ in range(2):
+        call = {"generator": seeded(), "output_type": "pt"}
+        assert torch.equal(tiny_pipeline(1, layout_image=picture(), layout_tokens=5, **call).images, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_offloading(tiny_pipeline, method):

@@ -203,7 +203,15 @@ def test_save_and_load(tmp_path):
         (lambda: FlowMatchAdamsBashforthScheduler(shift=0.0), "shift must be positive"),
         (lambda: FlowMatchAdamsBashforthScheduler(shift=float("nan")), "shift must be positive"),
         (lambda: FlowMatchAdamsBashforthScheduler(solver_order=3), "solver_order must be 1"),
-        (lambda: FlowMatchAdamsBashforthScheduler().set_timesteps(0), "num_inference_steps must be at least 1"),
+        (lambda: FlowMatchAdamsBashforthScheduler(shift=float("inf")), "shift must be positive and finite"),
+        (lambda: FlowMatchAdamsBashforthScheduler(shift="2"), "shift must be positive and finite"),
+        *(
+            (
+                lambda steps=steps: FlowMatchAdamsBashforthScheduler().set_timesteps(steps),
+                "num_inference_steps must be",
+            )
+            for steps in (0, -1, 2.5, True, None, "5", 10**30)
+        ),
         (lambda: FlowMatchAdamsBashforthScheduler().step(SAMPLE, 0.0, SAMPLE), "call set_timesteps"),
         (lambda: FlowMatchAdamsBashforthScheduler().preview(SAMPLE, 0.0, SAMPLE), "call set_timesteps"),
         (lambda: prepared(4).step(SAMPLE, 0.5, SAMPLE), "not on the grid of 4 steps"),

@@ -608,6 +608,24 @@ def test_bfloat16(make_tokenizer):
     assert 0 < error.mean() < 0.1
 
 
+def test_decoding_in_another_dtype_follows_the_weights(tiny_tokenizer):
+    codes = torch.randint(0, 32, (2, 16), generator=seeded())
+
+    def decode():
+        return tiny_tokenizer.decode(codes, generator=seeded()).sample
+
+    full, weight = decode(), tiny_tokenizer.denoiser.blocks[0].mlp[0].weight
+    tiny_tokenizer.decode_dtype = torch.bfloat16
+    half = decode()
+    assert 0 < (half - full).norm() / full.norm() < 0.03 and torch.equal(decode(), half)
+    with torch.no_grad():
+        weight.mul_(3)
+    changed = decode()
+    assert not torch.equal(changed, half)
+    weight.data.div_(3)  # as averaged weights are put in place and taken out: torch counts no change
+    assert torch.equal(decode(), half)
+
+
 def test_loading_in_half_precision_keeps_the_quantizer(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path)
     model = DARTokenizer.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)

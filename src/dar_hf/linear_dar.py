@@ -60,16 +60,18 @@ class Linear(nn.Linear):
     def pack(self, rows: int) -> None:
         """Lay the weight out for ``rows`` rows of input (any other number works too)."""
         weight = self.weight
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        self._unpacked = (weight,)
-        self._parameters["weight"] = nn.Parameter(packed, requires_grad=weight.requires_grad)
-        weight.data = weight.data.new_empty(0)
+        with torch.inference_mode(False):  # or the parameter could not be trained after a call in inference mode
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            self._unpacked = (weight,)
+            self._parameters["weight"] = nn.Parameter(packed, requires_grad=weight.requires_grad)
+            weight.data = weight.data.new_empty(0)
 
     def unpack(self) -> None:
         """Undo `pack`: the same parameter object, with the same values, is back."""
         if self._unpacked is not None:
             (weight,) = self._unpacked
-            weight.data = self.weight.detach().to_dense()
+            with torch.inference_mode(False):
+                weight.data = self.weight.detach().to_dense()
             self._parameters["weight"] = weight
             self._unpacked = None
 

@@ -8,7 +8,7 @@ is there. Pure functions on tensors first, then the layers, then the models.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
@@ -37,6 +37,8 @@ from .linear_dar import Linear, packed
 GuidanceScale: TypeAlias = float | tuple[float, float] | list[float] | None
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
+GREEDY_BELOW = 1e-30  # temperature: logits divided by less overflow in float32; the limit is the most probable code
+
 
 def guidance_schedule(scale: GuidanceScale, num_image_tokens: int) -> list[float] | None:
     """One guidance scale for each image token: constant, or linear from start to end, both included.
@@ -56,12 +58,20 @@ def guidance_schedule(scale: GuidanceScale, num_image_tokens: int) -> list[float
     ends = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
     if len(ends) != 2:
         raise ValueError(f"guidance_scale must be a number or a pair (start, end), got {len(ends)} values: {scale!r}.")
-    if not all(isinstance(end, Real) and math.isfinite(end) and end >= 0 for end in ends):
+    if not all(_is_scale(end) for end in ends):
         raise ValueError(f"guidance scales must be finite numbers >= 0, got {scale!r}.")
     start, end = (float(x) for x in ends)
     if start == end == 1.0:
         return None
     return [start + (end - start) * i / max(num_image_tokens - 1, 1) for i in range(num_image_tokens)]
+
+
+def _is_scale(value: Any) -> bool:
+    """Whether this is a number >= 0, finite as a float; True and False are none."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+    except OverflowError:
+        return False
 
 
 def apply_guidance(logits: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
@@ -99,6 +109,19 @@ def check_generators(generator: Generators, batch_size: int, device: torch.devic
             raise ValueError(f"a generator on {given.device} cannot draw for a model on {device}: use one on the CPU.")
     if several and len(generators) != batch_size:
         raise ValueError(f"got {len(generators)} generators for a batch of {batch_size}.")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout, and checkpointing, which drops the cache, off for a block; every part gets its mode back."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class ClassifierFreeGuidance(LogitsProcessor):
@@ -144,7 +167,8 @@ class FilledCacheLayer(DynamicLayer):
         self.dtype = torch.float32 if self.device.type == "cpu" else key_states.dtype
         batch_size, num_heads, _, head_dim = key_states.shape
         shape = (batch_size, num_heads, self.max_length, head_dim)
-        self.buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)]
+        with torch.inference_mode(False):  # a stream begun in inference mode may go on outside it
+            self.buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)]
         self.keys, self.values = (buffer[:, :, :0] for buffer in self.buffers)
         self.is_initialized = True
 
@@ -500,7 +524,8 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     ) -> Iterator[torch.LongTensor]:
         """Generate codes and yield each group ``(B, group_size)`` as soon as it is complete.
 
-        Every code is one forward pass over a key-value cache; the prefix is never computed again.
+        Every code is one forward pass over a key-value cache, without dropout whatever mode the model is in; the
+        prefix is never computed again.
 
         Args:
             class_labels: one label per image, in [0, num_classes).
@@ -539,13 +564,22 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         warpers = sampling_warpers(temperature, top_k, top_p)
         return self._stream_groups(tokens, schedule, warpers, generator, num_tokens, group_size)
 
-    def check_prefix(self, codes: torch.Tensor, batch_size: int, num_tokens: int) -> torch.LongTensor:
-        """The prefix ``(batch_size, n)`` on this model's device, or a ValueError that says what is wrong with it."""
+    def check_prefix(
+        self, codes: torch.Tensor, batch_size: int, num_tokens: int, repeats: int = 1
+    ) -> torch.LongTensor:
+        """The prefix ``(batch_size, n)`` on this model's device, or a ValueError that says what is wrong with it.
+
+        One row serves all; ``batch_size / repeats`` rows serve ``repeats`` neighbours each.
+        """
         try:
             codes = torch.as_tensor(codes)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"prefix_codes must be a tensor of integers, got {type(codes).__name__}.") from error
         whole = not (codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool)
+        if whole:
+            codes = codes.to(self._input_device, torch.long)  # torch has no minimum of most unsigned types
+        if codes.ndim == 2 and len(codes) * repeats == batch_size:
+            codes = codes.repeat_interleave(repeats, dim=0)
         if codes.ndim != 2 or not whole or len(codes) not in (1, batch_size):
             raise ValueError(
                 f"prefix_codes must be integers of shape (1 or {batch_size}, n), got {codes.dtype} of "
@@ -555,7 +589,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             raise ValueError(f"a prefix of {codes.shape[1]} codes is longer than the {num_tokens} to generate.")
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.config.codebook_size):
             raise ValueError(f"prefix_codes must lie in [0, {self.config.codebook_size}).")
-        return codes.to(self._input_device, torch.long).expand(batch_size, -1)
+        return codes.expand(batch_size, -1)
 
     @property
     def _input_device(self) -> torch.device:
@@ -579,20 +613,21 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         with self._decoding(rows, num_tokens) as (forward, cache):
             while yielded < num_tokens:
                 stop = min(yielded + group_size, num_tokens)
-                while codes.shape[1] < stop:
-                    inputs = tokens if schedule is None else self._with_null_rows(tokens)
-                    # the first pass, over the class and the prefix, has a length of its own: not worth compiling
-                    step = self if first else forward
-                    logits = step(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-                    logits, first = logits[:, -1].float(), False
-                    codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
-                    if schedule is not None:
-                        logits = apply_guidance(logits, schedule[codes.shape[1]])
-                    if warpers is None:
-                        tokens = logits.argmax(dim=-1, keepdim=True)
-                    else:
-                        tokens = draw(warpers(None, logits), generator)[:, None]
-                    codes = torch.cat([codes, tokens], dim=1)
+                with evaluating(self):
+                    while codes.shape[1] < stop:
+                        inputs = tokens if schedule is None else self._with_null_rows(tokens)
+                        # the first pass, over the class and the prefix, has a length of its own: not worth compiling
+                        step = self if first else forward
+                        logits = step(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                        logits, first = logits[:, -1].float(), False
+                        codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
+                        if schedule is not None:
+                            logits = apply_guidance(logits, schedule[codes.shape[1]])
+                        if warpers is None:
+                            tokens = logits.argmax(dim=-1, keepdim=True)
+                        else:
+                            tokens = draw(warpers(None, logits), generator)[:, None]
+                        codes = torch.cat([codes, tokens], dim=1)
                 yield codes[:, yielded:stop]
                 yielded = stop
 
@@ -627,19 +662,19 @@ def sampling_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProc
     Raises:
         ValueError: for a negative temperature or top_k, or top_p outside (0, 1].
     """
-    if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature >= 0):
+    if not _is_scale(temperature):
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature!r}.")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+    if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 0:
         raise ValueError(f"top_k must be an integer >= 0 (0 keeps every code), got {top_k!r}.")
-    if not (isinstance(top_p, Real) and 0 < top_p <= 1):
+    if isinstance(top_p, bool) or not (isinstance(top_p, Real) and 0 < top_p <= 1):
         raise ValueError(f"top_p must lie in (0, 1], got {top_p!r}.")
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return None
     warpers = LogitsProcessorList()
     if temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(temperature)))
     if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
+        warpers.append(TopKLogitsWarper(int(top_k)))
     if top_p < 1:
         warpers.append(TopPLogitsWarper(float(top_p)))
     return warpers

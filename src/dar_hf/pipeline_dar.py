@@ -24,7 +24,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .modeling_dar import DARForCausalLM, GuidanceScale, check_generators, guidance_schedule, sampling_warpers
-from .scheduling_dar import FlowMatchAdamsBashforthScheduler
+from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps
 from .tokenizer_dar import DARPreview, DARTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
@@ -203,10 +203,11 @@ class DARPipeline(DiffusionPipeline):
             guidance_scale: classifier-free guidance, a number or a pair (start, end) for a scale linear over the
                 tokens; None takes the default saved with the transformer, 1.0 switches it off.
             temperature, top_k, top_p: sampling of the codes; temperature 0 takes the most probable ones.
-            num_inference_steps: denoising steps, any number; default the tokenizer's.
+            num_inference_steps: denoising steps, any number up to 10000; default the tokenizer's.
             num_tokens: generate and decode only this many codes (a preview).
             num_images_per_prompt: images per label.
-            prefix_codes: ``(B or 1, n)`` codes to start from.
+            prefix_codes: ``(B or 1, n)`` codes to start from; as with images, one row serves all, one for each label
+                all images of that label.
             layout_image, layout_tokens: take the first ``layout_tokens`` codes of an image as the prefix.
             image, strength: image-to-image: the share of the steps, in [0, 1], that is generated anew.
             generator: randomness of noise and codes, one or one per image; the global one stays untouched.
@@ -215,8 +216,9 @@ class DARPipeline(DiffusionPipeline):
             return_dict: False gives a tuple ``(images,)``.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, tensors)`` after every step with
                 those of "preview", "codes" and "latents" that ``callback_on_step_end_tensor_inputs`` names (default
-                all). It may return a dictionary: ``{"stop": True}`` ends the call with the current preview,
-                ``{"latents": tensor}`` replaces the solver's state.
+                all); ``step`` counts the steps of this call, 0 to ``num_timesteps - 1``. It may return a dictionary:
+                ``{"stop": True}`` ends the call with the current preview, ``{"latents": tensor}`` replaces the
+                solver's state.
 
         Images are given as PIL images of any size, which are resized and cropped to their middle, or as arrays
         ``(B, H, W, C)`` or tensors ``(B, C, H, W)`` of the model's size, in [0, 1], or in [-1, 1] if any value is
@@ -289,7 +291,8 @@ class DARPipeline(DiffusionPipeline):
 
     def _output(self, decoding: _Decoding, step: DARPreview) -> DARPipelineOutput:
         if decoding.output_type in ("codes", "latent"):
-            images = step.sample if decoding.output_type == "codes" else step.latents
+            state = step.sample if decoding.output_type == "codes" else step.latents
+            images = state.clone()  # the stream goes on with its own
         else:
             images = self.image_processor.postprocess(step.sample, decoding.output_type)
         return DARPipelineOutput(images, step.step, step.num_steps, step.num_tokens)
@@ -335,6 +338,8 @@ class DARPipeline(DiffusionPipeline):
                     if stop or self._interrupt:
                         return
         finally:
+            for generator in (steps, codes):  # now, not when whoever holds an error's traceback lets go of it
+                getattr(generator, "close", lambda: None)()
             self.maybe_free_model_hooks()
 
     def _undecoded(self, decoding: _Decoding, groups: Iterator[torch.Tensor]) -> Iterator[DARPreview]:
@@ -358,12 +363,13 @@ class DARPipeline(DiffusionPipeline):
             return False
         tensors = {"preview": step.sample, "codes": torch.cat(pieces, dim=1), "latents": step.latents}
         tensors = {name: tensors[name] for name in decoding.callback_inputs}
-        answer = decoding.callback(self, step.step - 1, step.timestep, tensors)
+        index = max(step.step - decoding.start_step, 1) - 1  # codes alone may complete no step
+        answer = decoding.callback(self, index, step.timestep, tensors)
         if answer is not None and not isinstance(answer, dict):
             raise ValueError(f"callback_on_step_end must return a dictionary or None, got {type(answer).__name__}.")
         answer = answer or {}
-        latents = answer.get("latents", step.latents)
-        if latents is not step.latents:
+        if "latents" in answer:
+            latents = answer["latents"]
             if not isinstance(latents, torch.Tensor) or latents.shape != step.latents.shape:
                 raise ValueError(f"latents returned by callback_on_step_end must have {tuple(step.latents.shape)}.")
             step.latents = latents.to(step.latents)
@@ -401,17 +407,18 @@ class DARPipeline(DiffusionPipeline):
         _exclude(image=image, latents=latents)  # the noise of image-to-image is drawn
         _check_output(output_type)
         callback_inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        labels = self._label_ids(class_labels, _positive_int("num_images_per_prompt", num_images_per_prompt))
+        repeats = _positive_int("num_images_per_prompt", num_images_per_prompt)
+        labels = self._label_ids(class_labels, repeats)
         num_steps = self._num_steps(num_inference_steps)
         start_step = _start_step(image, strength, num_steps)
         num_tokens = self._num_tokens(num_tokens, num_steps, output_type, start_step)
         layout_tokens = _layout_tokens(layout_image, layout_tokens, num_tokens)
         sampling = self._sampling_options(**sampling)
         if prefix_codes is not None:
-            prefix_codes = self.transformer.check_prefix(prefix_codes, len(labels), num_tokens)
+            prefix_codes = self.transformer.check_prefix(prefix_codes, len(labels), num_tokens, repeats)
         height, width = self.tokenizer.image_size
         name, reference = ("image", image) if layout_image is None else ("layout_image", layout_image)
-        pixels = None if reference is None else self._pixels(name, reference, height, width, len(labels))
+        pixels = None if reference is None else self._pixels(name, reference, height, width, len(labels), repeats)
         noise = self._noise((len(labels), self.tokenizer.config.in_channels, height, width), generator, latents)
 
         if pixels is not None:  # everything is checked: from here on a model may run
@@ -440,16 +447,20 @@ class DARPipeline(DiffusionPipeline):
 
     def _num_steps(self, num_inference_steps: int | None) -> int:
         default = self.tokenizer.config.num_inference_steps
-        return _positive_int("num_inference_steps", default if num_inference_steps is None else num_inference_steps)
+        return check_num_steps(default if num_inference_steps is None else num_inference_steps)
 
     def _num_tokens(self, num_tokens: int | None, num_steps: int, output_type: str, start_step: int = 0) -> int:
         most = self.tokenizer.config.num_tokens
         num_tokens = _positive_int("num_tokens", most if num_tokens is None else num_tokens)
         if num_tokens > most:
             raise ValueError(f"num_tokens must lie in [1, {most}], got {num_tokens}.")
-        needed = self.tokenizer.step_windows(num_steps)[start_step % num_steps][1]
+        kept, needed = self.tokenizer.step_windows(num_steps)[start_step % num_steps]
         if num_tokens < needed and output_type != "codes":
             raise ValueError(f"num_tokens={num_tokens} completes no step: the first one needs {needed}.")
+        if num_tokens < kept:
+            raise ValueError(
+                f"num_tokens={num_tokens} is less than the {kept} tokens of the image that strength keeps."
+            )
         return num_tokens
 
     def _sampling_options(self, guidance_scale: GuidanceScale, temperature: float, top_k: int, top_p: float) -> dict:
@@ -460,7 +471,9 @@ class DARPipeline(DiffusionPipeline):
         return {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     def _label_ids(self, class_labels: int | str | list[int] | list[str], repeats: int) -> list[int]:
-        single = isinstance(class_labels, str) or not isinstance(class_labels, Iterable) or _is_scalar(class_labels)
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.tolist()
+        single = isinstance(class_labels, (str, bytes)) or not isinstance(class_labels, Iterable)
         labels: list[Any] = [class_labels] if single else list(class_labels)  # type: ignore[arg-type]
         if not labels:
             raise ValueError("class_labels is empty: nothing to generate.")
@@ -477,14 +490,24 @@ class DARPipeline(DiffusionPipeline):
             return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
             raise ValueError(f"latents must be a floating-point tensor, got {type(latents).__name__}.")
+        latents = latents.to(device, torch.float32)
         if tuple(latents.shape) != shape or not torch.isfinite(latents).all():
             raise ValueError(f"latents must be finite and of shape {shape}, got {tuple(latents.shape)}.")
-        return latents.to(device, torch.float32)
+        return latents
 
     def _pixels(
-        self, name: str, images: Any, height: int | None, width: int | None, batch_size: int | None = None
+        self,
+        name: str,
+        images: Any,
+        height: int | None,
+        width: int | None,
+        batch_size: int | None = None,
+        repeats: int = 1,
     ) -> torch.Tensor:
-        """Pixels ``(B, C, H, W)`` in [-1, 1] of images in the forms that `__call__` names."""
+        """Pixels ``(B, C, H, W)`` in [-1, 1] of images in the forms that `__call__` names.
+
+        With ``batch_size`` one image serves all, and one for each label its ``repeats`` images.
+        """
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         kinds = {kind for image in images for kind in _IMAGE_KINDS if isinstance(image, kind)}
         if len(kinds) != 1 or not all(isinstance(image, _IMAGE_KINDS) for image in images):
@@ -496,13 +519,20 @@ class DARPipeline(DiffusionPipeline):
             default = self.tokenizer.image_size
             height, width = height or default[0], width or default[1]
             self.tokenizer.check_size(height, width)
+            for image in images:
+                if 0 in image.size or image.mode[0] in "IF":  # pillow clips what has more than 8 bits
+                    given = f"mode {image.mode!r} and size {image.size}"
+                    raise ValueError(f"{name}: a PIL image must have pixels, of 8 bits a channel, got {given}.")
             mode = "RGB" if self.tokenizer.config.in_channels == 3 else "L"  # before resizing: a palette has no means
             images = [image.convert(mode) for image in images]
             pixels = self.image_processor.preprocess(images, height, width, resize_mode="crop")
         else:
             pixels = self._pixels_of_arrays(name, images, height, width)
+        if len(pixels) * repeats == batch_size:
+            pixels = pixels.repeat_interleave(repeats, dim=0)
         if batch_size is not None and len(pixels) not in (1, batch_size):
-            raise ValueError(f"got {len(pixels)} images for {batch_size} labels: give one image, or one for each.")
+            labels = batch_size // repeats
+            raise ValueError(f"got {len(pixels)} images for {labels} labels: give one image, or one for each.")
         return pixels.to(self._execution_device, torch.float32).expand(batch_size or -1, -1, -1, -1)
 
     def _pixels_of_arrays(self, name: str, images: list, height: int | None, width: int | None) -> torch.Tensor:
@@ -515,7 +545,9 @@ class DARPipeline(DiffusionPipeline):
         if not floating or len(shapes) != 1 or images[0].ndim not in (3, 4) or images[0].shape[axis] != channels:
             form = f"(height, width, {channels})" if axis == -1 else f"({channels}, height, width)"
             raise ValueError(f"{name} must be floating point in [0, 1], each of shape {form}, got {given}.")
-        tensors = [torch.from_numpy(image.copy()).movedim(-1, -3) if axis == -1 else image for image in images]
+        tensors = [
+            torch.from_numpy(image.astype(np.float32)).movedim(-1, -3) if axis == -1 else image for image in images
+        ]
         pixels = torch.cat([tensor.reshape(-1, *tensor.shape[-3:]) for tensor in tensors])
         rows, columns = pixels.shape[2:]
         if (height or rows, width or columns) != (rows, columns):
@@ -550,10 +582,6 @@ def _exclude(**arguments: Any) -> None:
     given = [name for name, value in arguments.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other.")
-
-
-def _is_scalar(value: Any) -> bool:
-    return getattr(value, "ndim", None) == 0  # a numpy or torch number
 
 
 def _index_names(id2label: dict) -> tuple[dict[str, int], dict[str, list[int]]]:

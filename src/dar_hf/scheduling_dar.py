@@ -5,11 +5,26 @@ velocity ``x_1 - x_0``. Departures from the original code: none by default. ``va
 ``solver_order=1`` are ours.
 """
 
-from typing import NamedTuple
+import math
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+MAX_STEPS = 10_000  # far above any use; the times of a finer grid cannot be told apart by their value
+
+
+def check_num_steps(num_steps: Any) -> int:
+    """``num_inference_steps`` as an int.
+
+    Raises:
+        ValueError: for anything but an integer in [1, 10000].
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or not 1 <= int(num_steps) <= MAX_STEPS:
+        raise ValueError(f"num_inference_steps must be a positive integer, at most {MAX_STEPS}, got {num_steps!r}.")
+    return int(num_steps)
 
 
 def shift_time(u: torch.Tensor, shift: float) -> torch.Tensor:
@@ -39,15 +54,15 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
             and as released weights were evaluated; True takes the weights that are exact for unequal steps.
 
     Raises:
-        ValueError: for a shift that is not positive or an order other than 1 and 2.
+        ValueError: for a shift that is not positive and finite or an order other than 1 and 2.
     """
 
     order = 1
 
     @register_to_config
     def __init__(self, shift: float = 2.0, solver_order: int = 2, variable_step: bool = False):
-        if not shift > 0:
-            raise ValueError(f"shift must be positive, got {shift}.")
+        if not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
+            raise ValueError(f"shift must be positive and finite, got {shift!r}.")
         if solver_order not in (1, 2):
             raise ValueError(f"solver_order must be 1 (Euler) or 2 (Adams-Bashforth), got {solver_order}.")
         self.num_inference_steps: int | None = None
@@ -60,9 +75,12 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
         self._previous_index: int | None = None
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Lay the grid of ``num_inference_steps`` shifted times in [0, 1) and forget the solver's history."""
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
+        """Lay the grid of ``num_inference_steps`` shifted times in [0, 1) and forget the solver's history.
+
+        Raises:
+            ValueError: for anything but an integer in [1, 10000].
+        """
+        num_inference_steps = check_num_steps(num_inference_steps)
         self.num_inference_steps = num_inference_steps
         times = shift_time(
             torch.arange(num_inference_steps + 1, dtype=torch.float64) / num_inference_steps, self.config.shift

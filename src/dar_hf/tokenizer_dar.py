@@ -28,7 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from .linear_dar import Linear, has_fast_bf16, pack
-from .scheduling_dar import FlowMatchAdamsBashforthScheduler, shift_time
+from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time
 
 NORM_EPS = 1e-6  # every LayerNorm of the tokenizer
 SHORT_SEQUENCE = 128  # up to here the fused attention of CPUs is several times slower backwards than plain matmuls
@@ -456,6 +456,11 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     _no_split_modules = ["GatedBlock", "DiffusionBlock"]
     _repeated_blocks = ["GatedBlock", "DiffusionBlock"]
     _keep_in_fp32_modules = ["quant_proj", "quantizer"]  # when loading; `KeepsFloat32` sees to casting
+    # what offloading by blocks must bring in by itself, since encoding and decoding do not go through `forward`
+    _group_offload_block_modules = [
+        *("patch_embed", "query_embed", "query_proj", "quant_proj", "quantizer", "codebook"),
+        *("post_quant_proj", "token_embed", "denoiser"),
+    ]
     _skip_layerwise_casting_patterns = ["norm", "quant", "time_embed"]  # they read the dtype of their weights
 
     decode_dtype: torch.dtype | None = None
@@ -796,6 +801,9 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             return self.denoiser
         parameters = list(self.denoiser.parameters())
         state = [dtype] + [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        # some of the values too: writing through .data, as averages of weights are put in place, changes no version
+        probe = [parameter.detach().flatten()[:: parameter.numel() // 8 + 1].float() for parameter in parameters]
+        state += torch.cat(probe).tolist()
         state += [m.processor._attention_backend for m in self.denoiser.modules() if isinstance(m, DARAttention)]
         if self._twin is None or self._twin[0] != state:
             memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in parameters}
@@ -874,9 +882,9 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         Raises:
             ValueError: for wrong sizes, steps or codes.
         """
-        num_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"num_inference_steps must be a positive integer, got {num_steps}.")
+        num_steps = check_num_steps(
+            self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        )
         if not 0 <= start_step < num_steps:
             raise ValueError(f"start_step must lie in [0, {num_steps}), got {start_step}.")
         if noise is not None:
