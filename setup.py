@@ -9,7 +9,9 @@ setup(
     license="MIT",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"dar_hf": ["assets/*"]},  # class names, the template of cards
+    # class names, the template of cards, a small trained pipeline
+    package_data={"dar_hf": ["assets/*", "assets/sample/*", "assets/sample/*/*"]},
+    entry_points={"console_scripts": ["dar-hf = dar_hf.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
