@@ -3,8 +3,9 @@
     python examples/app.py                             # the pipeline that comes with the package
     python examples/app.py --model outputs/digits/pipeline --port 7861
 
-Also layout control, image-to-image, and what the tokenizer keeps of an upload. Needs gradio (`pip install -e ".[app]"`)
-and no network. Several visitors share one model: their streams take turns, a denoising step at a time.
+Also layout control, image-to-image, and what the tokenizer keeps of an upload. Needs gradio
+(`pip install -c constraints.txt -e ".[app]"`) and no network. Several visitors share one model: their streams take
+turns, a denoising step at a time.
 """
 
 import argparse
@@ -48,10 +49,12 @@ CSS = """
 .view figure { margin: 0; text-align: center }
 .view img { image-rendering: pixelated; border-radius: 4px; background: #8882 }
 .view .row { display: flex; flex-wrap: wrap; gap: 12px; justify-content: center; align-items: flex-start }
-.view .now img { width: min(100%, 320px) }
-.view .now.many img { width: min(100%, 480px) }
+.view .now img { width: 320px }
+.view .now.many img { width: 480px }
 .view .given img { width: 96px }
-.view figcaption, .view .steps li { font-size: var(--text-sm); color: var(--body-text-color-subdued) }
+.view figure img { max-width: 100% }
+.view figcaption { margin-top: 6px }
+.view figcaption, .view .steps li { font-size: var(--text-sm) }
 .view ol.steps { display: flex; flex-wrap: wrap; gap: 8px; justify-content: center; list-style: none; padding: 0;
     margin: 16px 0 }
 .view .steps li { margin: 0; text-align: center }
@@ -63,7 +66,8 @@ CSS = """
 .view .tokens span { min-width: 34px; padding: 1px 4px; border-radius: 3px; text-align: center;
     background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary) }
 .view .tokens .kept { border-color: var(--color-accent); border-width: 2px; padding: 0 3px }
-.view .empty { padding: 64px 0; text-align: center; color: var(--body-text-color-subdued) }
+.upload img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain }
+.view .empty { padding: 96px 0; text-align: center }
 """
 EMPTY = '<div class="view"><p class="empty">Choose a class and press Draw.</p></div>'
 
@@ -100,6 +104,10 @@ class Artist:
         self.names = [str(id2label.get(label, label)) for label in range(pipe.transformer.config.num_classes)]
         scale = pipe.transformer.generation_config.guidance_scale
         self.first_guidance, self.guidance = scale if isinstance(scale, (list, tuple)) else (None, scale or 1.0)
+
+    def warm_up(self) -> None:
+        """Draw a first preview: whatever happens once in a process happens before the first visitor waits."""
+        next(self.steps(class_labels=0, num_tokens=self.stops[0]))
 
     def steps(self, **call: Any) -> Iterator[Step]:
         """`DARPipeline.stream` with this call's arguments.
@@ -255,7 +263,7 @@ class View:
         return f'<div class="tokens" role="group" aria-label="Tokens">{"".join(boxes)}</div>'
 
 
-# What the buttons do: generators of (HTML, seed, the finished picture or None)
+# What the buttons do: generators of (HTML, seed, the finished picture)
 
 Shown = Iterator[tuple[str, int, Any]]
 
@@ -280,7 +288,7 @@ def show(artist: Artist, view: View, sampling: Sampling, labels: list[int], **ca
     call |= {"class_labels": labels, "generator": generators, "guidance_scale": artist.scale(sampling.guidance)}
     for step in artist.steps(**call):
         last = step.step == step.num_steps or len(step.codes) == call.get("num_tokens")
-        finished = artist.pipe.image_processor.postprocess(step.images[:1] * 2 - 1, "pil")[0] if last else None
+        finished = artist.pipe.image_processor.postprocess(step.images[:1] * 2 - 1, "pil")[0] if last else gr.skip()
         yield view.render(step), seed, finished
         if not last:
             time.sleep(pause)
@@ -315,8 +323,8 @@ def vary(artist: Artist, sampling: Sampling, path: str | None, label: Any, stren
 def reconstruct(artist: Artist, sampling: Sampling, path: str | None) -> Shown:
     """What the tokens of a picture keep of it: image-to-image of strength 0, which generates nothing."""
     image, remark = artist.read(path)
-    count = artist.num_tokens
-    view = View("reconstruction", count, count, _pixels(artist, image), remark or "upload", compare=True)
+    pixels = _pixels(artist, image)
+    view = View("reconstruction", artist.num_tokens, 0, pixels, remark or "upload", compare=True)
     return show(artist, view, sampling, [0], image=image, strength=0.0)
 
 
@@ -337,7 +345,7 @@ def handler(action: Callable[..., Shown], artist: Artist) -> Callable[..., Shown
         try:
             yield from action(artist, Sampling(guidance, seed, bool(new_seed), pause), *inputs)
         except ValueError as error:
-            raise gr.Error(str(error), title="That does not work", print_exception=False) from error
+            raise gr.Error(str(error), print_exception=False) from error
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise gr.Error("There is not enough memory for this now.", print_exception=False) from error
 
@@ -345,15 +353,6 @@ def handler(action: Callable[..., Shown], artist: Artist) -> Callable[..., Shown
 
 
 # The page
-
-
-class Upload(gr.Image):
-    """gradio's image input, which would open the file itself: here `read_upload` does, with its limits."""
-
-    is_template = True  # of gradio: shown as its base class
-
-    def preprocess(self, payload: Any) -> str | None:
-        return None if payload is None else payload.path
 
 
 @dataclass
@@ -372,10 +371,12 @@ def choose_class(artist: Artist) -> Any:
     return gr.Dropdown(choices, value=0, label="Class", filterable=True)
 
 
-def choose_picture(label: str, last: gr.State) -> Upload:
-    upload = Upload(label=label, sources=["upload", "clipboard"], format="png", height=200, buttons=[])
+def choose_picture(label: str, last: gr.State) -> gr.Image:
+    """An upload, given to the handlers as a path: `read_upload` opens the file with its limits, not gradio."""
+    upload = gr.Image(label=label, sources=["upload", "clipboard"], format="png", height=200, elem_classes="upload")
+    upload.preprocess = lambda payload: None if payload is None else payload.path
     gr.Button("Use the last drawing", size="sm").click(
-        lambda picture: picture, last, upload, show_progress="hidden", api_visibility="private"
+        lambda drawing: drawing, last, upload, show_progress="hidden", api_visibility="private"
     )
     return upload
 
@@ -413,15 +414,15 @@ def build(artist: Artist) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 actions = tabs(artist, last)
-                with gr.Accordion("Settings", open=True):
-                    guidance = gr.Slider(1.0, MAX_GUIDANCE, artist.guidance, step=0.1, label="Guidance")
-                    with gr.Row():
-                        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-                        new_seed = gr.Checkbox(True, label="Another seed each time")
-                    pause = gr.Slider(0.0, MAX_PAUSE, 0.2, step=0.1, label="Seconds between previews")
             with gr.Column():
                 view = gr.HTML(EMPTY, label="Result")
                 stop = gr.Button("Stop", size="sm")
+        with gr.Row():
+            guidance = gr.Slider(1.0, MAX_GUIDANCE, artist.guidance, step=0.1, label="Guidance")
+            with gr.Column():
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+                new_seed = gr.Checkbox(True, label="Another seed each time")
+            pause = gr.Slider(0.0, MAX_PAUSE, 0.2, step=0.1, label="Seconds between previews")
         facts = " · ".join(f"{name}: {fact}" for name, fact in describe(artist.pipe).items())
         gr.Markdown(f"<small>{html.escape(facts)}</small>")
         shared, outputs = [guidance, seed, new_seed, pause], [view, seed, last]
@@ -431,6 +432,7 @@ def build(artist: Artist) -> gr.Blocks:
                 shared + tab.inputs,
                 outputs,
                 show_progress="minimal",
+                show_progress_on=view,
                 concurrency_id="draw",
                 concurrency_limit=VISITORS,
                 api_name=tab.action.__name__,
@@ -462,6 +464,7 @@ def main() -> None:
         artist = Artist(DARPipeline.from_pretrained(args.model or sample_pipeline()).to(args.device))
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    artist.warm_up()
     launch(build(artist), server_name=args.host, server_port=args.port)
 
 
