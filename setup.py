@@ -28,6 +28,7 @@ setup(
         "train": ["matplotlib>=3.9"],  # loss curves
         "demo": ["matplotlib>=3.9", "scikit-learn>=1.5"],  # digits and the classifier that judges them
         "peft": ["peft>=0.17"],  # LoRA of the language model
+        "app": ["gradio>=6.31,<7"],  # the page; it takes pillow < 13, so constraints.txt holds 12
         "dev": [
             "pytest>=8",
             "ruff>=0.9",
@@ -36,6 +37,8 @@ setup(
             "scikit-learn>=1.5",
             "peft>=0.17",
             "scikit-image>=0.25",  # an independent SSIM
+            "gradio>=6.31,<7",
+            "selenium>=4.30",  # drives the page, where there is a Chromium
         ],
     },
 )
