@@ -10,6 +10,7 @@ turns, a denoising step at a time.
 
 import argparse
 import base64
+import contextlib
 import html
 import io
 import math
@@ -104,10 +105,6 @@ class Artist:
         self.names = [str(id2label.get(label, label)) for label in range(pipe.transformer.config.num_classes)]
         scale = pipe.transformer.generation_config.guidance_scale
         self.first_guidance, self.guidance = scale if isinstance(scale, (list, tuple)) else (None, scale or 1.0)
-
-    def warm_up(self) -> None:
-        """Draw a first preview: whatever happens once in a process happens before the first visitor waits."""
-        next(self.steps(class_labels=0, num_tokens=self.stops[0]))
 
     def steps(self, **call: Any) -> Iterator[Step]:
         """`DARPipeline.stream` with this call's arguments.
@@ -445,6 +442,15 @@ def build(artist: Artist) -> gr.Blocks:
     return page.queue(max_size=WAITING, api_open=False)
 
 
+def warm_up(artist: Artist) -> None:
+    """Whatever happens once in a process happens before the first visitor waits for it."""
+    next(artist.steps(class_labels=0, num_tokens=artist.stops[0]))
+    with contextlib.suppress(ImportError):  # gradio asks for this at its first event, which takes most of a second
+        import matplotlib
+
+        matplotlib.get_backend()
+
+
 def launch(page: gr.Blocks, **options: Any) -> Any:
     """Serve the page without anything from elsewhere: no fonts, no analytics, no share link."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -464,7 +470,7 @@ def main() -> None:
         artist = Artist(DARPipeline.from_pretrained(args.model or sample_pipeline()).to(args.device))
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    artist.warm_up()
+    warm_up(artist)
     launch(build(artist), server_name=args.host, server_port=args.port)
 
 
