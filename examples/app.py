@@ -56,11 +56,11 @@ CSS = """
 .view figure img { max-width: 100% }
 .view figcaption { margin-top: 6px }
 .view figcaption, .view .steps li { font-size: var(--text-sm) }
-.view ol.steps { display: flex; flex-wrap: wrap; gap: 8px; justify-content: center; list-style: none; padding: 0;
+.view ol.steps { display: flex; flex-wrap: wrap; gap: 6px; justify-content: center; list-style: none; padding: 0;
     margin: 16px 0 }
 .view .steps li { margin: 0; text-align: center }
-.view .steps img, .view .steps .blank { display: block; width: 56px; height: auto; aspect-ratio: var(--shape) }
-.view .many .steps img, .view .many .steps .blank { width: 120px }
+.view .steps img, .view .steps .blank { display: block; width: 50px; height: auto; aspect-ratio: var(--shape) }
+.view.many .steps img, .view.many .steps .blank { width: 105px }
 .view .blank { border: 1px dashed var(--border-color-primary); border-radius: 4px }
 .view .tokens { display: flex; flex-wrap: wrap; gap: 4px; justify-content: center; font-family: var(--font-mono);
     font-size: 11px }
