@@ -31,7 +31,7 @@ def draw(pipe: DARPipeline, seed: int, path: Path) -> int:
     """One image of each class into one picture; returns how many. Class i is drawn with ``seed + i``."""
     labels = list(range(min(pipe.transformer.config.num_classes, MAX_CLASSES)))
     generators = [torch.Generator().manual_seed(seed + label) for label in labels]
-    images = torch.as_tensor(pipe(labels, generator=generators, output_type="pt").images)
+    images = torch.as_tensor(pipe(labels, generator=generators, output_type="pt", return_dict=False)[0])
     save_picture(image_grid(images * 2 - 1, COLUMNS), path)
     return len(labels)
 
