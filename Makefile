@@ -26,11 +26,12 @@ demo: install
 		--overwrite_output_dir $(DEMO_AR_OPTIONS)
 	$(BIN)/python examples/evaluate_digits.py --pipeline $(OUT)/pipeline --output_dir $(OUT)
 
+# a process for each core: small models gain nothing from threads
 test: install
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist worksteal
 
 test-fast: install
-	$(BIN)/python -m pytest tests -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist worksteal -m "not slow"
 
 check: install
 	$(BIN)/ruff check .

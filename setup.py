@@ -31,6 +31,7 @@ setup(
         "app": ["gradio>=6.31,<7"],  # the page; it takes pillow < 13, so constraints.txt holds 12
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.14",
             "matplotlib>=3.9",

@@ -17,6 +17,15 @@ from dar_hf.hub import model_card
 from dar_hf.labels import imagenet_labels, read_labels
 from dar_hf.presets import parse_options
 
+# options and the models without which they would say nothing
+NEEDED = {
+    "config": ["tokenizer"],
+    "tokenizer_options": ["tokenizer"],
+    "sampling": ["transformer"],
+    "transformer_options": ["transformer"],
+    "id2label": ["tokenizer", "transformer"],
+}
+
 
 def millions(module) -> float:
     return 0.0 if module is None else sum(parameter.numel() for parameter in module.parameters()) / 1e6
@@ -26,15 +35,16 @@ def build(args: argparse.Namespace):
     """The pipeline, or the one model there is."""
     tokenizer = transformer = None
     if args.tokenizer:
-        tokenizer = convert_tokenizer(args.tokenizer, args.config, **parse_options(args.tokenizer_options))
+        options = {"config": args.config} | parse_options(args.tokenizer_options)
+        tokenizer = convert_tokenizer(args.tokenizer, **options)
         head = millions(tokenizer.denoiser.repa_head)
         print(f"tokenizer: {millions(tokenizer) - head:.1f} M parameters + {head:.1f} M (REPA head, for training)")
     if args.transformer:
-        options = parse_options(args.transformer_options)
+        options = {"sampling": args.sampling} | parse_options(args.transformer_options)
         if tokenizer is not None:
             config = tokenizer.config
             options = {"num_image_tokens": config.num_tokens, "tokens_per_group": config.tokens_per_group} | options
-        transformer = convert_transformer(args.transformer, sampling=args.sampling, **options)
+        transformer = convert_transformer(args.transformer, **options)
         print(f"transformer: {millions(transformer):.1f} M parameters")
     if tokenizer is None or transformer is None:
         return tokenizer or transformer
@@ -59,6 +69,9 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.tokenizer or args.transformer):
         parser.error("give --tokenizer, --transformer or both")
+    for option, models in NEEDED.items():
+        if getattr(args, option) and not all(getattr(args, model) for model in models):
+            parser.error(f"--{option} needs --{' and --'.join(models)}")
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING)
     logging.getLogger("dar_hf").setLevel(logging.INFO)  # says what was dropped
     try:

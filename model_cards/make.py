@@ -54,7 +54,7 @@ TRAINED: dict[str, dict[str, Any]] = {
             "data": "scikit-learn's digits: first 1,437 to train, other 360 to test",
             "made by": "`make demo` (preset `digits`, seed 0), 2026-11-23",
             "machine": "2 CPU cores with AVX-512 bf16",
-            "time": "7 min 18 s in all: tokenizer 4 min 54 s, language model 56 s, the rest installation, loading and "
+            "time": "6 min 51 s after installation: tokenizer 5 min 32 s, language model 55 s, the rest loading and "
             "evaluation",
         },
         "sections": {

@@ -62,6 +62,15 @@ def test_new_folder_takes_an_empty_one_and_no_other(tmp_path):
     assert (tmp_path / "empty" / "x").read_text() == "1"
 
 
+def test_new_folder_behind_a_link(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "file").write_text("x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "file").read_text() == "x"
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "empty"}
+
+
 def test_new_folder_does_not_replace_what_came_meanwhile(tmp_path):
     with pytest.raises(FileExistsError), new_folder(tmp_path / "a") as folder:
         (folder / "x").write_text("ours")

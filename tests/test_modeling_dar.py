@@ -1,3 +1,4 @@
+import copy
 import inspect
 
 import pytest
@@ -715,3 +716,7 @@ def test_compiled_decoding(make_transformer):
         other = torch.cat(list(model.stream_codes([1, 2], prefix_codes=prefix, **options)), dim=1)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
     assert torch.equal(compiled, eager[0]) and torch.equal(again, eager[0]) and torch.equal(other, eager[1])
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.lm_head.weight.neg_()
+    assert not torch.equal(torch.cat(list(changed.stream_codes([0, 3], **options)), dim=1), compiled)

@@ -28,7 +28,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         FileExistsError: if ``path`` is a file or a folder that is not empty, before the block and after it.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays, and becomes a link to the new folder
 
     def check() -> None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):

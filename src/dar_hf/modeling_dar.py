@@ -614,7 +614,11 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         try:
             yield self._compiled_forward, cache
         finally:
-            self._static_caches[key] = cache
+            self._static_caches = {key: cache}  # only the latest: every batch size has one of its own
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy must not call the forward pass of the model that it was copied from
+        return {**vars(self), "_compiled_forward": None, "_static_caches": {}}
 
 
 def sampling_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList | None:

@@ -1053,8 +1053,9 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"tokens_per_group={config.tokens_per_group} does not fit num_tokens={config.num_tokens}.")
     if config.condition_dim != config.decoder_dim:
         raise ValueError(f"condition_dim={config.condition_dim} must equal decoder_dim={config.decoder_dim}.")
-    if not (config.data_std > 0 and config.time_shift > 0):
-        raise ValueError(f"data_std and time_shift must be positive, got {config.data_std} and {config.time_shift}.")
+    for name in ("data_std", "time_shift", "rope_theta"):
+        if not 0 < config[name] < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {config[name]}.")
     if config.adaptive_head and not config.share_time_embedding:
         raise ValueError("adaptive_head=True reads the shared time embedding: set share_time_embedding=True.")
     if config.repa_layer is not None and not 0 <= config.repa_layer < config.diffusion_depth:

@@ -1,6 +1,7 @@
 """Checkpoints in the original code's format with random weights, written down from its names and shapes."""
 
 import argparse
+import sys
 import types
 
 import torch
@@ -145,8 +146,6 @@ def with_buffers(weights):
 
 def save(content, path, **options):
     """``torch.save`` of content whose configurations are pickled as instances of ``config_util.Config``."""
-    import sys
-
     module = types.ModuleType("config_util")
     module.Config = Config
     sys.modules["config_util"] = module

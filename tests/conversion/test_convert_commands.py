@@ -1,6 +1,7 @@
 """The commands, as a user runs them."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,45 +17,63 @@ from dar_hf.conversion import convert_tokenizer, convert_transformer
 from . import originals
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def files(tmp_path):
-    weights = originals.tokenizer_weights(originals.TOKENIZER)
-    weights = {name: tensor * 0.05 for name, tensor in weights.items()}
-    originals.save(originals.tokenizer_checkpoint(weights, originals.TOKENIZER), tmp_path / "tokenizer.pt")
+    config = originals.tokenizer_config(time_shift=1.5)
+    weights = {name: tensor * 0.05 for name, tensor in originals.tokenizer_weights(config).items()}
+    originals.save(originals.tokenizer_checkpoint(weights, config), tmp_path / "tokenizer.pt")
     model = originals.transformer_checkpoint(originals.transformer_weights(**originals.TRANSFORMER), n_head=2)
     torch.save(model, tmp_path / "transformer.pt")
     return ["--tokenizer", str(tmp_path / "tokenizer.pt"), "--transformer", str(tmp_path / "transformer.pt")]
 
 
-def run(script, *arguments):
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command in this process: starting one takes longer than all that these do."""
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        code = None
+        try:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+        output, errors = capsys.readouterr()
+        if isinstance(code, str):  # as the interpreter does
+            code, errors = 1, errors + code
+        return subprocess.CompletedProcess(sys.argv, code or 0, output, errors)
+
+    return call
 
 
+@pytest.mark.slow
 def test_a_pipeline(files, tmp_path):
-    result = run("convert_checkpoint.py", *files, "--output_dir", tmp_path / "out")
+    weights = originals.transformer_weights(**originals.TRANSFORMER | {"num_classes": 1000})
+    torch.save(originals.transformer_checkpoint(weights, n_head=2), files[3])
+    command = [sys.executable, EXAMPLES / "convert_checkpoint.py", *files, "--output_dir", tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for line in ("tokenizer: ", " M (REPA head, for training)", "transformer: 0.5 M parameters", "codebook_used"):
+    for line in ("tokenizer: ", " M (REPA head, for training)", "transformer: 0.7 M parameters", "codebook_used"):
         assert line in result.stdout
     card = (tmp_path / "out" / "README.md").read_text()
     assert "`tokenizer.pt`, `transformer.pt`" in card and "library_name: diffusers" in card
     pipeline = DARPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.transformer.config.num_image_tokens == 16  # the tokenizer's: the file does not say
     assert pipeline.transformer.config.tokens_per_group == 4
-    assert pipeline.scheduler.config.shift == 2 and not pipeline.scheduler.config.variable_step
+    assert pipeline.scheduler.config.shift == 1.5 and not pipeline.scheduler.config.variable_step
     for converted, loaded in (
         (convert_tokenizer(files[1]), pipeline.tokenizer),
         (convert_transformer(files[3], num_image_tokens=16), pipeline.transformer),
     ):
         assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in converted.state_dict().items())
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline([0, 4]).images[0].size == (16, 16)
+    assert pipeline("golden retriever").images[0].size == (16, 16) and pipeline.get_label_ids("goldfish") == [1]
 
 
-def test_options(files, tmp_path):
+def test_options(run, files, tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps(["a", "b", "c", "d", "e"]))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"num_denoising_steps": 3}}))
     result = run(
@@ -72,7 +91,17 @@ def test_options(files, tmp_path):
     assert pipeline.transformer.config.class_dropout == 0.3
 
 
-def test_one_model(files, tmp_path):
+def test_options_that_say_nothing(run, files, tmp_path):
+    (tmp_path / "labels.txt").write_text("a")
+    for options, message in (
+        ((*files[:2], "--id2label", tmp_path / "labels.txt"), "--id2label needs --tokenizer and --transformer"),
+        ((*files[2:], "--config", tmp_path / "labels.txt"), "--config needs --tokenizer"),
+    ):
+        result = run("convert_checkpoint.py", *options, "--output_dir", tmp_path / "out")
+        assert result.returncode == 2 and message in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_one_model(run, files, tmp_path):
     assert run("convert_checkpoint.py", *files[:2], "--output_dir", tmp_path / "a").returncode == 0
     DARTokenizer.from_pretrained(tmp_path / "a")
     options = ("--transformer_options", "num_image_tokens=16")
@@ -80,7 +109,7 @@ def test_one_model(files, tmp_path):
     DARForCausalLM.from_pretrained(tmp_path / "b")
 
 
-def test_what_goes_wrong_leaves_nothing(files, tmp_path):
+def test_what_goes_wrong_leaves_nothing(run, files, tmp_path):
     (tmp_path / "labels.txt").write_text("a\n")
     other = originals.transformer_weights(**originals.TRANSFORMER | {"vocab_size": 33})
     torch.save(originals.transformer_checkpoint(other, n_head=2), tmp_path / "other.pt")
@@ -100,7 +129,7 @@ def test_what_goes_wrong_leaves_nothing(files, tmp_path):
         assert set(tmp_path.iterdir()) == before
 
 
-def test_nothing_is_overwritten(files, tmp_path):
+def test_nothing_is_overwritten(run, files, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     for script, options in (("convert_checkpoint.py", files), ("export_llama.py", ["--model", tmp_path])):
@@ -109,7 +138,7 @@ def test_nothing_is_overwritten(files, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_export_llama(tiny_pipeline, tmp_path):
+def test_export_llama(run, tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "pipeline")
     options = ("--model", tmp_path / "pipeline", "--subfolder", "transformer", "--output_dir", tmp_path / "llama")
     result = run("export_llama.py", *options)

@@ -64,6 +64,23 @@ def test_greedy_codes_where_the_generation_configuration_is_ignored(tiny_transfo
     assert torch.equal(tokens[:, 1:], greedy(tiny_transformer))
 
 
+def test_logits_and_rows_of_the_classes(make_transformer):
+    model = make_transformer(rms_norm_eps=0.3).eval()
+    llama, tokens = to_llama(model), torch.tensor([[33, 5, 9]])
+    with torch.no_grad():
+        found, expected = llama(tokens).logits, model(tokens).logits
+    torch.testing.assert_close(found[..., :32], expected)
+    torch.testing.assert_close(found[..., 32:], expected.mean(-1, keepdim=True).expand(-1, -1, 6))
+
+
+def test_unset_limits_stay_no_limits(make_transformer, tmp_path):
+    model = make_transformer()
+    model.generation_config.update(do_sample=True)
+    to_llama(model).save_pretrained(tmp_path)
+    sampling = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+    assert (sampling.top_k, sampling.top_p) == (0, 1.0)  # stock generate takes 50 codes where nothing is said
+
+
 def test_sampling_comes_along(make_transformer):
     model = make_transformer()
     model.generation_config.update(do_sample=True, temperature=0.7, top_k=0, top_p=0.9, guidance_scale=[1.1, 8.0])

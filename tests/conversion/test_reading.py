@@ -226,6 +226,50 @@ def test_truncated(path, whole_file, share):
         convert_tokenizer(path)
 
 
+def test_data_that_is_shorter_than_its_tensor(path):
+    torch.save({"model": {"a": torch.ones(40), "b": torch.ones(200)}}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:  # with checksums that are right
+        for entry, content in entries:
+            archive.writestr(entry.filename, content[:80] if entry.filename.endswith("data/0") else content)
+    with pytest.raises(CheckpointError, match="damaged: the sizes"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("protocol", [0, 4, 5])
+def test_what_saving_again_would_help(path, weights, protocol):
+    torch.save(weights, path, pickle_protocol=protocol)
+    with pytest.raises(CheckpointError, match="load it where it was made and save it with torch.save's defaults"):
+        read_checkpoint(path)
+
+
+def test_recompressed(path, weights):
+    torch.save(weights, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    assert same(read_checkpoint(path).weights, weights)
+
+
+def test_weights_named_by_something_else(path):
+    key = ()
+    for _ in range(16):
+        key = (key, key)  # 2**16 brackets, written out
+    torch.save({"model": {"a": torch.ones(1), 5: torch.ones(1), key: 3, "b" * 10_000: 4}}, path)
+    checkpoint = read_checkpoint(path)
+    assert set(checkpoint.weights) == {"a", "5"}
+    assert len(checkpoint.dropped) == 2 and all(len(name) < 1000 for name in checkpoint.dropped)
+
+
+def test_old_files_have_no_checksums(path, weights, caplog):
+    torch.save({"model": weights}, path, _use_new_zipfile_serialization=False)
+    assert same(read_checkpoint(path).weights, weights)
+    assert "without checksums" in caplog.text
+
+
 def test_without_checksums(path, weights, caplog):
     torch.serialization.set_crc32_options(False)
     try:

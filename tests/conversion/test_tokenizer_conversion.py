@@ -8,6 +8,8 @@ import yaml
 
 from dar_hf import DARTokenizer
 from dar_hf.conversion import CheckpointError, convert_tokenizer, to_original
+from dar_hf.conversion import tokenizer as tokenizer_conversion
+from dar_hf.conversion.reading import Checkpoint
 
 from . import originals
 from .originals import TOKENIZER, tokenizer_config, tokenizer_weights
@@ -78,6 +80,20 @@ def test_variants_run(path, name):
     codes = model.encode(images).codes
     sample = model.decode(codes, generator=torch.Generator().manual_seed(0)).sample
     assert sample.shape == images.shape and torch.isfinite(sample).all()
+
+
+def test_query_tables_of_any_size(path):
+    weights = tokenizer_weights(TOKENIZER, repa=False)
+    for name, shape in (
+        ("query_embedding.weight", (20, 5)),
+        ("query_linear.weight", (128, 5)),
+        ("decoder_embedding.weight", (20, 64)),
+    ):
+        weights[name] = torch.rand(shape)
+    torch.save(weights, path)
+    model = convert_tokenizer(path, TOKENIZER)
+    assert (model.config.query_rank, model.config.max_num_tokens) == (5, 20)
+    assert_same(to_original(model), weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -173,11 +189,12 @@ def test_given_options_win(checkpoint):
 
 
 @pytest.mark.slow
-def test_the_released_shapes_without_configuration(path, caplog):
+def test_the_released_shapes_without_configuration(path, caplog, monkeypatch):
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in to_original(DARTokenizer()).items()}
     zeros = torch.zeros(1)  # one number under all shapes: 300 M parameters would be 1.2 GB
-    torch.save({name: zeros.expand(shape) for name, shape in shapes.items()}, path)
+    weights = {name: zeros.expand(shape) for name, shape in shapes.items()}
+    monkeypatch.setattr(tokenizer_conversion, "read_checkpoint", lambda path: Checkpoint(path, weights, {}, {}, []))
     model = convert_tokenizer(path)
     assert "shapes of the released tokenizer" in caplog.text
     assert {**model.config, "strict_sample_size": True, "_use_default_values": 0} == {
@@ -227,7 +244,10 @@ def declare(**options):
         (edit(decoder_layers__0__mlp__fc1__bias=torch.ones(3)), r"decoder_layers.0.mlp.fc1.bias has the shape \(3,\)"),
         (edit(patchify__bias=torch.full((128,), torch.nan)), "patchify.bias holds values that are not finite"),
         (lambda content: content["ema"].update(extra=torch.ones(1)), "missing: none; unknown: extra"),
-        (lambda content: content["ema"].update({"encoder_layers.5.gate1": torch.ones(1)}), "num_encoder_layers=6"),
+        (
+            lambda content: content["ema"].update({"encoder_layers.5.gate1": torch.ones(1)}),
+            "num_encoder_layers=3, but 2 was asked for",
+        ),
         (declare(encoder_dim=64), "its weights have encoder_dim=128, but 64 was asked for"),
         (declare(vq_codebook_size=64), "codebook_size=32, but 64"),
         (declare(num_encoder_layers=3), "num_encoder_layers=2, but 3"),
@@ -238,9 +258,15 @@ def declare(**options):
         (declare(num_query_groups=0), "num_groups"),
         (declare(num_query_groups=True), "num_groups .* cannot be True"),
         (declare(sampling_resolution=17), "sample_size=17 is not a multiple"),
+        (declare(sampling_resolution=[True, 16]), "sample_size .* cannot be"),
+        (declare(rope_base_len=float("inf")), "rope_theta .* cannot be inf"),
+        (declare(rope_base_len=-1), "rope_theta must be positive and finite, got -1.0"),
+        (declare(diff_decoder={"data_std": float("nan"), "time_shift": 2}), "data_std .* cannot be nan"),
+        (declare(diff_decoder={"data_std": 0.5, "time_shift": 10**400}), "time_shift .* cannot be 1000"),
+        (declare(num_all_queries=torch.ones(3)), "num_tokens .* cannot be tensor"),
         (declare(vq_enable=False), "a tokenizer without codes is not supported"),
         (declare(diff_decoder={"in_dim": 3, "out_dim": 6}), "in_dim and out_dim must agree"),
-        (declare(diff_decoder={"data_std": 0, "time_shift": 2}), "data_std and time_shift must be positive"),
+        (declare(diff_decoder={"data_std": 0, "time_shift": 2}), "data_std must be positive and finite, got 0.0"),
     ],
 )
 def test_what_does_not_fit_is_named(checkpoint, change, message):
@@ -254,6 +280,7 @@ def test_what_does_not_fit_is_named(checkpoint, change, message):
     [
         ({"encoder_width": 3}, "DARTokenizer has no option encoder_width"),
         ({"self": 3}, "DARTokenizer has no option self"),
+        ({"path": 3}, "DARTokenizer has no option path"),
         ({"encoder_dim": 64}, "encoder_dim=128, but 64 was asked for"),
         ({"config": [1]}, "a configuration holds options by name, got a list"),
         ({"config": {"model": 3}}, "a configuration holds options by name, got a int"),
@@ -293,6 +320,24 @@ def test_a_language_model_is_no_tokenizer(path):
     torch.save({"model": weights, "args": argparse.Namespace(n_head=2)}, path)
     with pytest.raises(CheckpointError, match="is no D-AR tokenizer: it lacks patchify.weight.*It has cls_embedding"):
         convert_tokenizer(path)
+
+
+def test_keys_of_any_kind(checkpoint, caplog):
+    """What is no option is left out, and named."""
+    caplog.set_level("INFO", logger="dar_hf")
+
+    def change(content):
+        content["config"]._data["model"] |= {5: 6, ("a", 1): {2: 3}}
+
+    assert convert_tokenizer(checkpoint(change)).config.num_tokens == 16
+    assert "options without a counterpart: 5, ('a', 1).2" in caplog.text
+
+
+def test_heads_of_another_width_have_no_original():
+    with torch.device("meta"):
+        model = DARTokenizer(attention_head_dim=32)
+    with pytest.raises(ValueError, match="heads are 64 wide, not 32"):
+        to_original(model)
 
 
 def test_other_models_have_no_original():

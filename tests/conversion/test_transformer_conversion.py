@@ -8,7 +8,7 @@ import torch
 from dar_hf import DARConfig, DARForCausalLM
 from dar_hf.conversion import CheckpointError, convert_transformer, to_original
 from dar_hf.conversion.reading import Checkpoint
-from dar_hf.conversion.transformer import _config
+from dar_hf.conversion.transformer import _options
 from dar_hf.presets import PRESETS, get_preset
 
 from . import originals
@@ -87,8 +87,8 @@ def meta_checkpoint(name, **args):
 def test_sizes_of_the_paper(name, gpt_model, caplog):
     gpt_model = f"GPT-{name}" if gpt_model == "own" else gpt_model
     args = {} if gpt_model is None else {"gpt_model": gpt_model}
-    config = _config(meta_checkpoint(name, block_size=256, **args), {})
-    assert config.num_attention_heads == get_preset(name).transformer["num_attention_heads"]
+    options = _options(meta_checkpoint(name, block_size=256, **args), {})
+    assert options["num_attention_heads"] == get_preset(name).transformer["num_attention_heads"]
     assert ("does not say how many heads" in caplog.text) == (gpt_model != f"GPT-{name}")
 
 
@@ -103,7 +103,7 @@ def test_sequence_length(path, weights, caplog):
     with pytest.raises(CheckpointError, match="does not say how many codes an image has: pass num_image_tokens"):
         convert_transformer(path)
     assert convert_transformer(path, num_image_tokens=24).config.num_image_tokens == 24
-    assert _config(meta_checkpoint("L"), {}).num_image_tokens == 256
+    assert _options(meta_checkpoint("L"), {})["num_image_tokens"] == 256
     assert "taking the paper's 256" in caplog.text
 
 
@@ -135,6 +135,7 @@ def test_sampling_of_the_own_size(monkeypatch, path, weights):
     "args, options, message",
     [
         ({}, {"hidden_width": 3}, "DARConfig has no option hidden_width"),
+        ({}, {"path": "x"}, "DARConfig has no option path"),
         ({}, {"sampling": "M"}, "no sampling preset 'M'; there are B, L"),
         ({"n_head": 3}, {}, "num_attention_heads must divide hidden_size=128 into even parts, got 3"),
         ({"n_head": "2"}, {}, "num_attention_heads must divide hidden_size=128 into even parts, got '2'"),
@@ -147,7 +148,20 @@ def test_sampling_of_the_own_size(monkeypatch, path, weights):
         ({"block_size": 0}, {}, "num_image_tokens must be a positive integer, got 0"),
         ({}, {"num_image_tokens": 17}, "is for 16 codes an image, num_image_tokens=17 was asked for"),
         ({}, {"hidden_size": 64}, "hidden_size=64 was asked for, its weights have 128"),
-        ({}, {"num_attention_heads": 3}, "must divide hidden_size=128 into even parts, got 3"),
+        ({}, {"num_attention_heads": 1}, "its arguments say n_head=2, num_attention_heads=1 was asked for"),
+        ({"n_head": None}, {"num_attention_heads": 3}, "must divide hidden_size=128 into even parts, got 3"),
+        ({"n_head": None}, {"num_attention_heads": 0}, "must divide hidden_size=128 into even parts, got 0"),
+        ({}, {"vocab_size": 38}, "DARConfig has no option vocab_size"),
+        ({}, {"max_position_embeddings": 9}, "DARConfig has no option max_position_embeddings"),
+        ({}, {"intermediate_size": 256}, "intermediate_size=256 was asked for, its weights have 512"),
+        ({}, {"num_key_value_heads": 1}, "num_key_value_heads=1 was asked for, its weights have 2"),
+        ({}, {"head_dim": 32}, "2 heads cannot have head_dim=32"),
+        ({}, {"attention_bias": True}, "the original code has attention_bias=False, not True"),
+        ({}, {"mlp_bias": True}, "the original code has mlp_bias=False"),
+        ({}, {"hidden_act": "gelu"}, "the original code has hidden_act=silu"),
+        ({}, {"hidden_act": "sigh"}, "transformer.pt: .*sigh"),
+        ({}, {"pad_token_id": 1000}, "transformer.pt: "),
+        ({}, {"rope_parameters": {"rope_type": "far"}}, "transformer.pt: "),
         ({}, {"tokens_per_group": 0}, "tokens_per_group must be at least 1"),
         ({}, {"resid_dropout": "much"}, "resid_dropout"),
     ],
@@ -174,6 +188,16 @@ def test_what_does_not_fit_is_named(path, weights, args, options, message):
         ),
         ("norm.weight", torch.full((128,), torch.inf), "norm.weight holds values that are not finite"),
         ("rope", torch.ones(3), "unknown: rope"),
+        ("layers.999999.norm", torch.ones(3), "num_hidden_layers=3|n_layer=2"),
+        (
+            "norm.weight",
+            torch.full((128,), 1e300, dtype=torch.float64),
+            "norm.weight holds values that are not finite",
+        ),
+        ("norm.weight", torch.ones(1).expand(128), r"norm.weight of shape \(128,\) repeats a smaller tensor"),
+        ("tok_embeddings.weight", torch.ones(1).expand(2**40, 128), "repeats a smaller tensor"),
+        ("norm.weight", torch.ones(128).to(torch.float8_e4m3fn), "not a dense floating-point tensor"),
+        ("norm.weight", torch.nested.nested_tensor([torch.ones(128)], layout=torch.jagged), "norm.weight|nested"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(path, weights, name, tensor, message):
@@ -183,6 +207,23 @@ def test_weights_that_do_not_fit_are_named(path, weights, name, tensor, message)
     torch.save(transformer_checkpoint(weights, **TRANSFORMER), path)
     with pytest.raises(CheckpointError, match=message):
         convert_transformer(path)
+
+
+def test_arguments_that_are_no_plain_values_do_not_count(path, weights):
+    nested = []
+    for _ in range(60):
+        nested = [nested, nested]  # 2**60 brackets, written out
+    args = {"n_head": torch.ones(3), "vocab_size": torch.ones(2), "gpt_model": nested, 7: 8, "block_size": 16}
+    torch.save({"model": weights, "args": args}, path)
+    assert convert_transformer(path).config.num_attention_heads == 2
+
+
+def test_going_back_is_refused_where_the_original_has_no_such_part(make_transformer, caplog):
+    for options in ({"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"head_dim": 16}):
+        with pytest.raises(ValueError, match="the original code"):
+            to_original(make_transformer(**options))
+    to_original(make_transformer(rope_theta=500.0))
+    assert "built with rope_base=500.0" in caplog.text
 
 
 def test_a_tokenizer_is_no_language_model(path):

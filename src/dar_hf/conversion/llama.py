@@ -26,18 +26,18 @@ def to_llama(model: DARForCausalLM) -> LlamaForCausalLM:
     """
     config = model.config
     options = {name: value for name, value in config.to_dict().items() if name not in _NOT_LLAMA}
-    llama = without_weights(LlamaForCausalLM, LlamaConfig(**options))
+    llama = without_weights(lambda: LlamaForCausalLM(LlamaConfig(**options)))
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     head = tensors["lm_head.weight"].float()
     others = head.mean(dim=0, keepdim=True).expand(config.vocab_size - config.codebook_size, -1)
     tensors["lm_head.weight"] = torch.cat([head, others])
     fill(llama, tensors.items())
     sampling = model.generation_config
+    options = {"do_sample": sampling.do_sample, "temperature": sampling.temperature}
+    if sampling.do_sample:  # unset means no limit here, and 50 codes in stock `generate`
+        options |= {"top_k": sampling.top_k or 0, "top_p": 1.0 if sampling.top_p is None else sampling.top_p}
     llama.generation_config = GenerationConfig(
-        do_sample=sampling.do_sample,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
+        **options,
         suppress_tokens=list(range(config.codebook_size, config.vocab_size)),
         max_new_tokens=config.num_image_tokens,
     )

@@ -8,11 +8,13 @@ stay in the file, mapped into memory, until each is converted.
 import argparse
 import logging
 import re
+import reprlib
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # where weights are, the best first
 PREFIXES = ("module.", "_orig_mod.")  # left by DDP and torch.compile
 UNUSED_BUFFERS = ("codebook_used", "wavelets", "_arange")
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class CheckpointError(ValueError):
@@ -43,7 +48,7 @@ class Checkpoint:
         path: the file.
         weights: tensors by their original names, without prefixes; memory-mapped where the format allows.
         config: the tokenizer's configuration in the original's names, empty where the file has none.
-        args: the training arguments, empty where the file has none.
+        args: numbers and words among the training arguments, empty where the file has none.
         dropped: names of what is in the file and not used.
     """
 
@@ -64,24 +69,50 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}.")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
+    pickled = path.suffix != ".safetensors"
+    content = _unpickle(path) if pickled else _read_safetensors(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
     found, dropped = _find_weights(content)
     weights: dict[str, torch.Tensor] = {}
     for key, value in found.items():
-        name = _plain_name(str(key))
+        name = _plain_name(text(key))
         if not isinstance(value, torch.Tensor) or name.rpartition(".")[2] in UNUSED_BUFFERS:
             dropped.append(name)
             continue
         if name in weights:
             raise CheckpointError(f"{path} has two tensors for {name}, with and without a prefix.")
-        if value.layout != torch.strided or value.device.type != "cpu" or not value.is_floating_point():
-            raise CheckpointError(f"{path}: {name} is not a dense floating-point tensor ({value.dtype}).")
+        _check_tensor(path, name, value)
         weights[name] = value
     if not weights:
         raise CheckpointError(f"{path} holds no weights; its entries: {_listing(content)}.")
-    return Checkpoint(path, weights, _config(content, path), _attributes(content.get("args")), dropped)
+    if pickled and zipfile.is_zipfile(path):
+        _check_sizes(path, weights)
+    args = {text(name): value for name, value in _attributes(content.get("args")).items() if _is_plain(value)}
+    return Checkpoint(path, weights, _config(content, path), args, dropped)
+
+
+def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Refuse what is no table of numbers, and one that is larger than what is stored of it."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+    if not dense or tensor.dtype not in FLOAT_TYPES:
+        raise CheckpointError(f"{path}: {name} is not a dense floating-point tensor ({tensor.dtype}).")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{path}: {name} of shape {tuple(tensor.shape)} repeats a smaller tensor.")
+
+
+def _check_sizes(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Compare the storages of mapped tensors with the archive's entries: torch would read on into the next one."""
+    storages = {tensor.data_ptr(): tensor.untyped_storage() for tensor in weights.values() if tensor.numel()}
+    storages = {storage.data_ptr(): storage for storage in storages.values()}
+    with zipfile.ZipFile(path) as archive:
+        stored = Counter(entry.file_size for entry in archive.infolist())
+    if Counter(storage.nbytes() for storage in storages.values()) - stored:
+        raise CheckpointError(f"{path} is damaged: the sizes of its tensors and of the stored data disagree.")
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float))
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -92,41 +123,56 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no safetensors file, or damaged: {error}") from error
 
 
+_NO_CHECKSUMS = "%s was written without checksums: whether it is intact cannot be known."
+
+
 def _unpickle(path: Path) -> Any:
     # a torch file is a zip archive; those from before torch 1.6 are not, and can neither be mapped nor checked
     archive = zipfile.is_zipfile(path)
-    if archive:
-        _check_archive(path)
+    mappable = archive and _check_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace, (_Config, "config_util.Config")]):
-            if archive and (foreign := torch.serialization.get_unsafe_globals_in_checkpoint(str(path))):
-                raise CheckpointError(
-                    f"{path} is refused: it wants to run or build {', '.join(foreign)}, and a checkpoint holds only "
-                    "tensors, plain containers, argparse.Namespace and config_util.Config."
-                )
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except CheckpointError:
-        raise
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # bytes from anywhere: the unpickler and the archive reader raise all kinds
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it wants to run or build {refused[1]}" if refused else f"{type(error).__name__} while reading it"
-        raise CheckpointError(
-            f"{path} is refused: not a torch checkpoint of plain data, or damaged ({reason})."
-        ) from error
+        raise CheckpointError(f"{path} is refused: {_refusal(error)}.") from error
+    if not archive:
+        logger.warning(_NO_CHECKSUMS, path)
+    return content
 
 
-def _check_archive(path: Path) -> None:
-    """Compare every entry with its checksum: torch does not, and a flipped bit in a weight would go unnoticed."""
+def _refusal(error: Exception) -> str:
+    """What torch found wrong with a file."""
+    text = str(error)
+    if refused := re.search(r"GLOBAL (\S+)", text):
+        return (
+            f"it wants to run or build {refused[1]}, and a checkpoint holds only tensors, plain containers, "
+            "argparse.Namespace and config_util.Config"
+        )
+    detail = re.search(r"WeightsUnpickler error:\s*(.+)", text) or re.search(r"(.+)", text)
+    reason = f"{type(error).__name__}: {detail[1].strip()[:200]}" if detail else type(error).__name__
+    if "operand" in reason:  # pickle protocols other than 2 and 3
+        reason += "; if it is whole, load it where it was made and save it with torch.save's defaults"
+    return f"not a torch checkpoint of plain data, or damaged ({reason})"
+
+
+def _check_archive(path: Path) -> bool:
+    """Compare every entry with its checksum: torch does not, and a flipped bit in a weight would go unnoticed.
+
+    Returns:
+        Whether its data can be mapped: it can where nothing is compressed.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            if not any(entry.CRC for entry in archive.infolist()):
-                logger.warning("%s was written without checksums: whether it is intact cannot be known.", path)
-                return
-            damaged = archive.testzip()
+            entries = archive.infolist()
+            known = any(entry.CRC for entry in entries)
+            damaged = archive.testzip() if known else None
     except Exception as error:  # zipfile raises several kinds for a damaged directory
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: {damaged} in it does not match its checksum.")
+    if not known:
+        logger.warning(_NO_CHECKSUMS, path)
+    return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
 def _find_weights(content: dict) -> tuple[dict, list[str]]:
@@ -136,9 +182,14 @@ def _find_weights(content: dict) -> tuple[dict, list[str]]:
         inner = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), dict) and content[key]), None)
         if inner is None:
             break
-        beside += [str(name) for name in content if name not in (inner, "args", "config")]
+        beside += [text(name) for name in content if name not in (inner, "args", "config")]
         content = content[inner]
     return content, beside
+
+
+def text(name: Any) -> str:
+    """A name as text of bounded length: a file can hold keys of any kind."""
+    return name[:200] if isinstance(name, str) else reprlib.repr(name)
 
 
 def _plain_name(name: str) -> str:
@@ -161,15 +212,15 @@ def _config(content: dict, path: Path) -> dict[str, Any]:
 
 
 def _listing(names: Iterable, limit: int = 8) -> str:
-    names = [str(name) for name in names]
+    names = [text(name) for name in names]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more if names else "none"
 
 
 def layer_count(weights: Mapping[str, torch.Tensor], stem: str) -> int:
-    """How many layers ``stem.0``, ``stem.1``, … have weights; gaps show as missing names later."""
-    pattern = re.compile(re.escape(stem) + r"\.(\d{1,4})\.")
-    return 1 + max((int(match[1]) for name in weights if (match := pattern.match(name))), default=-1)
+    """How many layers ``stem.N`` have weights; where they are not those from 0 on, names do not fit later."""
+    pattern = re.compile(re.escape(stem) + r"\.(\d+)\.")
+    return len({match[1] for name in weights if (match := pattern.match(name))})
 
 
 def require(checkpoint: Checkpoint, kind: str, shapes: Mapping[str, int]) -> None:
@@ -186,6 +237,34 @@ def require(checkpoint: Checkpoint, kind: str, shapes: Mapping[str, int]) -> Non
         if checkpoint.weights[name].ndim != axes:
             shape = tuple(checkpoint.weights[name].shape)
             raise CheckpointError(f"{checkpoint.path}: {name} must have {axes} axes, got shape {shape}.")
+
+
+def convert(
+    checkpoint: Checkpoint,
+    build: Callable[[], Model],
+    to_original: Callable[[Model], Mapping[str, torch.Tensor]],
+    from_original: Callable[[Model], Iterable[tuple[str, torch.Tensor]]],
+) -> Model:
+    """Build a model from its options, compare it with the checkpoint, and give it the weights.
+
+    Args:
+        build: makes the model; called where parameters get no memory.
+        to_original: names and shapes that a model asks of a checkpoint.
+        from_original: the model's tensors from the checkpoint's, by our names.
+
+    Raises:
+        CheckpointError: for options that make no model and weights that do not fit it.
+    """
+    try:
+        model = without_weights(build)
+        expected = to_original(model)
+    except Exception as error:  # options from anywhere: the libraries raise all kinds for impossible ones
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    check_weights(checkpoint, expected)
+    fill(model, from_original(model))
+    if checkpoint.dropped:
+        logger.info("%s: dropped %s", checkpoint.path, ", ".join(checkpoint.dropped))
+    return model
 
 
 def check_weights(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) -> None:
@@ -208,14 +287,14 @@ def check_weights(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) 
                 f"{checkpoint.path}: {name} has the shape {tuple(found.shape)}, "
                 f"the configuration asks for {tuple(tensor.shape)}."
             )
-        if not torch.isfinite(found).all():
+        if not torch.isfinite(found.float()).all():
             raise CheckpointError(f"{checkpoint.path}: {name} holds values that are not finite.")
 
 
-def without_weights(model_class: type[nn.Module], *args: Any, **options: Any) -> nn.Module:
+def without_weights(build: Callable[[], Model]) -> Model:
     """A model whose parameters have shapes and no memory yet; its buffers are there."""
     with init_empty_weights(include_buffers=False):
-        return model_class(*args, **options)
+        return build()
 
 
 def fill(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,11 @@ import torch
 import yaml
 
 from ..tokenizer_dar import DARTokenizer
-from .reading import (
-    Checkpoint,
-    CheckpointError,
-    check_weights,
-    fill,
-    layer_count,
-    read_checkpoint,
-    require,
-    without_weights,
-)
+from .reading import Checkpoint, CheckpointError, convert, layer_count, read_checkpoint, require, text
 
 logger = logging.getLogger(__name__)
+
+HEAD_DIM = 64  # fixed in the original code
 
 # our names to the original's, in this order
 _RENAMES = [
@@ -88,7 +82,7 @@ _DEFAULTS: dict[str, Any] = {
 _NEEDED: tuple[str, ...] = ("num_tokens", "num_groups", "sample_size", "data_std", "time_shift")
 
 
-def convert_tokenizer(path: str | Path, config: str | Path | dict | None = None, **overrides: Any) -> DARTokenizer:
+def convert_tokenizer(path: str | Path, /, config: str | Path | dict | None = None, **overrides: Any) -> DARTokenizer:
     """Convert a tokenizer of the original code, in float32.
 
     The configuration is the file's own; what it does not say comes from the shapes of the weights. A file without any
@@ -107,20 +101,25 @@ def convert_tokenizer(path: str | Path, config: str | Path | dict | None = None,
     """
     checkpoint = read_checkpoint(path)
     options = _options(checkpoint, {} if config is None else _given(config), overrides)
-    try:
-        model = without_weights(DARTokenizer, **options)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    check_weights(checkpoint, tokenizer_to_original(model))
-    state = model.state_dict()
-    fill(model, ((name, checkpoint.weights[original_name(name)].reshape(state[name].shape)) for name in state))
-    if checkpoint.dropped:
-        logger.info("%s: dropped %s", path, ", ".join(checkpoint.dropped))
-    return model
+    return convert(
+        checkpoint,
+        lambda: DARTokenizer(**options),
+        tokenizer_to_original,
+        lambda model: (
+            (name, checkpoint.weights[original_name(name)].reshape(tensor.shape))
+            for name, tensor in model.state_dict().items()
+        ),
+    )
 
 
 def tokenizer_to_original(model: DARTokenizer) -> dict[str, torch.Tensor]:
-    """Weights in the original's names and shapes."""
+    """Weights in the original's names and shapes.
+
+    Raises:
+        ValueError: for a head width that the original code does not have.
+    """
+    if model.config.attention_head_dim != HEAD_DIM:
+        raise ValueError(f"the original code's heads are {HEAD_DIM} wide, not {model.config.attention_head_dim}.")
     result = {}
     for name, tensor in model.state_dict().items():
         name = original_name(name)
@@ -152,8 +151,9 @@ def _given(config: str | Path | dict) -> dict[str, Any]:
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """Nested options under dotted names; None stands for an option that is not said."""
     result: dict[str, Any] = {}
-    for name, value in config.items():
-        inner = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    for key, value in config.items():
+        name, nested = text(key), isinstance(value, dict)
+        inner = {f"{name}.{text(key)}": item for key, item in value.items()} if nested else {name: value}
         result |= {key: item for key, item in inner.items() if item is not None}
     return result
 
@@ -188,17 +188,16 @@ def _options(checkpoint: Checkpoint, given: dict[str, Any], overrides: dict[str,
 
 def _check_unsupported(path: Path, declared: dict[str, Any]) -> None:
     if declared.get("vq_enable", True) is not True:
-        raise CheckpointError(
-            f"{path}: vq_enable={declared['vq_enable']}: a tokenizer without codes is not supported."
-        )
+        value = reprlib.repr(declared["vq_enable"])
+        raise CheckpointError(f"{path}: vq_enable={value}: a tokenizer without codes is not supported.")
     channels = declared.get("diff_decoder.in_dim"), declared.get("diff_decoder.out_dim")
-    if None not in channels and channels[0] != channels[1]:
+    if all(isinstance(number, int) for number in channels) and channels[0] != channels[1]:
         raise CheckpointError(
             f"{path}: diff_decoder.in_dim and out_dim must agree, got {channels[0]} and {channels[1]}."
         )
     resolution = declared.get("output_resolution", 0)
-    if resolution not in (0, declared.get("sampling_resolution")):
-        logger.warning("%s: the original resizes its pictures to %s pixels; this package does not.", path, resolution)
+    if isinstance(resolution, int) and resolution not in (0, declared.get("sampling_resolution")):
+        logger.warning("%s: the original resizes its pictures to %d pixels; this package does not.", path, resolution)
     ignored = [name for name in declared if name not in {*_OPTIONS, *_CHECKED, *_DEFAULTS}]
     if ignored:
         logger.info("%s: options without a counterpart: %s", path, ", ".join(ignored))
@@ -212,12 +211,13 @@ def _typed(name: str, value: Any) -> Any:
     if isinstance(default, bool):
         fits = isinstance(value, bool)
     elif name == "sample_size" and isinstance(value, (list, tuple)):
-        fits = len(value) == 2 and all(isinstance(side, int) for side in value)
+        fits = len(value) == 2 and all(type(side) is int for side in value)
     else:
-        fits = isinstance(value, (int, float) if isinstance(default, float) else int) and not isinstance(value, bool)
+        kinds = (int, float) if isinstance(default, float) else (int,)
+        fits = type(value) in kinds and abs(value) < 2**63  # which no NaN is
     if not fits and not (value is None and default is None):
         original = f" ({_NAMES[name]} in the original)" if name in _NAMES else ""
-        raise CheckpointError(f"{name}{original} cannot be {value!r}.")
+        raise CheckpointError(f"{name}{original} cannot be {reprlib.repr(value)}.")
     return float(value) if isinstance(default, float) else value
 
 

@@ -7,21 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_dar import DARConfig
 from ..modeling_dar import DARForCausalLM
 from ..presets import PAPER_SIZES, PRESETS, sampling_preset
-from .reading import (
-    Checkpoint,
-    CheckpointError,
-    check_weights,
-    fill,
-    layer_count,
-    read_checkpoint,
-    require,
-    without_weights,
-)
+from .reading import Checkpoint, CheckpointError, convert, layer_count, read_checkpoint, require
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +26,10 @@ SHAPE_ARGS = {
     "num_classes": "num_classes",
 }
 
+ROPE_THETA = 10000  # the original's default
+_ORIGINAL = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}  # without a choice there
+_DERIVED = ("vocab_size", "max_position_embeddings")  # of DARConfig: not to be chosen
+
 _LAYER = {
     "self_attn.o_proj": "attention.wo",
     "mlp.gate_proj": "feed_forward.w1",
@@ -46,7 +40,7 @@ _LAYER = {
 }
 
 
-def convert_transformer(path: str | Path, *, sampling: str | None = None, **overrides: Any) -> DARForCausalLM:
+def convert_transformer(path: str | Path, /, *, sampling: str | None = None, **overrides: Any) -> DARForCausalLM:
     """Convert a language model of the original code, in float32.
 
     Sizes come from the shapes, the number of heads from the file's arguments, else from the named size it says it is
@@ -66,13 +60,14 @@ def convert_transformer(path: str | Path, *, sampling: str | None = None, **over
     """
     chosen = None if sampling is None else sampling_preset(sampling)
     checkpoint = read_checkpoint(path)
-    config = _config(checkpoint, overrides)
-    model = without_weights(DARForCausalLM, config)
-    check_weights(checkpoint, transformer_to_original(model))
-    fill(model, _from_original(checkpoint.weights, config))
-    if checkpoint.dropped:
-        logger.info("%s: dropped %s", path, ", ".join(checkpoint.dropped))
-    size = _named_size(config.to_dict())
+    options = _options(checkpoint, overrides)
+    model = convert(
+        checkpoint,
+        lambda: DARForCausalLM(DARConfig(**options)),
+        transformer_to_original,
+        lambda model: _from_original(checkpoint.weights, model.config),
+    )
+    size = _named_size(options)
     if chosen is None and size is not None:
         chosen = sampling_preset(size)
     model.generation_config.update(**(chosen or {}))
@@ -80,8 +75,22 @@ def convert_transformer(path: str | Path, *, sampling: str | None = None, **over
 
 
 def transformer_to_original(model: DARForCausalLM) -> dict[str, torch.Tensor]:
-    """Weights in the original's names: embeddings apart, q, k and v stacked, rotary pairs interleaved."""
+    """Weights in the original's names: embeddings apart, q, k and v stacked, rotary pairs interleaved.
+
+    Raises:
+        ValueError: for a model with parts or sizes that the original code does not have.
+    """
     config, tensors = model.config, model.state_dict()
+    for name, value in _ORIGINAL.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"the original code has {name}={value}, not {getattr(config, name)}.")
+    if config.head_dim * config.num_attention_heads != config.hidden_size:
+        raise ValueError(
+            f"the original code's heads share hidden_size={config.hidden_size}: {config.num_attention_heads} heads "
+            f"cannot have head_dim={config.head_dim}."
+        )
+    if config.rope_parameters["rope_theta"] != ROPE_THETA:
+        logger.warning("the original code has to be built with rope_base=%s.", config.rope_parameters["rope_theta"])
     codes, classes = tensors["model.embed_tokens.weight"].split([config.codebook_size, config.num_classes + 1])
     result = {
         "tok_embeddings.weight": codes,
@@ -125,8 +134,9 @@ def _interleave_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _config(checkpoint: Checkpoint, overrides: dict[str, Any]) -> DARConfig:
-    unknown = set(overrides) - {field.name for field in fields(DARConfig)}
+def _options(checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Options of `DARConfig` from everything that says something about them."""
+    unknown = set(overrides) - {field.name for field in fields(DARConfig)} | set(overrides).intersection(_DERIVED)
     if unknown:
         raise CheckpointError(f"DARConfig has no option {', '.join(sorted(unknown))}.")
     options = _shapes(checkpoint)
@@ -138,7 +148,13 @@ def _config(checkpoint: Checkpoint, overrides: dict[str, Any]) -> DARConfig:
             )
     if checkpoint.args.get("cls_token_num") not in (None, 1):
         raise CheckpointError(f"{checkpoint.path}: cls_token_num must be 1, got {checkpoint.args['cls_token_num']}.")
-    heads = overrides.get("num_attention_heads") or _heads(checkpoint, options)
+    heads = overrides.get("num_attention_heads")
+    declared = checkpoint.args.get("n_head")
+    if None not in (heads, declared) and heads != declared:
+        raise CheckpointError(
+            f"{checkpoint.path}: its arguments say n_head={declared}, num_attention_heads={heads!r} was asked for."
+        )
+    heads = _heads(checkpoint, options) if heads is None else heads
     tokens = _image_tokens(checkpoint, options, overrides.get("num_image_tokens"))
     options |= {
         "num_attention_heads": heads,
@@ -146,15 +162,12 @@ def _config(checkpoint: Checkpoint, overrides: dict[str, Any]) -> DARConfig:
         "num_image_tokens": tokens,
         "tokens_per_group": max(1, tokens // NUM_GROUPS),
     }
-    for name, value in overrides.items():
-        if name in SHAPE_ARGS.values() and value != options[name]:
+    for name in {*SHAPE_ARGS.values(), "intermediate_size", "num_key_value_heads"}.intersection(overrides):
+        if overrides[name] != options[name]:
             raise CheckpointError(
-                f"{checkpoint.path}: {name}={value} was asked for, its weights have {options[name]}."
+                f"{checkpoint.path}: {name}={overrides[name]!r} was asked for, its weights have {options[name]}."
             )
-    try:
-        return DARConfig(**options | overrides)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    return options | overrides
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, Any]:
