@@ -37,7 +37,7 @@ MIN_SIDE, MAX_SIDE, MAX_PIXELS = 4, 16_384, 50_000_000  # of an upload
 MAX_CLASSES = 10  # drawn at once
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 20.0
-MAX_PAUSE = 2.0  # seconds
+PAUSE, MAX_PAUSE = "Seconds between previews", 2.0
 VISITORS = 4  # who draw at once; others wait
 WAITING = 32  # at most; more are told so
 
@@ -280,7 +280,7 @@ class Sampling:
 
 def show(artist: Artist, view: View, sampling: Sampling, labels: list[int], **call: Any) -> Shown:
     """Run one call and show every step for a moment; image i has the generator ``seed + i``."""
-    seed, pause = sampling.draw_seed(), number("Pause", sampling.pause, 0.0, MAX_PAUSE)
+    seed, pause = sampling.draw_seed(), number(PAUSE, sampling.pause, 0.0, MAX_PAUSE)
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(labels))]
     call |= {"class_labels": labels, "generator": generators, "guidance_scale": artist.scale(sampling.guidance)}
     for step in artist.steps(**call):
@@ -419,7 +419,7 @@ def build(artist: Artist) -> gr.Blocks:
             with gr.Column():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
                 new_seed = gr.Checkbox(True, label="Another seed each time")
-            pause = gr.Slider(0.0, MAX_PAUSE, 0.2, step=0.1, label="Seconds between previews")
+            pause = gr.Slider(0.0, MAX_PAUSE, 0.2, step=0.1, label=PAUSE)
         facts = " · ".join(f"{name}: {fact}" for name, fact in describe(artist.pipe).items())
         gr.Markdown(f"<small>{html.escape(facts)}</small>")
         shared, outputs = [guidance, seed, new_seed, pause], [view, seed, last]

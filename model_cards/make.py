@@ -110,8 +110,8 @@ def trained_card(name: str) -> str:
     preset, report = get_preset(name), read_report(FOLDER / "reports" / f"{name}.json")
     settings, sizes, about = report["settings"], preset.tokenizer, TRAINED[name]
     note = (
-        f"Measured by `examples/evaluate_digits.py` on the {report['data']['count']} test digits and "
-        f"{settings['count']} generated ones (guidance {settings['guidance_scale']}, the saved default). "
+        f"Measured by `examples/evaluate_digits.py` on the {report['data']['count']:,} test digits and "
+        f"{settings['count']:,} generated ones (guidance {settings['guidance_scale']}, the saved default). "
         "The judge is a support-vector classifier trained on the real training digits; it reads "
         f"{settings['judge_accuracy_on_test_digits']:.3f} of the real test digits correctly. The codebook's figures "
         "are of the test digits."

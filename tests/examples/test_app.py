@@ -85,6 +85,18 @@ def test_an_animation_gives_its_first_frame(app, tmp_path):
     assert remark == "the first frame of an animation" and image.getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (8, 16)])
+def test_photographs_stand_upright(app, tmp_path, shape):
+    upright = Image.new("L", (40, 20))
+    upright.paste(255, (0, 0, 20, 20))  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn to the left
+    path = saved(tmp_path / "a.jpg", upright.transpose(Image.Transpose.ROTATE_90), exif=exif, quality=100)
+    image, _ = app.read_upload(path, *shape, 1)
+    assert image.size == shape[::-1]
+    assert np.asarray(image)[:, :2].min() > 200 and np.asarray(image)[:, -2:].max() < 50
+
+
 def test_transparency_and_16_bits(app, tmp_path):
     image, _ = app.read_upload(saved(tmp_path / "a.png", Image.new("RGBA", (9, 9), (0, 0, 0, 0))), 8, 8, 3)
     assert image.getpixel((4, 4)) == (255, 255, 255)
@@ -229,7 +241,7 @@ def test_names_are_text_and_not_html(app, artist):
         ((2.0, -1, False, 0.0), (0, 16), "Seed must be"),
         ((2.0, 10**30, False, 0.0), (0, 16), "Seed must be"),
         ((2.0, None, False, 0.0), (0, 16), "Seed must be"),
-        ((2.0, 7, False, 1e6), (0, 16), "Pause must be"),
+        ((2.0, 7, False, 1e6), (0, 16), "Seconds between previews must be"),
         (SHARED, (0, 0), "Tokens must be"),
         (SHARED, (0, 10**9), "Tokens must be"),
         (SHARED, (5, 16), "class must be"),
