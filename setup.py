@@ -9,7 +9,9 @@ setup(
     license="MIT",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"dar_hf": ["assets/*"]},  # class names, the template of cards
+    # class names, the template of cards, a small trained pipeline
+    package_data={"dar_hf": ["assets/*", "assets/sample/*", "assets/sample/*/*"]},
+    entry_points={"console_scripts": ["dar-hf = dar_hf.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -26,6 +28,7 @@ setup(
         "train": ["matplotlib>=3.9"],  # loss curves
         "demo": ["matplotlib>=3.9", "scikit-learn>=1.5"],  # digits and the classifier that judges them
         "peft": ["peft>=0.17"],  # LoRA of the language model
+        "app": ["gradio>=6.31,<7"],  # the page; it takes pillow < 13, so constraints.txt holds 12
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -35,6 +38,8 @@ setup(
             "scikit-learn>=1.5",
             "peft>=0.17",
             "scikit-image>=0.25",  # an independent SSIM
+            "gradio>=6.31,<7",
+            "selenium>=4.30",  # drives the page, where there is a Chromium
         ],
     },
 )

@@ -2,10 +2,12 @@
 
     python model_cards/make.py
 
-Cards of the paper's models hold the paper's figures; cards of models trained here hold those of a report in reports/.
+Cards of the paper's models hold the paper's figures. Cards of models trained here hold those of a report: every file
+in reports/, which `examples/evaluate_digits.py` wrote, gives a card of its name.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +25,58 @@ With the tokenizer's and the language model's file, this makes a pipeline (the t
 ```bash
 python examples/convert_checkpoint.py --tokenizer T.pt --transformer A.pt --output_dir DIR
 ```"""
-DIGITS_SEEDS = "Seeds and processors with other rounding move the PSNR by about 0.7 dB ([log](../examples/LOG.md))."
+MNIST_COMMANDS = """The digits are MNIST's, enlarged from 28×28 to 32×32 pixels. `path/to/mnist` is any copy that
+`datasets` reads, with the columns `image` and `label` and the splits `train` and `test`.
+
+```bash
+python examples/train.py tokenizer --preset mnist --dataset_name path/to/mnist --output_dir outputs/mnist/tokenizer
+python examples/train.py ar --preset mnist --dataset_name path/to/mnist --tokenizer outputs/mnist/tokenizer \\
+    --output_dir outputs/mnist/pipeline
+python examples/make_sample.py --pipeline outputs/mnist/pipeline
+python examples/evaluate_digits.py --pipeline src/dar_hf/assets/sample --dataset_name path/to/mnist \\
+    --num_images 1000 --output_dir outputs/mnist
+```"""
+SAMPLE_USE = """It comes with the package:
+
+```python
+import dar_hf
+
+pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline())
+```"""
+
+# what a report does not say of a model trained here
+TRAINED: dict[str, dict[str, Any]] = {
+    "digits": {
+        "title": "D-AR digits",
+        "summary": "A class-conditional pipeline for 8×8 handwritten digits, small enough to train from scratch on "
+        "two CPU cores in minutes. It shows the whole method; it is no benchmark.",
+        "facts": {
+            "data": "scikit-learn's digits: first 1,437 to train, other 360 to test",
+            "made by": "`make demo` (preset `digits`, seed 0), 2026-11-23",
+            "machine": "2 CPU cores with AVX-512 bf16",
+            "time": "6 min 51 s after installation: tokenizer 5 min 32 s, language model 55 s, the rest loading and "
+            "evaluation",
+        },
+        "sections": {
+            "Limits": "Seeds and processors with other rounding move the PSNR by about 0.7 dB "
+            "([log](../examples/LOG.md))."
+        },
+        "tags": ["class-conditional"],
+    },
+    "mnist": {
+        "title": "D-AR MNIST",
+        "summary": "A class-conditional pipeline for 32×32 handwritten digits, trained from scratch on two CPU cores. "
+        "It comes with the package, in half precision, and shows what the method does; it is no benchmark.",
+        "facts": {
+            "data": "MNIST (MIT): 60,000 to train, other 10,000 to test",
+            "made by": "the commands below (preset `mnist`, seed 0)",
+            "machine": "2 CPU cores with AVX-512 bf16",
+            "weights": "float16 in the package; they load in float32 unless `dtype` says otherwise",
+        },
+        "sections": {"Use it at once": SAMPLE_USE, "How it was made": MNIST_COMMANDS},
+        "tags": ["class-conditional"],
+    },
+}
 
 
 def empty_pipeline(tokenizer: str, transformer: str, **config: int) -> DARPipeline:
@@ -52,44 +105,43 @@ def paper_card(model: DARPipeline | DARTokenizer, size: str, title: str, summary
     return str(card)
 
 
-def digits_card() -> str:
-    """The card of the demo's model, with the figures of its report."""
-    preset = get_preset("digits")
-    report = read_report(FOLDER / "reports" / "digits.json")
-    settings = report["settings"]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+def trained_card(name: str) -> str:
+    """The card of a model trained here: its preset, the figures of its report, its pictures in images/."""
+    preset, report = get_preset(name), read_report(FOLDER / "reports" / f"{name}.json")
+    settings, sizes, about = report["settings"], preset.tokenizer, TRAINED[name]
     note = (
-        f"Measured by `examples/evaluate_digits.py` on the {report['data']['count']} test digits and "
-        f"{settings['count']} generated ones (guidance {settings['guidance_scale']}, the saved default). "
+        f"Measured by `examples/evaluate_digits.py` on the {report['data']['count']:,} test digits and "
+        f"{settings['count']:,} generated ones (guidance {settings['guidance_scale']}, the saved default). "
         "The judge is a support-vector classifier trained on the real training digits; it reads "
         f"{settings['judge_accuracy_on_test_digits']:.3f} of the real test digits correctly. The codebook's figures "
         "are of the test digits."
     )
+    model = empty_pipeline(
+        name,
+        name,
+        codebook_size=sizes["codebook_size"],
+        num_classes=10,
+        num_image_tokens=sizes["num_tokens"],
+        tokens_per_group=sizes["num_tokens"] // sizes["num_groups"],
+    )
+    versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     card = model_card(
-        empty_pipeline("digits", "digits", codebook_size=256, num_classes=10, num_image_tokens=16, tokens_per_group=4),
-        "outputs/digits/pipeline",
-        title="D-AR digits",
-        summary="A class-conditional pipeline for 8×8 handwritten digits, small enough to train from scratch on two "
-        "CPU cores in minutes. It shows the whole method; it is no benchmark.",
-        facts={
-            "data": "scikit-learn's digits: first 1,437 to train, other 360 to test",
-            "made by": "`make demo` (preset `digits`, seed 0), 2026-11-23",
-            "made with": versions,
-            "machine": "2 CPU cores with AVX-512 bf16",
-            "time": "6 min 51 s after installation: tokenizer 5 min 32 s, language model 55 s, the rest loading and "
-            "evaluation",
-        },
+        model,
+        f"outputs/{name}/pipeline",
+        title=about["title"],
+        summary=about["summary"],
+        facts=about["facts"] | {"made with": versions},
         results=eval_results(report),
         results_note=note,
         pictures={
-            "Four previews of a digit of each class": "images/digits_previews.png",
-            "Samples, one class a row": "images/digits_samples.png",
-            "Test digits above their reconstructions": "images/digits_reconstructions.png",
-            "Losses": "images/digits_loss.png",
+            "Previews of a digit of each class, a row a step": f"images/{name}_previews.png",
+            "Samples, one class a row": f"images/{name}_samples.png",
+            "Test digits above their reconstructions": f"images/{name}_reconstructions.png",
+            "Losses": f"images/{name}_loss.png",
         },
         recipe={"Tokenizer (stage 1)": preset.tokenizer_recipe, "Language model (stage 2)": preset.ar_recipe},
-        sections={"Limits": DIGITS_SEEDS},
-        tags=["class-conditional"],
+        sections=about["sections"],
+        tags=about["tags"],
     )
     return str(card)
 
@@ -110,7 +162,7 @@ def cards() -> dict[str, str]:
         ),
         "dar-l.md": paper_card(empty_pipeline("v1", "L"), "L", "D-AR-L", pipeline.format("L")),
         "dar-xl.md": paper_card(empty_pipeline("v1", "XL"), "XL", "D-AR-XL", pipeline.format("XL")),
-        "digits.md": digits_card(),
+        **{f"{report.stem}.md": trained_card(report.stem) for report in sorted((FOLDER / "reports").glob("*.json"))},
     }
 
 

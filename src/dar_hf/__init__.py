@@ -20,6 +20,7 @@ from .configuration_dar import DARConfig
 from .hub import connect
 from .modeling_dar import DARForCausalLM, DARModel
 from .pipeline_dar import DARPipeline, DARPipelineOutput
+from .sample import sample_pipeline
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler
 from .tokenizer_dar import DARPreview, DARTokenizer, DARTokenizerEncoderOutput, DARTokenizerOutput
 
@@ -34,6 +35,7 @@ __all__ = [
     "DARTokenizerEncoderOutput",
     "DARTokenizerOutput",
     "FlowMatchAdamsBashforthScheduler",
+    "sample_pipeline",
 ]
 
 AutoConfig.register("dar", DARConfig, exist_ok=True)

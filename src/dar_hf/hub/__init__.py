@@ -2,7 +2,7 @@
 
 from .advice import advice, one_line
 from .blocks import merge_cards
-from .cards import empty_model, model_card
+from .cards import describe, empty_model, model_card
 from .methods import connect
 from .push import prepare_repository, push_card, push_folder, push_to_hub
 from .remote_code import export_remote_code
@@ -12,6 +12,7 @@ __all__ = [
     "TASKS",
     "advice",
     "connect",
+    "describe",
     "empty_model",
     "export_remote_code",
     "merge_cards",

@@ -133,6 +133,11 @@ _KINDS = {
 }
 
 
+def describe(model: Any) -> dict[str, str]:
+    """Size and settings of a pipeline or one of its parts, as people write them: rows of its card's table."""
+    return _KINDS[type(model).__name__].describe(model)
+
+
 def model_card(
     model: Any,
     repo_id: str,
@@ -183,7 +188,7 @@ def model_card(
         title=title,
         summary=summary,
         pictures=pictures or {},
-        facts=kind.describe(model) | dict(facts or {}),
+        facts=describe(model) | dict(facts or {}),
         usage=kind.usage.replace("{id}", repo_id),
         remote_usage=kind.remote_usage.replace("{id}", repo_id) if self_contained else "",
         tables=tables(results),

@@ -1,0 +1,105 @@
+"""Make a trained pipeline the one that the package ships: half precision, without what training left behind.
+
+    python examples/make_sample.py --pipeline outputs/mnist/pipeline
+
+Replaces the folder of `dar_hf.sample_pipeline`, at once and only when the new one is complete and loads.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dar_hf import DARPipeline
+from dar_hf.files import new_folder, write_json
+from dar_hf.sample import FOLDER
+
+MAX_BYTES = 12_000_000
+CONFIGS = (
+    "model_index.json",
+    "tokenizer/config.json",
+    "transformer/config.json",
+    "transformer/generation_config.json",
+    "scheduler/scheduler_config.json",
+)
+WEIGHTS = ("tokenizer/diffusion_pytorch_model.safetensors", "transformer/model.safetensors")
+
+
+def write_config(source: Path, target: Path) -> None:
+    """Copy a configuration without the path of the folder it was trained in."""
+    config = json.loads(source.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    target.parent.mkdir(exist_ok=True)
+    write_json(target, config)
+
+
+def write_half(source: Path, target: Path) -> None:
+    """Copy weights in float16, which is closer to float32 than bfloat16 wherever the weights are within its range.
+
+    Raises:
+        ValueError: if one of them is not.
+    """
+    weights = {}
+    for name, tensor in load_file(source).items():
+        weights[name] = tensor.half() if tensor.is_floating_point() else tensor
+        if not torch.isfinite(weights[name]).all():
+            raise ValueError(f"{source}: {name} holds values beyond the range of float16.")
+    save_file(weights, target, metadata={"format": "pt"})
+
+
+def convert(source: Path, target: Path) -> int:
+    """Write the small copy of a pipeline folder, make sure that it loads, and return its size in bytes.
+
+    Raises:
+        OSError: if a file is missing, as in a folder that is no pipeline.
+        ValueError: for weights beyond float16, or a copy that is larger than ``MAX_BYTES``.
+    """
+    for name in CONFIGS:
+        write_config(source / name, target / name)
+    for name in WEIGHTS:
+        write_half(source / name, target / name)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    if size > MAX_BYTES:
+        limit = f"at most {MAX_BYTES / 1e6:.0f} are shipped"
+        raise ValueError(f"{source} takes {size / 1e6:.1f} MB in half precision; {limit}.")
+    DARPipeline.from_pretrained(target)
+    return size
+
+
+def replace(source: Path, target: Path) -> int:
+    """Put the small copy of ``source`` in the place of ``target``; the old folder stays until the new one is there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".old-", dir=target.parent))
+    try:
+        with new_folder(aside / "new") as folder:
+            size = convert(source, folder)
+        if target.exists():
+            os.replace(target, aside / "old")
+        os.replace(aside / "new", target)
+    finally:
+        if not target.exists() and (aside / "old").exists():
+            os.replace(aside / "old", target)
+        shutil.rmtree(aside, ignore_errors=True)
+    return size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pipeline", type=Path, required=True, help="folder that stage 2 left")
+    parser.add_argument("--output_dir", type=Path, default=FOLDER, help="default the package's own sample")
+    args = parser.parse_args()
+    try:
+        size = replace(args.pipeline, args.output_dir)
+    except (OSError, ValueError, SafetensorError) as error:
+        parser.error(str(error))
+    print(f"{args.output_dir}: {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The pictures of the README, from the pipeline that comes with the package: what it draws, and how.
+
+    python examples/quickstart.py --output_dir docs
+
+Writes samples.png (a column a class), previews.png (a row a drawing, a column a step) and layout.png (a row a
+reference, then every class with its layout). `generate.py` has all options; this is the short version to read.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from dar_hf import DARPipeline, sample_pipeline
+from dar_hf.pictures import image_grid, save_picture
+
+CLASSES = list(range(10))
+SAMPLES, DRAWINGS, REFERENCES = 4, [2, 3, 5, 8], [4, 7, 0]  # of each class; classes shown in the other two
+
+
+def seeded(count: int, seed: int) -> list[torch.Generator]:
+    """A generator for each of ``count`` images."""
+    return [torch.Generator().manual_seed(seed + index) for index in range(count)]
+
+
+def samples(pipe: DARPipeline, seed: int) -> torch.Tensor:
+    """Images ``(SAMPLES * 10, C, H, W)`` in [0, 1], row by row one of each class."""
+    labels = CLASSES * SAMPLES
+    return pipe(labels, generator=seeded(len(labels), seed), output_type="pt").images
+
+
+def previews(pipe: DARPipeline, seed: int) -> torch.Tensor:
+    """Drawings after every step ``(drawings * steps, C, H, W)``, drawing by drawing."""
+    stream = pipe.stream(DRAWINGS, generator=seeded(len(DRAWINGS), seed), output_type="pt")
+    return torch.stack([output.images for output in stream], dim=1).flatten(0, 1)
+
+
+def layouts(pipe: DARPipeline, seed: int, layout_tokens: int) -> torch.Tensor:
+    """Rows of a reference, a blank, and every class with the reference's first ``layout_tokens`` tokens."""
+    rows = []
+    for label in REFERENCES:
+        reference = pipe(label, generator=seeded(1, seed), output_type="pt").images
+        options = {"layout_image": reference, "layout_tokens": layout_tokens, "output_type": "pt"}
+        drawn = pipe(CLASSES, generator=seeded(len(CLASSES), seed), **options).images
+        rows += [reference, torch.ones_like(reference), drawn]
+    return torch.cat(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="pipeline folder or Hub id with ten classes; default the package's own")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--layout_tokens", type=int, help="default those of the first group")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        pipe = DARPipeline.from_pretrained(args.model or sample_pipeline())
+        pipe.set_progress_bar_config(disable=True)
+        layout_tokens = pipe.tokenizer.config.tokens_per_group if args.layout_tokens is None else args.layout_tokens
+        pictures = {
+            "samples": (samples(pipe, args.seed), len(CLASSES)),
+            "previews": (previews(pipe, args.seed), pipe.tokenizer.config.num_inference_steps),
+            "layout": (layouts(pipe, args.seed, layout_tokens), len(CLASSES) + 2),
+        }
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    for name, (images, columns) in pictures.items():
+        save_picture(image_grid(images * 2 - 1, columns), args.output_dir / f"{name}.png")
+    print(f"{', '.join(pictures)} in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The page as people use it: the command, headless Chromium, the pipeline that comes with the package."""
+
+import base64
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dar_hf
+from dar_hf.pictures import image_grid
+
+pytest.importorskip("gradio")
+webdriver = pytest.importorskip("selenium.webdriver")
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium and its chromedriver"),
+]
+
+APP = Path(__file__).parents[2] / "examples" / "app.py"
+QUIET = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
+# every picture that appears, as (milliseconds since the start, step, steps, PNG)
+WATCH = """
+window.seen = []; window.start = performance.now();
+window.watcher?.disconnect();
+window.watcher = new MutationObserver(() => {
+    const view = document.querySelector('.view[data-step]'), image = view?.querySelector('.now img');
+    if (image && image.src !== window.seen.at(-1)?.at(-1))
+        window.seen.push([performance.now() - window.start, +view.dataset.step, +view.dataset.steps, image.src]);
+});
+window.watcher.observe(document.body, {subtree: true, childList: true, attributes: true});
+window.seen.push([0, 0, 0, document.querySelector('.view[data-step] .now img')?.src]);
+"""
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A page served by the command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(APP), "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(600):
+            assert server.poll() is None, "the command ended"
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/"
+        assert server.poll() is None, "the server ended"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+class Browser:
+    """One visitor."""
+
+    def __init__(self, address: str, profile: Path):
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for name in ("headless", *QUIET.split(), "disable-sync", f"user-data-dir={profile}", "window-size=1200,900"):
+            options.add_argument(f"--{name}")
+        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+        self.driver.get(address)
+        self.wait(lambda: self.button("Draw"))
+
+    def wait(self, condition, seconds=30):
+        return WebDriverWait(self.driver, seconds, poll_frequency=0.05).until(lambda _: condition())
+
+    def visible(self, selector):
+        return [found for found in self.driver.find_elements(By.CSS_SELECTOR, selector) if found.is_displayed()]
+
+    def button(self, name):
+        found = [found for found in self.visible("button:not([role=tab])") if found.text == name]
+        return found[-1] if found else None  # gradio keeps copies of the tabs above the page, to measure them
+
+    def tab(self, name):
+        next(tab for tab in self.visible("[role=tab]") if tab.text == name).click()
+        self.wait(lambda: len(self.visible("[role=tabpanel]")) == 1)
+
+    def fill(self, label, value):
+        field = next(
+            found for found in self.visible("input[type=number]") if label in (found.get_attribute("aria-label") or "")
+        )
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(str(value), Keys.TAB)
+
+    def upload(self, path):
+        self.visible("[role=tabpanel]")[0].find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(path))
+        self.wait(lambda: self.visible("[role=tabpanel] .upload img"))
+
+    def press(self, name):
+        """Watch, and press a button with the keyboard."""
+        self.driver.execute_script(WATCH)
+        self.button(name).send_keys(Keys.ENTER)
+
+    def seen(self):
+        """Pictures since `press`, until the last step's is there."""
+        self.wait(lambda: self.driver.execute_script("const s = seen.at(-1); return seen.length > 1 && s[1] === s[2]"))
+        return self.driver.execute_script("return seen.slice(1)")
+
+    def text(self):
+        return self.driver.find_element(By.CSS_SELECTOR, ".view").text
+
+
+@contextmanager
+def visitor(address, profile):
+    browser = Browser(address, profile)
+    try:
+        yield browser
+    finally:
+        browser.driver.quit()
+
+
+def decoded(source):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
+
+
+def test_the_page(address, tmp_path):
+    with visitor(address, tmp_path / "one") as one:
+        # a class is chosen with the keyboard; previews appear while it is drawn, the first one soon
+        if any(box.is_selected() for box in one.visible("input[type=checkbox]")):
+            one.visible("input[type=checkbox]")[0].send_keys(Keys.SPACE)
+        one.fill("Seed", 7)
+        one.visible("input[type=radio]")[3].send_keys(Keys.SPACE)
+        one.press("Draw")
+        seen = one.seen()
+        steps = [step for _, step, _, _ in seen]
+        assert steps == sorted(steps) and len(set(steps)) == len({source for *_, source in seen})
+        assert len({source for _, step, count, source in seen if step < count}) >= 3
+        assert seen[0][0] < 1000  # milliseconds
+        pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline())
+        expected = pipe(3, generator=torch.Generator().manual_seed(7), output_type="pt").images
+        assert np.array_equal(decoded(seen[-1][-1]), np.asarray(image_grid(expected * 2 - 1, 1, gap=0)))
+        one.driver.save_screenshot(str(tmp_path / "draw.png"))
+
+        one.tab("Layout")
+        one.button("Use the last drawing").click()
+        one.wait(lambda: one.visible("[role=tabpanel] .upload img"))
+        one.press("Draw the classes")
+        assert len(one.seen()) >= 3 and "tokens of the reference" in one.text()
+        one.driver.save_screenshot(str(tmp_path / "layout.png"))
+
+        one.tab("Reconstruct")
+        Image.fromarray(decoded(seen[-1][-1])).resize((200, 300)).save(tmp_path / "upload.png")
+        one.upload(tmp_path / "upload.png")
+        one.press("Reconstruct")
+        assert len(one.seen()) >= 3 and " dB" in one.text()
+
+        (tmp_path / "bad.png").write_bytes(b"this is text")
+        one.tab("Image to image")
+        one.upload(tmp_path / "bad.png")
+        one.press("Change it")
+        one.wait(lambda: "no picture that can be read" in one.driver.find_element(By.TAG_NAME, "body").text)
+
+        # two at once, then one leaves in the middle; each sees its own drawing
+        one.tab("Draw")
+        with visitor(address, tmp_path / "two") as two:
+            two.visible("input[type=radio]")[8].click()
+            for browser in (one, two):
+                browser.fill("Seconds between previews", 0.5)
+            one.press("Draw")
+            two.press("Draw")
+            two.wait(lambda: two.driver.execute_script("return seen.length > 1"))
+            assert one.driver.execute_script("return seen.at(-1)[1] < seen.at(-1)[2]")  # nobody waits for the other
+            assert len(one.seen()) >= 4 and one.text().startswith("3 ·")
+            assert len(two.seen()) >= 4 and two.text().startswith("8 ·")
+            two.press("Draw")
+            two.wait(lambda: two.driver.execute_script("return seen.length > 1"))
+        one.press("Draw")
+        assert len(one.seen()) >= 4
+
+        # on a phone, and nothing came from elsewhere
+        phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        one.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        one.wait(lambda: one.driver.execute_script("return document.documentElement.scrollWidth <= innerWidth"))
+        one.driver.save_screenshot(str(tmp_path / "phone.png"))
+        loaded = one.driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+        assert loaded and all(name.startswith((address, "data:")) for name in loaded)

@@ -1,0 +1,61 @@
+"""``python -m dar_hf``."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dar_hf
+from dar_hf.__main__ import main
+from dar_hf.pictures import image_grid
+
+
+def test_it_draws_every_class(tiny_pipeline, tmp_path, capsys):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "new" / "a.png"), "--seed", "3"])
+    generators = [torch.Generator().manual_seed(3 + label) for label in range(5)]
+    images = tiny_pipeline(list(range(5)), generator=generators, output_type="pt").images
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "new" / "a.png")), np.asarray(image_grid(images * 2 - 1, columns=5))
+    )
+    printed = capsys.readouterr().out
+    for part in (
+        f"dar_hf {dar_hf.__version__}, torch {torch.__version__}",
+        "device: c",
+        "8 × 8 pixels",
+        "5 images in",
+    ):
+        assert part in printed
+
+
+def test_of_many_classes_it_draws_the_first_ten(make_transformer, tiny_tokenizer, tmp_path, capsys):
+    scheduler = dar_hf.FlowMatchAdamsBashforthScheduler()
+    dar_hf.DARPipeline(tiny_tokenizer, make_transformer(num_classes=30), scheduler).save_pretrained(tmp_path / "m")
+    main(["--model", str(tmp_path / "m"), "--output", str(tmp_path / "a.png")])
+    assert "10 images in" in capsys.readouterr().out
+
+
+def test_a_wrong_model_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--model", str(tmp_path)])
+    assert caught.value.code == 2 and "dar-hf: error: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_fresh_process_draws_the_sample_in_seconds(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "dar_hf"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0, result.stderr
+    assert "samples.png: 10 images in" in result.stdout and dar_hf.sample_pipeline() in result.stdout
+    assert [path.name for path in Path(tmp_path).iterdir()] == ["samples.png"]
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20  # whatever else the machine does
