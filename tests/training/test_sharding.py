@@ -23,6 +23,7 @@ from .test_trajectories import free_port
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 
 SCRIPT = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -66,6 +67,8 @@ if main:
     print("gathered")
 dist.barrier()
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads can outlive their groups, and abort an interpreter that is shutting down
 """
 
 
