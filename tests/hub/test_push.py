@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from fakehub import HubError
 from huggingface_hub import constants
@@ -12,8 +13,10 @@ from huggingface_hub.utils import httpx
 from PIL import Image
 
 from dar_hf import DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
+from dar_hf.data import load_images
 from dar_hf.hub import model_card, push_card, push_folder
 from dar_hf.hub.push import stale_weights
+from dar_hf.training.codes import ExtractArguments, extract_codes, push_codes
 
 LOAD = """
 import sys, torch
@@ -200,6 +203,30 @@ def test_codes_push_and_load_as_data_sets_with_a_card(hub, tmp_path):
     code = "import sys, datasets; print(datasets.load_dataset('user/codes', split='train')[1]['codes'][15])"
     done = hub.python(code)
     assert done.stdout.strip() == "31", done.stderr
+
+
+def test_stored_codes_replace_the_earlier_set_and_keep_its_card(hub, make_tokenizer, tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    load_images("digits").select(range(20)).to_parquet(tmp_path / "digits.parquet")
+    options = {"crop": "center", "hub_dataset_id": "codes", "hub_private_repo": True}
+    for number, shard_size in enumerate((5, 10)):
+        args = ExtractArguments(
+            str(tmp_path / "tokenizer"),
+            str(tmp_path / "digits.parquet"),
+            str(tmp_path / str(number)),
+            shard_size=shard_size,
+            **options,
+        )
+        extract_codes(args, Accelerator(cpu=True))
+        assert push_codes(args).endswith("/datasets/user/codes")
+        if number == 0:
+            card = hub.read("user/codes", "README.md", kind="dataset").decode()
+            card = card.replace("tags:", "license: cc0-1.0\ntags:") + "\nMine.\n"
+            hub.write("user/codes", "README.md", card, kind="dataset")
+    repository = hub.repositories["dataset", "user/codes"]
+    assert repository.private and len([name for name in repository.files() if name.endswith(".parquet")]) == 2
+    after = hub.read("user/codes", "README.md", kind="dataset").decode()
+    assert after == card and after.count("# Image codes") == 1
 
 
 # What can go wrong: the Hub's own exceptions with a line of advice, and nothing changed
