@@ -1,5 +1,6 @@
 """Both evaluations from start to report: figures are right, and do not depend on how the work was done."""
 
+import hashlib
 import json
 import os
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -270,6 +272,40 @@ def test_another_evaluation_in_the_same_folder_is_refused(generation, process):
         evaluate_generation(generation(num_images=10, seed=1), process())
     report = evaluate_generation(generation(num_images=10, seed=1, overwrite_output_dir=True), process())
     assert report["settings"]["seed"] == 1
+
+
+def test_other_references_in_the_same_folder_are_refused(generation, reconstruction, process, tmp_path):
+    """Shards are kept of the images they were made of, whatever their file or column is called."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, 20, 8, 8, 3), dtype=np.uint8)
+    options = {"dataset_name": None, "num_images": 10}
+    for name, images in zip("ab", noise, strict=True):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "reference.npz", arr_0=images)
+    first, second = (str(tmp_path / name / "reference.npz") for name in "ab")
+    report = evaluate_generation(generation(reference=first, **options), process())
+    assert report["data"]["reference_sha256"] == hashlib.sha256(Path(first).read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match="holds another evaluation: data was"):
+        evaluate_generation(generation(reference=second, **options), process())
+
+    columns = {name: [Image.fromarray(image) for image in images] for name, images in zip("ab", noise, strict=True)}
+    features = {"a": datasets.Image(), "b": datasets.Image(), "kind": datasets.Value("int64")}
+    data = datasets.Dataset.from_dict(columns | {"kind": [0] * 20}, features=datasets.Features(features))
+    data.to_parquet(tmp_path / "data.parquet")
+    options = {"dataset_name": str(tmp_path / "data.parquet"), "split": "train", "output_dir": str(tmp_path / "other")}
+    evaluate_reconstruction(reconstruction(num_images=10, image_column="a", **options), process())
+    for change in ({"image_column": "b"}, {"image_column": "a", "label_column": "kind"}):
+        with pytest.raises(ValueError, match="holds another evaluation: data was"):
+            evaluate_reconstruction(reconstruction(num_images=10, **options, **change), process())
+
+
+def test_only_one_network_is_called_inception(generation, process, workplace):
+    extractor = load_feature_extractor(generation().features)
+    extractor.name = str(workplace / "inception")  # a local model of transformers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "load_feature_extractor", lambda *args: extractor)
+        report = evaluate_generation(generation(num_images=10), process())
+    names = {entry["name"] for entry in report["metrics"]}
+    assert "gFD (local inception)" in names and not any("FID" in name for name in names)
 
 
 def test_sets_too_small_for_the_features_are_said_to_be(generation, process):
