@@ -14,6 +14,7 @@ from ..evaluation.report import REPORT_FILE, public_name
 from ..files import write_text
 from ..hub import empty_model, merge_cards, model_card
 from ..hub.blocks import replace_block
+from ..hub.remote_code import is_self_contained
 from ..pictures import read_history
 
 EVALUATIONS = "evaluation"  # folder of the evaluations, one for each mode
@@ -58,7 +59,7 @@ def run_card(folder: str | Path, repo_id: str) -> ModelCard:
         model,
         repo_id,
         pictures=_pictures(folder, [path.parent for path in reports]),
-        self_contained=any(folder.glob("*_dar.py")),
+        self_contained=is_self_contained(folder),
         **described,
     )
 
