@@ -22,11 +22,13 @@ LOAD = """
 import sys, torch
 from dar_hf import DARPipeline
 
-repository, result, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
-pipeline = DARPipeline.from_pretrained(repository, **options)
-pipeline.set_progress_bar_config(disable=True)
-assert type(pipeline) is DARPipeline
-torch.save(pipeline(["ray", 0], generator=torch.Generator().manual_seed(0), output_type="pt").images, result)
+repository, result, images = sys.argv[1], sys.argv[2], []
+for options in eval(sys.argv[3]):
+    pipeline = DARPipeline.from_pretrained(repository, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline) is DARPipeline
+    images.append(pipeline(["ray", 0], generator=torch.Generator().manual_seed(0), output_type="pt").images)
+torch.save(torch.stack(images), result)
 """
 
 
@@ -34,9 +36,9 @@ def images(pipeline):
     return pipeline(["ray", 0], generator=torch.Generator().manual_seed(0), output_type="pt").images
 
 
-def load(hub, path, repository="user/x", options=None, **changes):
-    """Images of a pipeline that a fresh process loads from the Hub."""
-    done = hub.python(LOAD, repository, path / "images.pt", options or {}, **changes)
+def load(hub, path, *options, **changes):
+    """Images of a pipeline that a fresh process loads from the Hub, once with each options."""
+    done = hub.python(LOAD, "user/x", path / "images.pt", options or ({},), **changes)
     assert done.returncode == 0, done.stderr
     return torch.load(path / "images.pt", weights_only=True)
 
@@ -50,8 +52,8 @@ def test_a_pushed_pipeline_gives_the_same_image_in_a_fresh_process_and_offline(h
     tiny_pipeline.transformer.generation_config.guidance_scale = (1.1, 8.0)
     commit = tiny_pipeline.push_to_hub("user/x")
     assert commit.oid == hub.repositories["model", "user/x"].refs["main"]
-    assert torch.equal(load(hub, tmp_path), images(tiny_pipeline))
-    assert torch.equal(load(hub, tmp_path, HF_HUB_OFFLINE="1"), images(tiny_pipeline))
+    assert torch.equal(load(hub, tmp_path)[0], images(tiny_pipeline))
+    assert torch.equal(load(hub, tmp_path, HF_HUB_OFFLINE="1")[0], images(tiny_pipeline))
 
 
 @pytest.mark.slow
@@ -59,7 +61,6 @@ def test_revisions_variants_and_shards(hub, tiny_pipeline, make_tokenizer, tmp_p
     first = tiny_pipeline.push_to_hub("user/x", max_shard_size="200KB")
     assert any("-of-" in name for name in files(hub) if name.startswith("tokenizer/"))
     expected = images(tiny_pipeline)
-    assert torch.equal(load(hub, tmp_path), expected)
 
     tiny_pipeline.tokenizer.token_embed.weight.data += 0.5
     tiny_pipeline.push_to_hub("user/x", revision="other", commit_message="Shift")
@@ -67,18 +68,16 @@ def test_revisions_variants_and_shards(hub, tiny_pipeline, make_tokenizer, tmp_p
     assert repository.commits[repository.refs["other"]]["title"] == "Shift"
     shifted = images(tiny_pipeline)
     assert not torch.equal(shifted, expected)
-    assert torch.equal(load(hub, tmp_path, options={"revision": "other"}), shifted)
-    assert torch.equal(load(hub, tmp_path, options={"revision": first.oid}), expected)
 
     tiny_pipeline.push_to_hub("user/x", variant="shifted")
-    assert torch.equal(load(hub, tmp_path, options={"variant": "shifted"}), shifted)
-    assert torch.equal(load(hub, tmp_path), expected)
+    loaded = load(hub, tmp_path, {}, {"revision": first.oid}, {"revision": "other"}, {"variant": "shifted"})
+    assert torch.equal(loaded, torch.stack([expected, expected, shifted, shifted]))
 
 
 @pytest.mark.slow
 def test_with_xet_on(hub_without_lfs, tiny_pipeline, tmp_path):
     tiny_pipeline.push_to_hub("user/x")
-    assert torch.equal(load(hub_without_lfs, tmp_path), images(tiny_pipeline))
+    assert torch.equal(load(hub_without_lfs, tmp_path)[0], images(tiny_pipeline))
 
 
 PARTS = {
@@ -293,9 +292,10 @@ def test_a_folder_without_a_model_is_refused(hub, tmp_path):
 
 
 PULLS = """
-import sys, traceback
+import sys, time
 from dar_hf import DARForCausalLM, DARPipeline, DARTokenizer
 
+time.sleep = lambda seconds: None  # the client waits between its tries
 for attempt in sys.argv[1:]:
     try:
         eval(attempt)
@@ -319,11 +319,12 @@ def test_loading_what_is_not_there_says_what_to_do(hub, tiny_pipeline):
     hub.write("user/half", "transformer/model.safetensors", None)
     classes = ("DARPipeline", "DARTokenizer", "DARForCausalLM")
     missing = [f"{name}.from_pretrained('user/none')" for name in classes]
-    for line in pulls(hub, *missing):
-        assert line.startswith("OSError |") and "check the name" in line
-    for line in pulls(hub, *(f"{name}.from_pretrained('user/x', revision='nope')" for name in classes)):
-        assert line.startswith("OSError |") and "no such branch, tag or commit" in line
-    other, half = pulls(hub, *(f"DARPipeline.from_pretrained('user/{name}')" for name in ("tokenizer", "half")))
+    no_revision = [f"{name}.from_pretrained('user/x', revision='nope')" for name in classes]
+    unfit = [f"DARPipeline.from_pretrained('user/{name}')" for name in ("tokenizer", "half")]
+    *lines, other, half = pulls(hub, *missing, *no_revision, *unfit)
+    assert len(lines) == 6
+    for line, advice in zip(lines, ["check the name"] * 3 + ["no such branch, tag or commit"] * 3, strict=True):
+        assert line.startswith("OSError |") and advice in line
     assert "user/tokenizer: the repository is incomplete, or holds another kind of model" in other
     assert half.startswith("OSError |") and "model.safetensors" in half
     for line in pulls(hub, *missing, HF_HUB_OFFLINE="1"):
