@@ -14,6 +14,7 @@ from typing import NoReturn
 from accelerate import Accelerator
 from transformers import HfArgumentParser
 
+from dar_hf.hub import one_line
 from dar_hf.training.codes import ExtractArguments, extract_codes, push_codes
 
 
@@ -35,7 +36,7 @@ def main() -> None:
         try:
             print(f"pushed to {push_codes(args)}")
         except Exception as error:  # also what the transport raises
-            fail(ValueError(f"the set is in {args.output_dir}, but not on the Hub: {error}"), 1)
+            fail(ValueError(f"the set is in {args.output_dir}, but not on the Hub: {one_line(error)}"), 1)
     accelerator.end_training()
 
 

@@ -116,3 +116,49 @@ def test_replace_block():
     edited = card("a", "old").replace("old", "mine")
     assert replace_block(edited, card("b", "new"), "use") == edited
     assert replace_block("words", card(), "use") == "words"
+
+
+def test_results_that_people_wrote_stay_as_they_are():
+    theirs = """model-index:
+- name: a
+  results:
+  - task: {type: t, name: Theirs}
+    dataset: {type: d, name: D, note: hers}
+    metrics: [{type: acc, value: 1, note: mine}]
+    source: {name: s, url: "http://u"}
+- name: b
+  results: [{task: {type: t}, dataset: {type: e, name: E}, metrics: [{type: acc, value: 2}]}]"""
+    new = card(metadata=index(result("fid", 7)))
+    merged = merge_cards(card(metadata=theirs), new)
+    before, after = yaml.safe_load(theirs)["model-index"], metadata(merged)["model-index"]
+    assert after[0]["results"].pop() == metadata(new)["model-index"][0]["results"][0]
+    assert after == before
+
+
+@pytest.mark.parametrize("written", ["source: {name: s, url: u}", "note: mine"])
+def test_pushing_again_adds_no_second_result(written):
+    """The same data measured by others, or under another name of the task, is no reason to add a figure each time."""
+    group = (
+        f"{{task: {{type: t, name: Other}}, dataset: {{name: d, type: d}}, metrics: [{result('acc', 1)}], {written}}}"
+    )
+    new = card(metadata=index(result("fid", 7)))
+    once = merge_cards(card(metadata=f"model-index: [{{name: m, results: [{group}]}}]"), new)
+    assert merge_cards(once, new) == once and once.count("type: fid") == 1
+
+
+@pytest.mark.parametrize("empty", ["model-index:", "model-index: null\ntags:"])
+def test_empty_metadata_is_filled(empty):
+    new = card(metadata=index(result("fid", 7)) + "\ntags: [a]")
+    assert metadata(merge_cards(card(metadata=empty), new)) == metadata(new)
+
+
+def test_a_card_written_by_hand_is_not_added_to_itself():
+    own = "---\nlicense: mit\n---\n# Mine\n\nwords\n"
+    assert merge_cards(own, own) == own
+    assert merge_cards(own + "\nMore.\n", own) == own + "\nMore.\n"
+    assert merge_cards(own, own + "\nMore.\n") == own + "\nMore.\n"
+    assert merge_cards(own, card(after="\n# Mine\n\nwords\n")).count("words") == 1
+
+
+def test_a_byte_order_mark_does_not_hide_the_metadata():
+    assert metadata(merge_cards("\ufeff" + card(metadata="license: cc0-1.0"), card()))["license"] == "cc0-1.0"

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from fakehub import HubError
 from huggingface_hub import constants
@@ -12,18 +13,22 @@ from huggingface_hub.utils import httpx
 from PIL import Image
 
 from dar_hf import DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
+from dar_hf.data import load_images
 from dar_hf.hub import model_card, push_card, push_folder
 from dar_hf.hub.push import stale_weights
+from dar_hf.training.codes import ExtractArguments, extract_codes, push_codes
 
 LOAD = """
 import sys, torch
 from dar_hf import DARPipeline
 
-repository, result, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
-pipeline = DARPipeline.from_pretrained(repository, **options)
-pipeline.set_progress_bar_config(disable=True)
-assert type(pipeline) is DARPipeline
-torch.save(pipeline(["ray", 0], generator=torch.Generator().manual_seed(0), output_type="pt").images, result)
+repository, result, images = sys.argv[1], sys.argv[2], []
+for options in eval(sys.argv[3]):
+    pipeline = DARPipeline.from_pretrained(repository, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline) is DARPipeline
+    images.append(pipeline(["ray", 0], generator=torch.Generator().manual_seed(0), output_type="pt").images)
+torch.save(torch.stack(images), result)
 """
 
 
@@ -31,9 +36,9 @@ def images(pipeline):
     return pipeline(["ray", 0], generator=torch.Generator().manual_seed(0), output_type="pt").images
 
 
-def load(hub, path, repository="user/x", options=None, **changes):
-    """Images of a pipeline that a fresh process loads from the Hub."""
-    done = hub.python(LOAD, repository, path / "images.pt", options or {}, **changes)
+def load(hub, path, *options, **changes):
+    """Images of a pipeline that a fresh process loads from the Hub, once with each options."""
+    done = hub.python(LOAD, "user/x", path / "images.pt", options or ({},), **changes)
     assert done.returncode == 0, done.stderr
     return torch.load(path / "images.pt", weights_only=True)
 
@@ -47,8 +52,8 @@ def test_a_pushed_pipeline_gives_the_same_image_in_a_fresh_process_and_offline(h
     tiny_pipeline.transformer.generation_config.guidance_scale = (1.1, 8.0)
     commit = tiny_pipeline.push_to_hub("user/x")
     assert commit.oid == hub.repositories["model", "user/x"].refs["main"]
-    assert torch.equal(load(hub, tmp_path), images(tiny_pipeline))
-    assert torch.equal(load(hub, tmp_path, HF_HUB_OFFLINE="1"), images(tiny_pipeline))
+    assert torch.equal(load(hub, tmp_path)[0], images(tiny_pipeline))
+    assert torch.equal(load(hub, tmp_path, HF_HUB_OFFLINE="1")[0], images(tiny_pipeline))
 
 
 @pytest.mark.slow
@@ -56,7 +61,6 @@ def test_revisions_variants_and_shards(hub, tiny_pipeline, make_tokenizer, tmp_p
     first = tiny_pipeline.push_to_hub("user/x", max_shard_size="200KB")
     assert any("-of-" in name for name in files(hub) if name.startswith("tokenizer/"))
     expected = images(tiny_pipeline)
-    assert torch.equal(load(hub, tmp_path), expected)
 
     tiny_pipeline.tokenizer.token_embed.weight.data += 0.5
     tiny_pipeline.push_to_hub("user/x", revision="other", commit_message="Shift")
@@ -64,18 +68,16 @@ def test_revisions_variants_and_shards(hub, tiny_pipeline, make_tokenizer, tmp_p
     assert repository.commits[repository.refs["other"]]["title"] == "Shift"
     shifted = images(tiny_pipeline)
     assert not torch.equal(shifted, expected)
-    assert torch.equal(load(hub, tmp_path, options={"revision": "other"}), shifted)
-    assert torch.equal(load(hub, tmp_path, options={"revision": first.oid}), expected)
 
     tiny_pipeline.push_to_hub("user/x", variant="shifted")
-    assert torch.equal(load(hub, tmp_path, options={"variant": "shifted"}), shifted)
-    assert torch.equal(load(hub, tmp_path), expected)
+    loaded = load(hub, tmp_path, {}, {"revision": first.oid}, {"revision": "other"}, {"variant": "shifted"})
+    assert torch.equal(loaded, torch.stack([expected, expected, shifted, shifted]))
 
 
 @pytest.mark.slow
 def test_with_xet_on(hub_without_lfs, tiny_pipeline, tmp_path):
     tiny_pipeline.push_to_hub("user/x")
-    assert torch.equal(load(hub_without_lfs, tmp_path), images(tiny_pipeline))
+    assert torch.equal(load(hub_without_lfs, tmp_path)[0], images(tiny_pipeline))
 
 
 PARTS = {
@@ -202,6 +204,30 @@ def test_codes_push_and_load_as_data_sets_with_a_card(hub, tmp_path):
     assert done.stdout.strip() == "31", done.stderr
 
 
+def test_stored_codes_replace_the_earlier_set_and_keep_its_card(hub, make_tokenizer, tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    load_images("digits").select(range(20)).to_parquet(tmp_path / "digits.parquet")
+    options = {"crop": "center", "hub_dataset_id": "codes", "hub_private_repo": True}
+    for number, shard_size in enumerate((5, 10)):
+        args = ExtractArguments(
+            str(tmp_path / "tokenizer"),
+            str(tmp_path / "digits.parquet"),
+            str(tmp_path / str(number)),
+            shard_size=shard_size,
+            **options,
+        )
+        extract_codes(args, Accelerator(cpu=True))
+        assert push_codes(args).endswith("/datasets/user/codes")
+        if number == 0:
+            card = hub.read("user/codes", "README.md", kind="dataset").decode()
+            card = card.replace("tags:", "license: cc0-1.0\ntags:") + "\nMine.\n"
+            hub.write("user/codes", "README.md", card, kind="dataset")
+    repository = hub.repositories["dataset", "user/codes"]
+    assert repository.private and len([name for name in repository.files() if name.endswith(".parquet")]) == 2
+    after = hub.read("user/codes", "README.md", kind="dataset").decode()
+    assert after == card and after.count("# Image codes") == 1
+
+
 # What can go wrong: the Hub's own exceptions with a line of advice, and nothing changed
 
 
@@ -266,9 +292,10 @@ def test_a_folder_without_a_model_is_refused(hub, tmp_path):
 
 
 PULLS = """
-import sys, traceback
+import sys, time
 from dar_hf import DARForCausalLM, DARPipeline, DARTokenizer
 
+time.sleep = lambda seconds: None  # the client waits between its tries
 for attempt in sys.argv[1:]:
     try:
         eval(attempt)
@@ -292,11 +319,12 @@ def test_loading_what_is_not_there_says_what_to_do(hub, tiny_pipeline):
     hub.write("user/half", "transformer/model.safetensors", None)
     classes = ("DARPipeline", "DARTokenizer", "DARForCausalLM")
     missing = [f"{name}.from_pretrained('user/none')" for name in classes]
-    for line in pulls(hub, *missing):
-        assert line.startswith("OSError |") and "check the name" in line
-    for line in pulls(hub, *(f"{name}.from_pretrained('user/x', revision='nope')" for name in classes)):
-        assert line.startswith("OSError |") and "no such branch, tag or commit" in line
-    other, half = pulls(hub, *(f"DARPipeline.from_pretrained('user/{name}')" for name in ("tokenizer", "half")))
+    no_revision = [f"{name}.from_pretrained('user/x', revision='nope')" for name in classes]
+    unfit = [f"DARPipeline.from_pretrained('user/{name}')" for name in ("tokenizer", "half")]
+    *lines, other, half = pulls(hub, *missing, *no_revision, *unfit)
+    assert len(lines) == 6
+    for line, advice in zip(lines, ["check the name"] * 3 + ["no such branch, tag or commit"] * 3, strict=True):
+        assert line.startswith("OSError |") and advice in line
     assert "user/tokenizer: the repository is incomplete, or holds another kind of model" in other
     assert half.startswith("OSError |") and "model.safetensors" in half
     for line in pulls(hub, *missing, HF_HUB_OFFLINE="1"):

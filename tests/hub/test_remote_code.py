@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 
-from dar_hf import DARPipeline
+from dar_hf import DARPipeline, DARTokenizer
 from dar_hf.hub import export_remote_code, push_folder, remote_code
 
 PIPELINE = """
@@ -92,7 +93,7 @@ def test_a_pipeline_loads_without_the_package(hub, pipeline, folder, tmp_path):
     expected = pipeline(["ray", 0], generator=generator, output_type="pt").images
     assert torch.equal(run(hub, tmp_path, PIPELINE, folder / "pipeline"), expected)
     assert torch.equal(run(hub, tmp_path, PIPELINE, "user/x"), expected)
-    assert torch.equal(run(hub, tmp_path, SNAPSHOT + PIPELINE, "user/x"), expected)
+    snapshot_download("user/x", cache_dir=hub.home / "hub")
     assert torch.equal(run(hub, tmp_path, SNAPSHOT + PIPELINE, "user/x", HF_HUB_OFFLINE="1"), expected)
 
 
@@ -135,6 +136,17 @@ def test_where_the_package_is_installed_its_own_classes_load(pipeline, folder):
     assert loaded.transformer.generation_config.guidance_scale == [1.1, 8.0]
     loaded.save_pretrained(folder / "again")
     assert json.loads((folder / "again" / "model_index.json").read_text())["tokenizer"] == ["dar_hf", "DARTokenizer"]
+    DARTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(folder / "alone")
+    assert "auto_map" not in json.loads((folder / "alone" / "config.json").read_text())  # nor is the code there
+
+
+def test_only_folders_that_name_their_code_are_said_to_hold_it(pipeline, folder):
+    names = ("pipeline", "tokenizer", "transformer")
+    assert [remote_code.is_self_contained(folder / name) for name in names] == [True] * 3
+    pipeline.save_pretrained(folder / "pipeline")  # a newer model, which does not name the code that lies there
+    assert (folder / "pipeline" / "pipeline_dar.py").is_file()
+    assert not remote_code.is_self_contained(folder / "pipeline")
+    assert not remote_code.is_self_contained(folder / "pipeline" / "scheduler")
 
 
 def test_exporting_twice_writes_the_same(folder):

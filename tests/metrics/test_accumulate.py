@@ -179,7 +179,8 @@ def test_code_statistics_do_not_depend_on_the_cut():
         (torch.zeros(4), r"shape \(B, N\)"),
         (torch.tensor([[0, 8]]), r"lie in \[0, 8\)"),
         (torch.tensor([[-1, 0]]), r"lie in \[0, 8\)"),
-        (torch.zeros(1, 3), "different kinds"),
+        (torch.zeros(1, 3, dtype=torch.long), "different kinds"),
+        (torch.zeros(1, 2), "must be integers"),
     ],
 )
 def test_unfitting_codes_are_refused(codes, message):
@@ -191,3 +192,12 @@ def test_unfitting_codes_are_refused(codes, message):
 def test_codebook_figures_of_no_codes():
     with pytest.raises(ValueError, match="empty set"):
         CodeStatistics(8).figures()
+
+
+def test_statistics_of_different_kinds_do_not_merge():
+    with pytest.raises(ValueError, match="different kinds"):
+        CodeStatistics(8).merge(CodeStatistics(4).update(torch.zeros(1, 2, dtype=torch.long)))
+    with pytest.raises(ValueError, match="splits of different size: 10 and 20"):
+        InceptionScoreStatistics(10).merge(InceptionScoreStatistics(20).update(torch.zeros(3, 5)))
+    with pytest.raises(ValueError, match="split_size must be at least 1"):
+        InceptionScoreStatistics(0)

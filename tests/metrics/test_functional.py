@@ -74,6 +74,9 @@ def test_half_precision_images():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="differ in shape"):
         psnr(torch.zeros(1, 3, 2, 2), torch.zeros(1, 1, 2, 2))
+    for measure in (psnr, ssim):  # the mean over channels would be taken for that over images
+        with pytest.raises(ValueError, match=r"shape \(B, C, H, W\)"):
+            measure(torch.zeros(3, 9, 9), torch.zeros(3, 9, 9))
 
 
 def test_mean_squared_error_is_in_units_of_the_range():
@@ -259,3 +262,13 @@ def test_label_agreement():
 def test_label_agreement_refuses(labels):
     with pytest.raises(ValueError, match="labels"):
         label_agreement(torch.zeros(2, 3), labels)
+
+
+def test_label_agreement_refuses_nan():
+    with pytest.raises(ValueError, match="logits are NaN"):
+        label_agreement(torch.full((2, 3), torch.nan), torch.tensor([0, 0]))
+
+
+def test_precision_and_recall_need_a_neighbour():
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        precision_recall(torch.zeros(5, 2), torch.zeros(5, 2), k=0)

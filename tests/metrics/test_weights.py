@@ -92,3 +92,11 @@ def test_only_state_dicts_are_read(tmp_path):
         read_original(tmp_path / "nested.pth")
     with pytest.raises(ValueError, match="no such file"):
         read_original(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("content", [b"hello", b"PK\x03\x04 no zip", {1: torch.zeros(1)}])
+def test_other_files_are_refused_whatever_the_unpickler_makes_of_them(content, tmp_path):
+    path = tmp_path / "other.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match="other.pth"):
+        read_original(path)

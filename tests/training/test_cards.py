@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ from dar_hf.evaluation import metric, write_report
 from dar_hf.hub import model_card
 from dar_hf.training import train
 from dar_hf.training.cards import run_card, take_report, write_run_card
-from dar_hf.training.loop import make_accelerator
+from dar_hf.training.loop import make_accelerator, recorded_arguments
 
 from .helpers import ar_stage, fresh_process, tokenizer_stage
 
@@ -168,3 +169,31 @@ def test_what_is_refused_leaves_no_trace(folder, tmp_path):
     with pytest.raises(ValueError, match="is no report of this package"):
         take_report(tmp_path / "old", folder)
     assert not (folder / "evaluation").exists()
+
+
+def test_local_places_are_told_from_the_hubs_wherever_the_card_is_made(runs, tmp_path, monkeypatch):
+    """A run is often published from another folder or machine than the one it was trained on."""
+    monkeypatch.chdir(runs)
+    options = SimpleNamespace(dataset_name="digits", tokenizer="runs/tokenizer", codes="user/codes", init_from=None)
+    (runs / "runs").symlink_to(runs)
+    (runs / "digits").mkdir()
+    recorded = recorded_arguments(options)
+    assert recorded == vars(options) | {"tokenizer": "./runs/tokenizer"}
+    folder = shutil.copytree(runs / "pipeline", tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    training = json.loads((folder / "training.json").read_text())
+    training["arguments"] |= recorded
+    (folder / "training.json").write_text(json.dumps(training))
+    assert "base_model" not in run_card(folder, "user/x").data.to_dict()
+    training["arguments"]["tokenizer"] = "outputs/digits/tokenizer"  # no id has two slashes
+    (folder / "training.json").write_text(json.dumps(training))
+    assert "base_model" not in run_card(folder, "user/x").data.to_dict()
+
+
+def test_a_run_in_the_current_folder_is_not_its_own_tokenizer(runs, tmp_path, monkeypatch):
+    folder = shutil.copytree(runs / "pipeline", tmp_path / "pipeline")
+    training = json.loads((folder / "training.json").read_text())
+    training["arguments"]["tokenizer"] = None
+    (folder / "training.json").write_text(json.dumps(training))
+    monkeypatch.chdir(folder)
+    assert "Tokenizer (stage 1)" not in str(run_card(".", "user/x"))

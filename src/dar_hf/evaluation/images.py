@@ -66,6 +66,8 @@ class DatasetImages:
             "dataset": args.dataset_name,
             "config": args.dataset_config_name,
             "split": args.split,
+            "image_column": args.image_column,
+            "labels": args.label_column,
             "crop": CROP,
             "size": list(size),
         }
@@ -86,8 +88,8 @@ class NpzImages:
         ValueError: for another type or shape, or an empty set.
     """
 
-    def __init__(self, path: Path):
-        self.array = _map_array(path, IMAGES)
+    def __init__(self, path: Path, array: np.ndarray, description: Mapping[str, Any]):
+        self.array = array
         if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
             raise ValueError(
                 f"{IMAGES} of {path} must be uint8 images (N, H, W, 3) from 0 to 255, got {self.array.dtype} "
@@ -96,7 +98,7 @@ class NpzImages:
         if not len(self.array):
             raise ValueError(f"{path} holds no images.")
         self.count, self.size = len(self.array), self.array.shape[1:3]
-        self.description: dict[str, Any] = {"reference": path.name, "size": list(self.size)}
+        self.description: dict[str, Any] = {**description, "size": list(self.size)}
 
     def read(self, indices: range) -> torch.Tensor:
         """uint8 ``(n, 3, H, W)``."""
@@ -116,11 +118,13 @@ class NpzReference:
         images: or None.
         statistics: ``pool`` and ``spatial`` to (mean, covariance), as far as they are there.
         extractor: identity of the network of the statistics; None in files that are not ours.
+        description: name and SHA-256 of the file, for the report.
     """
 
     images: NpzImages | None
     statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]
     extractor: str | None
+    description: dict[str, Any]
 
 
 def read_reference(path: str | Path) -> NpzReference:
@@ -137,25 +141,35 @@ def read_reference(path: str | Path) -> NpzReference:
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
-            statistics = {}
-            for kind, mean, covariance in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
-                if {mean, covariance} <= names:
-                    statistics[kind] = _statistics(path, mean, file[mean], covariance, file[covariance])
+            arrays = {name: file[name] for name in names & {"mu", "sigma", "mu_s", "sigma_s"}}
             extractor = str(file[EXTRACTOR]) if EXTRACTOR in names else None
-        images = NpzImages(path) if IMAGES in names else None
-    except (zipfile.BadZipFile, OSError, EOFError, struct.error) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        mapped = _map_array(path, IMAGES) if IMAGES in names else None
+        with path.open("rb") as raw:
+            digest = hashlib.file_digest(raw, "sha256").hexdigest()
+    except Exception as error:  # damage makes zipfile, zlib and numpy's reader of headers raise many types
+        raise ValueError(f"{path} cannot be read, it is damaged or no plain .npz: {error}") from error
+    statistics = {}
+    for kind, mean, covariance in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+        if {mean, covariance} <= arrays.keys():
+            statistics[kind] = _statistics(path, mean, arrays[mean], covariance, arrays[covariance])
+    description = {"reference": path.name, "reference_sha256": digest}
+    images = None if mapped is None else NpzImages(path, mapped, description)
     if images is None and "pool" not in statistics:
         raise ValueError(f"{path} holds neither images ({IMAGES}) nor statistics (mu and sigma), but {sorted(names)}.")
-    return NpzReference(images, statistics, extractor)
+    return NpzReference(images, statistics, extractor, description)
 
 
 def _statistics(
     path: Path, mean_name: str, mean: np.ndarray, covariance_name: str, covariance: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or mean.dtype.kind != "f":
+    if (
+        mean.ndim != 1
+        or covariance.shape != (len(mean), len(mean))
+        or {mean.dtype.kind, covariance.dtype.kind} != {"f"}
+    ):
         raise ValueError(
-            f"{path}: {mean_name} and {covariance_name} must be (D,) and (D, D), got {mean.shape}, {covariance.shape}."
+            f"{path}: {mean_name} and {covariance_name} must be (D,) and (D, D) floats, got {mean.dtype} {mean.shape} "
+            f"and {covariance.dtype} {covariance.shape}."
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError(f"{path}: {mean_name} or {covariance_name} is not finite.")
@@ -179,11 +193,11 @@ def _map_array(path: Path, name: str) -> np.ndarray:
             (2, 0): np.lib.format.read_array_header_2_0,
         }.get(version)
         if read_header is None:
-            raise ValueError(f"{name} of {path} has the .npy version {version}.")
+            raise ValueError(f"{name} has the .npy version {version}.")
         shape, fortran_order, dtype = read_header(raw)
         offset = raw.tell()
     if dtype.hasobject:
-        raise ValueError(f"{name} of {path} holds Python objects.")
+        raise ValueError(f"{name} holds Python objects.")
     if 0 in shape:
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", offset, shape, "F" if fortran_order else "C")

@@ -81,6 +81,9 @@ def measure_distances(
     findings: Findings, shards: ShardFolder, references: References, extractor: str, mode: str, tokens: int
 ) -> None:
     """Frechet distances of the samples after ``tokens`` tokens."""
+    for kind in ("pool", "spatial"):
+        if kind not in references.statistics and shards.has(f"{tokens}/{kind}"):
+            findings.not_measured[distance_type(kind, extractor)] = f"the reference holds no {kind} statistics"
     for kind, (mean, covariance) in references.statistics.items():
         key = f"{tokens}/{kind}"
         if not shards.has(key):

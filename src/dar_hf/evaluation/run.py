@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from ..data import SeedFor, draw_seed, normal_noise
 from ..metrics import CodeStatistics, FeatureExtractor, load_feature_extractor, mean_squared_error, psnr, ssim
+from ..metrics.features import INCEPTION
 from ..metrics.lpips import MIN_SIZE, LPIPSNetwork, load_lpips
 from ..metrics.weights import check_hash, weights_hash
 from .arguments import EvaluationArguments, GenerationArguments, ReconstructionArguments
@@ -58,7 +59,9 @@ class _Evaluation:
         self.extractor: FeatureExtractor = load_feature_extractor(
             args.features, args.features_weights, args.features_hash, self.device
         )
-        self.network = public_name(self.extractor.name)  # in the names of figures, which are published
+        network = public_name(self.extractor.name)  # in the names of figures, which are published
+        local = network == INCEPTION != self.extractor.name  # FID is a name for the one network alone
+        self.network = f"local {network}" if local else network
         self.windows = self.model.windows(args.num_inference_steps)
         self.lengths = sorted(set(self.windows))
         self.prefixes = self._prefixes()
@@ -251,7 +254,7 @@ class _Reconstruction(_Evaluation):
             return None
         references = References(reference_statistics(reference_shards), reference_shards, self.images.count)
         steps = self.measure(shards, references)
-        data = self.images.description | {"count": self.images.count, "labels": self.args.label_column}
+        data = self.images.description | {"count": self.images.count}
         data["references_sha256"] = self.write_references(self.images, references)
         if self.args.save_images:
             path = self.folder / "reconstructions.npz"
@@ -322,6 +325,7 @@ class _Generation(_Evaluation):
         self.guidance = None if scale is None else scale[0] if len(scale) == 1 else tuple(scale)
         self.images: ReferenceImages | None = None
         self.known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.reference: dict[str, Any] = {}
         self._find_references()
         if self.count % self.num_classes:
             self.findings.warn(f"{self.count} images are not equally many of each of {self.num_classes} classes.")
@@ -333,7 +337,7 @@ class _Generation(_Evaluation):
             self.images = DatasetImages(args, self.size, self.model.tokenizer.config.in_channels, None)
             return
         found = read_reference(args.reference)
-        self.images = found.images
+        self.images, self.reference = found.images, found.description
         if found.images is not None and tuple(found.images.size) != self.size:
             raise ValueError(
                 f"{args.reference} holds images of {tuple(found.images.size)}, the model's are {self.size}."
@@ -433,7 +437,7 @@ class _Generation(_Evaluation):
             data = self.images.description | data
             data["references_sha256"] = self.write_references(self.images, references)
         else:
-            data["reference"] = Path(args.reference or "").name
+            data |= self.reference
         if args.save_images:
             labels = shards.rows("labels").numpy()
             path = self.folder / "samples.npz"

@@ -5,13 +5,13 @@ another digest was edited by hand. `merge_cards` replaces blocks that nobody tou
 blocks and metadata that somebody added or changed stay, and blocks that somebody deleted do not come back.
 """
 
+import copy
 import hashlib
 import logging
 import re
 from typing import Any
 
 import yaml
-from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import yaml_dump
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _BLANK = re.compile(r"<!-- dar-hf:(?P<name>\w+) -->(?P<text>.*?)<!-- /dar-hf:(?P
 _BLOCK = re.compile(
     r"<!-- dar-hf:(?P<name>\w+) (?P<digest>[0-9a-f]{8}) -->(?P<text>.*?)<!-- /dar-hf:(?P=name) -->", re.DOTALL
 )
-_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(?P<yaml>.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
 def _normal(text: str) -> str:
@@ -80,9 +80,13 @@ def merge_cards(existing: str, new: str) -> str:
 
 def _merge_text(old: str, new: str) -> str:
     old_blocks, new_blocks = ({m["name"]: m for m in _BLOCK.finditer(text)} for text in (old, new))
-    if not old_blocks:
-        return f"{old.rstrip()}\n\n{new.lstrip()}" if _normal(old) else new
     old_own, new_own = _normal(_BLOCK.sub("", old)), _normal(_BLOCK.sub("", new))
+    if not old_blocks:
+        if old_own in new_own:
+            return new
+        if not new_blocks and new_own in old_own:
+            return old
+        return f"{old.rstrip()}\n\n{new.lstrip()}"
     layout, rest = old, ""
     if new_own not in old_own:
         if old_own in new_own:
@@ -117,7 +121,7 @@ def _merge_yaml(old_yaml: str, new_yaml: str) -> str:
     old, new = _read_yaml(old_yaml), _read_yaml(new_yaml)
     merged = dict(old)
     for key, value in new.items():
-        if key not in old:
+        if old.get(key) is None:
             merged[key] = value
         elif key == "model-index":
             merged[key] = _merge_index(old[key], value)
@@ -131,12 +135,33 @@ def _merge_yaml(old_yaml: str, new_yaml: str) -> str:
 
 
 def _merge_index(old: Any, new: list[dict]) -> Any:
-    """Both model-indices in one: of the same measurement the new value, of others both."""
+    """Both model-indices in one: of the same measurement the new value; all else of the existing one stays."""
+    merged = copy.deepcopy(old)
     try:
-        name, results = model_index_to_eval_results(old)
-    except (KeyError, TypeError, IndexError) as error:
+        for group in (group for model in new for group in model["results"]):
+            results = merged[0]["results"]
+            same = [other for other in results if _subject(other) == _subject(group)]
+            if not same:
+                results.append(group)
+                continue
+            known = [metric for other in same for metric in other["metrics"]]
+            for metric in group["metrics"]:
+                found = next((other for other in known if _measurement(other) == _measurement(metric)), None)
+                if found is None:
+                    same[0]["metrics"].append(metric)
+                else:
+                    found["value"] = metric["value"]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         logger.warning("the card's model-index cannot be read (%r) and is left as it is.", error)
         return old
-    _, fresh = model_index_to_eval_results(new)
-    kept = [result for result in results if not any(result.is_equal_except_value(other) for other in fresh)]
-    return eval_results_to_model_index(name, kept + fresh)
+    return merged
+
+
+def _subject(group: dict) -> tuple:
+    """What a group of results is about, whatever it is called there."""
+    task, dataset = ({k: v for k, v in group[key].items() if k != "name"} for key in ("task", "dataset"))
+    return task, dataset, group.get("source")
+
+
+def _measurement(metric: dict) -> dict:
+    return {k: v for k, v in metric.items() if k not in ("value", "verified", "verifyToken")}

@@ -53,4 +53,5 @@ def _own_index(cls: Any, index: dict, json_file: Any) -> dict:
         for name, entry in index.items()
         if isinstance(entry, list) and len(entry) == 2 and entry[1] in package
     }
-    return index | ours | {"_class_name": saved_class(index)}
+    kept = {name: entry for name, entry in index.items() if name != "auto_map"}  # the code does not go along
+    return kept | ours | {"_class_name": saved_class(index)}

@@ -14,6 +14,7 @@ from ..files import saved_class
 from .advice import advice
 from .blocks import merge_cards, replace_block
 from .cards import empty_model, model_card
+from .remote_code import is_self_contained
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def push_folder(
         if path.is_file() and not _left_out(path.relative_to(folder))
     }
     if subfolder is None:
-        default = model_card(model, repo_id, self_contained=any(folder.glob("*_dar.py")))
+        default = model_card(model, repo_id, self_contained=is_self_contained(folder))
         files.pop("README.md", None)
         local = folder / "README.md"
         text = str(card or default)

@@ -121,6 +121,17 @@ def export_remote_code(folder: str | Path) -> list[Path]:
     return written
 
 
+def is_self_contained(folder: str | Path) -> bool:
+    """Whether a saved model names its own code and has it; one saved over such a one may do only half."""
+    for name in ("model_index.json", "config.json"):
+        path = Path(folder, name)
+        if path.is_file():
+            index = json.loads(path.read_text(encoding="utf-8"))
+            named = isinstance(index.get("_class_name"), list) or "auto_map" in index
+            return named and any(path.parent.glob("*_dar.py"))
+    return False
+
+
 def _saved_component(folder: Path) -> tuple[str, str]:
     """File and class of the component that a folder holds."""
     for name in COMPONENT_INDICES:

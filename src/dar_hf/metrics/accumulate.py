@@ -77,6 +77,8 @@ class InceptionScoreStatistics:
     """
 
     def __init__(self, split_size: int = SPLIT_SIZE):
+        if split_size < 1:
+            raise ValueError(f"split_size must be at least 1, got {split_size}.")
         self.split_size = split_size
         self.count = 0
         self._splits: dict[int, tuple[int, torch.Tensor, float]] = {}  # images, sum of p, sum of p log p
@@ -103,7 +105,13 @@ class InceptionScoreStatistics:
         return self
 
     def merge(self, other: "InceptionScoreStatistics") -> "InceptionScoreStatistics":
-        """Add another part of the same set; its samples must have been added with their ``first_index``."""
+        """Add another part of the same set; its samples must have been added with their ``first_index``.
+
+        Raises:
+            ValueError: for splits of another size, or another number of classes.
+        """
+        if other.split_size != self.split_size:
+            raise ValueError(f"splits of different size: {self.split_size} and {other.split_size}.")
         self.count += other.count
         for split, values in other._splits.items():
             self._add(split, *values)
@@ -185,9 +193,9 @@ class CodeStatistics:
         Raises:
             ValueError: for codes of another shape, or outside the codebook.
         """
+        if codes.ndim != 2 or codes.is_floating_point():
+            raise ValueError(f"codes must be integers of the shape (B, N), got {codes.dtype} {tuple(codes.shape)}.")
         codes = codes.detach().cpu().long()
-        if codes.ndim != 2:
-            raise ValueError(f"codes must have the shape (B, N), got {tuple(codes.shape)}.")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
             raise ValueError(f"codes must lie in [0, {self.codebook_size}).")
         batch = CodeStatistics(self.codebook_size)
@@ -201,7 +209,7 @@ class CodeStatistics:
         Raises:
             ValueError: for another codebook or number of positions.
         """
-        if len(self.seen) == 0:
+        if len(self.seen) == 0 and other.codebook_size == self.codebook_size:
             self.seen = torch.zeros_like(other.seen)
         if other.seen.shape not in (self.seen.shape, (0, self.codebook_size)):
             raise ValueError(

@@ -16,7 +16,7 @@ def mean_squared_error(images: torch.Tensor, references: torch.Tensor) -> torch.
         images, references: ``(B, C, H, W)`` in [-1, 1]; images are clamped to that range first, as they are shown.
 
     Raises:
-        ValueError: for different shapes.
+        ValueError: for different shapes, or others.
     """
     _check_same_shape(images, references)
     return (images.float().clamp(-1, 1) - references.float()).div(2).square().flatten(1).mean(dim=1)
@@ -39,7 +39,7 @@ def ssim(images: torch.Tensor, references: torch.Tensor, window: int = 7) -> tor
         window: side of the window in pixels, odd.
 
     Raises:
-        ValueError: for different shapes, or images smaller than the window.
+        ValueError: for different shapes or others, or images smaller than the window.
     """
     _check_same_shape(images, references)
     if window < 3 or window % 2 == 0 or min(images.shape[2:]) < window:
@@ -107,6 +107,7 @@ def precision_recall(references: torch.Tensor, samples: torch.Tensor, k: int = 3
 
     Args:
         references, samples: features ``(N, D)`` and ``(M, D)``.
+        k: at least 1.
 
     Returns:
         ``precision`` and ``recall``, in [0, 1].
@@ -114,6 +115,8 @@ def precision_recall(references: torch.Tensor, samples: torch.Tensor, k: int = 3
     Raises:
         ValueError: for features of different size, or sets of k or fewer.
     """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
     if references.ndim != 2 or samples.ndim != 2 or references.shape[1] != samples.shape[1]:
         raise ValueError(
             f"features must be (N, D) and (M, D), got {tuple(references.shape)} and {tuple(samples.shape)}."
@@ -159,15 +162,19 @@ def label_agreement(logits: torch.Tensor, labels: torch.Tensor) -> float:
         labels: ``(B,)``.
 
     Raises:
-        ValueError: for other shapes, an empty set, or labels the classifier does not know.
+        ValueError: for other shapes, an empty set, labels the classifier does not know, or logits that are NaN.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(logits):
         raise ValueError(f"logits (B, classes) do not go with labels {tuple(labels.shape)}: {tuple(logits.shape)}.")
     if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
         raise ValueError(f"labels must lie in [0, {logits.shape[1]}), the classifier's classes.")
+    if logits.isnan().any():
+        raise ValueError("logits are NaN.")
     return float((logits.argmax(dim=1) == labels).double().mean())
 
 
 def _check_same_shape(images: torch.Tensor, references: torch.Tensor) -> None:
     if images.shape != references.shape:
         raise ValueError(f"images {tuple(images.shape)} and references {tuple(references.shape)} differ in shape.")
+    if images.ndim != 4:
+        raise ValueError(f"images must have the shape (B, C, H, W), got {tuple(images.shape)}.")

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -67,9 +66,11 @@ def read_original(path: str | Path) -> dict[str, torch.Tensor]:
         return read_weights(str(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever the bytes of another format mean to the unpickler
         raise ValueError(f"{path} is no state dict that can be read without running its code: {error}") from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
         raise ValueError(f"{path} holds something else than tensors by name.")
     return dict(content)
 

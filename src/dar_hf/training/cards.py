@@ -10,10 +10,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from ..evaluation import dataset_names, eval_results, metric, read_report
-from ..evaluation.report import REPORT_FILE
+from ..evaluation.report import REPORT_FILE, public_name
 from ..files import write_text
 from ..hub import empty_model, merge_cards, model_card
 from ..hub.blocks import replace_block
+from ..hub.remote_code import is_self_contained
 from ..pictures import read_history
 
 EVALUATIONS = "evaluation"  # folder of the evaluations, one for each mode
@@ -58,7 +59,7 @@ def run_card(folder: str | Path, repo_id: str) -> ModelCard:
         model,
         repo_id,
         pictures=_pictures(folder, [path.parent for path in reports]),
-        self_contained=any(folder.glob("*_dar.py")),
+        self_contained=is_self_contained(folder),
         **described,
     )
 
@@ -141,8 +142,9 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     options = training["arguments"]
     dataset = dataset_names(_data_name(options))
     runs = {training["stage"]: (folder, training)}
-    earlier = Path(options.get("tokenizer") or "", "training.json")
-    if earlier.is_file():  # a tokenizer trained here, too
+    tokenizer = options.get("tokenizer") or ""
+    earlier = Path(tokenizer, "training.json")
+    if tokenizer and earlier.is_file():  # trained here, too
         runs = {"tokenizer": (earlier.parent, json.loads(earlier.read_text(encoding="utf-8")))} | runs
     count = training["num_samples"]  # a stream has none
     described: dict[str, Any] = {
@@ -153,8 +155,8 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     }
     if dataset[0] == options["dataset_name"] and "/" in dataset[0]:
         described["datasets"] = [dataset[0]]
-    if options.get("tokenizer") and not Path(options["tokenizer"]).exists():
-        described["base_model"] = options["tokenizer"]  # an id on the Hub
+    if "/" in tokenizer and public_name(tokenizer) == tokenizer:  # an id on the Hub
+        described["base_model"] = tokenizer
     return described
 
 

@@ -14,13 +14,15 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from pyarrow.parquet import read_metadata
 from tqdm.auto import tqdm
 
 from ..data import ImageSamples, ImageTransform, load_images
 from ..files import write_json, write_text
+from ..hub import advice, prepare_repository, push_card
+from ..hub.blocks import stamp as stamp_card
 from ..tokenizer_dar import DARTokenizer
 from .loop import _option
 
@@ -32,11 +34,14 @@ ENCODE_BATCH = 128
 CARD = """---
 tags: [dar, image-codes]
 ---
+
+<!-- dar-hf:about -->
 # Image codes
 
 Codes of `{dataset}` ({split}, {num_images:,} images) under a D-AR tokenizer, {variants} a row: `codes` is
 (variants, tokens), in the order of the crops of `dar_hf.data.ImageTransform`. `codes.json` says which tokenizer
 (a hash of its weights), crop and size they are of; `examples/train.py ar --codes` takes no others.
+<!-- /dar-hf:about -->
 """
 
 
@@ -253,7 +258,7 @@ def extract_codes(args: ExtractArguments, accelerator: Accelerator) -> dict[str,
         _write_shards(samples, tokenizer, stamp, folder, args.batch_size, accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_text(folder / "README.md", CARD.format(**stamp))
+            write_text(folder / "README.md", stamp_card(CARD.format(**stamp)))
             rows = sum(read_metadata(path).num_rows for path in folder.glob("train-*.parquet"))
             write_json(folder / STAMP_FILE, stamp | {"num_rows": rows})
             (folder / UNFINISHED_FILE).unlink(missing_ok=True)
@@ -262,12 +267,25 @@ def extract_codes(args: ExtractArguments, accelerator: Accelerator) -> dict[str,
 
 
 def push_codes(args: ExtractArguments) -> str:
-    """Upload a finished set as a data set of the Hub; returns its address."""
-    api = HfApi()
+    """Upload a finished set as a data set of the Hub; returns its address.
+
+    Shards of an earlier set there are deleted; what people wrote into its card stays.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice.
+    """
+    api, shards = HfApi(), "train-*.parquet"
     name = args.hub_dataset_id or Path(args.output_dir).resolve().name
-    repo_id = api.create_repo(name, repo_type="dataset", private=args.hub_private_repo or None, exist_ok=True).repo_id
-    patterns = ["train-*.parquet", STAMP_FILE, "README.md"]
-    api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, repo_type="dataset", allow_patterns=patterns)
+    repo_id = prepare_repository(name, None, repo_type="dataset", private=args.hub_private_repo or None)
+    with advice(repo_id):
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            repo_type="dataset",
+            allow_patterns=[shards, STAMP_FILE],
+            delete_patterns=shards,
+        )
+    push_card(DatasetCard.load(Path(args.output_dir, "README.md")), repo_id)
     return f"{api.endpoint}/datasets/{repo_id}"
 
 

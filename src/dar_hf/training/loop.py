@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..data import BatchStream, DataError, GlobalBatchSampler, StreamedImages, collate
+from ..data.sources import DIGITS
 from ..files import saved_class, write_json, write_text
 from ..hub import one_line, prepare_repository, push_folder
 from ..linear_dar import has_fast_bf16
@@ -543,12 +544,22 @@ class TrainingLoop:
                 os.replace(path, target)
             temporary.rmdir()
             plot_history({self.stage.name: self.history}, self.folder / "loss.png")
-            write_json(self.folder / "training.json", {"arguments": vars(self.args), **self.description})
+            write_json(self.folder / "training.json", {"arguments": recorded_arguments(self.args), **self.description})
             try:
                 write_run_card(self.folder, hub_repository(self.args) if self.args.push_to_hub else str(self.folder))
             except ValueError as error:
                 logger.warning("README.md is left as it is: %s", error)
         self.accelerator.wait_for_everyone()
+
+
+def recorded_arguments(args: LoopArguments) -> dict[str, Any]:
+    """A run's options for its record; local places begin with ./ there, and look like no id of the Hub elsewhere."""
+    options = dict(vars(args))
+    for name in ("dataset_name", "tokenizer", "codes", "init_from"):
+        value = options.get(name)
+        if value and value != DIGITS and value[0] not in "./~" and Path(value).exists():
+            options[name] = f"./{value}"
+    return options
 
 
 def hub_repository(args: LoopArguments) -> str:
