@@ -52,10 +52,10 @@ TRAINED: dict[str, dict[str, Any]] = {
         "two CPU cores in minutes. It shows the whole method; it is no benchmark.",
         "facts": {
             "data": "scikit-learn's digits: first 1,437 to train, other 360 to test",
-            "made by": "`make demo` (preset `digits`, seed 0), 2026-11-23",
+            "made by": "`make demo` (preset `digits`, seed 0), 2026-11-24",
             "machine": "2 CPU cores with AVX-512 bf16",
-            "time": "6 min 51 s after installation: tokenizer 5 min 32 s, language model 55 s, the rest loading and "
-            "evaluation",
+            "time": "7 min 46 s beside another training: tokenizer 4 min 39 s, language model 2 min 41 s (1 min on a "
+            "quiet machine), the rest loading and evaluation",
         },
         "sections": {
             "Limits": "Seeds and processors with other rounding move the PSNR by about 0.7 dB "
