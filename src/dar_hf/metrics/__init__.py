@@ -9,8 +9,9 @@ from .accumulate import (
     MeanStatistics,
     codebook_statistics,
 )
-from .features import FeatureExtractor, ImageFeatures, load_feature_extractor
+from .features import FeatureExtractor, load_feature_extractor
 from .functional import frechet_distance, label_agreement, mean_squared_error, precision_recall, psnr, ssim
+from .image_features import ImageFeatures
 from .inception import InceptionNetwork, convert_inception, load_inception
 from .lpips import LPIPSNetwork, convert_lpips, load_lpips
 

@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,29 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from .image_features import ImageFeatures
+from .inception import load_inception
 from .weights import check_hash, weights_hash
 
 INCEPTION = "inception"
-
-
-@dataclass
-class ImageFeatures:
-    """What a network says about images.
-
-    Attributes:
-        pool: ``(B, D)``, for FID, precision and recall.
-        spatial: ``(B, S)`` with places kept, for sFID, or None.
-        logits: ``(B, classes)`` of a classifier, for the Inception score and label agreement, or None.
-    """
-
-    pool: torch.Tensor
-    spatial: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-
-    def items(self) -> list[tuple[str, torch.Tensor]]:
-        """Names and tensors of what there is."""
-        found = (("pool", self.pool), ("spatial", self.spatial), ("logits", self.logits))
-        return [(name, tensor) for name, tensor in found if tensor is not None]
 
 
 class FeatureExtractor:
@@ -156,8 +137,6 @@ def load_feature_extractor(
         ValueError: for an unknown name, missing or wrong weights.
     """
     if features == INCEPTION:
-        from .inception import load_inception
-
         return FeatureExtractor(load_inception(weights), INCEPTION, weights, expected_hash, device)
     if ":" in features:
         network = _find_callable(features)(weights)

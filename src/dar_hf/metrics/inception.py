@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .features import ImageFeatures
+from .image_features import ImageFeatures
 from .weights import load_exactly, read_weights
 
 INPUT_SIZE = 299
