@@ -262,6 +262,12 @@ class TokenizerStage(Stage):
         self._seen.append((output.codes, output.latents.detach()))
         return output
 
+    def _in_order(self, gathered: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+        """Of all processes, in the order of the data: they take turns at streams image by image, at others by batch."""
+        if not self.args.streaming:
+            return gathered
+        return torch.stack(gathered.chunk(accelerator.num_processes), dim=1).flatten(0, 1)
+
     @torch.no_grad()
     def after_step(self, step: int, accelerator: Accelerator, optimizer: Any, ema: EMAModel | None) -> None:
         seen, self._seen = self._seen, []
@@ -270,7 +276,7 @@ class TokenizerStage(Stage):
             self.adversary.step(accelerator, self.args.learning_rate_factor(step))
         if not (self.args.continuous_steps or self.args.revive_every):
             return
-        gathered = [accelerator.gather(pair) for pair in seen]
+        gathered = [[self._in_order(accelerator.gather(x), accelerator) for x in pair] for pair in seen]
         codes, latents = (torch.cat(parts) for parts in zip(*gathered, strict=True))
         self.keeper.observe(step, codes, latents)
         replacements = self.keeper.replacements(step)
