@@ -411,6 +411,70 @@ def end_to_end_rows(args: argparse.Namespace, size: str, tokenizer: DARTokenizer
     ]
 
 
+def training_rows(args: argparse.Namespace, size: str, batch_size: int) -> list[dict]:
+    """A training step of the size's models: as the commands train (bf16, fused AdamW) beside plain float32 AdamW.
+
+    Both take the same model and random data, so neither reads images nor averages weights.
+    """
+    preset, rows = get_preset(size), []
+    builders: list[tuple[str, Callable[[], torch.nn.Module], Callable]] = []
+    if preset.tokenizer_recipe:
+        builders.append(("tokenizer", lambda: DARTokenizer(**preset.tokenizer), tokenizer_loss))
+    if preset.ar_recipe:
+        names = {"codebook_size": "codebook_size", "num_tokens": "num_image_tokens"}  # where codes are not the paper's
+        sizes = {ours: preset.tokenizer[theirs] for theirs, ours in names.items() if theirs in preset.tokenizer}
+        builders.append(
+            ("model", lambda: DARForCausalLM(DARConfig(**preset.transformer | sizes)), language_model_loss)
+        )
+    for stage, build, loss in builders:
+        times = {}
+        for variant in ("plain", "ours", "compiled"):
+            torch.manual_seed(0)
+            model = build().to(args.device).train()
+            times[variant] = seconds(training_step(model, loss, batch_size, variant), args.repeats, args.device)
+        what = f"train {stage}, {size}, batch {batch_size}"
+        rows.append({"what": what, "ours": times["ours"], "plain": times["plain"]})
+        rows.append({"what": what + ", compiled", "ours": times["compiled"], "plain": times["plain"]})
+        for row in rows[-2:]:
+            row["images/s"] = batch_size / row["ours"]
+            print(format_row(row, "ms", 1e3), flush=True)
+    return rows
+
+
+def training_step(model: torch.nn.Module, loss: Callable, batch_size: int, variant: str) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=None if variant == "plain" else True)
+    device = next(model.parameters()).device
+    if variant == "compiled":
+        model.compile()
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=variant != "plain"):
+            value = loss(model, batch_size, device)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def tokenizer_loss(model: DARTokenizer, batch_size: int, device: torch.device) -> torch.Tensor:
+    images = torch.rand(batch_size, model.config.in_channels, *model.image_size, device=device) * 2 - 1
+    output = model(images)
+    commitment = (output.latents - output.quantized.detach()).square() + (
+        output.latents.detach() - output.quantized
+    ).square()
+    return F.mse_loss(output.velocity, output.target) + commitment.mean()
+
+
+def language_model_loss(model: DARForCausalLM, batch_size: int, device: torch.device) -> torch.Tensor:
+    config = model.config
+    codes = torch.randint(config.codebook_size, (batch_size, config.num_image_tokens), device=device)
+    classes = torch.full_like(codes[:, :1], config.class_token_id(0))
+    ignored = torch.full_like(classes, -100)
+    return model(input_ids=torch.cat([classes, codes], dim=1), labels=torch.cat([ignored, codes], dim=1)).loss
+
+
 def memory_row(args: argparse.Namespace, size: str) -> dict:
     """Peak memory of generating one image's codes with guidance in bf16, beyond what was held before the model."""
     before = used_memory(args.device)
@@ -445,7 +509,7 @@ def format_row(row: dict, unit: str, scale: float) -> str:
     ratios.append(f"{row['stock'] / row['ours']:.2f}×" if "stock" in row else "")
     ratios.append(f"{row['ours'] / row['limit']:.2f}" if "limit" in row else "")
     ratios.append(f"{row['ours'] * scale:.1f} {unit}")
-    notes = [f"{key} {row[key]:.3g}" for key in ("difference", "share") if key in row]
+    notes = [f"{key} {row[key]:.3g}" for key in ("difference", "share", "images/s") if key in row]
     return f"| {row['what']} | " + " | ".join(ratios) + f" | {', '.join(notes)} |"
 
 
@@ -459,7 +523,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--slow_repeats", type=int, default=2, help="repeats of the yardsticks")
-    parser.add_argument("--parts", nargs="+", default=["memory", "tokenizer", "model", "image"])
+    parser.add_argument("--parts", nargs="+", default=["memory", "tokenizer", "model", "image", "training"])
     parser.add_argument("--json", type=Path, help="write every figure there")
     args = parser.parse_args()
 
@@ -484,6 +548,9 @@ def main() -> None:
     if "image" in args.parts:
         figures["image"] = [row for size in args.preset for row in end_to_end_rows(args, size, tokenizer)]
         print("\n".join(format_row(row, "s", 1) for row in figures["image"]), flush=True)
+    if "training" in args.parts:
+        sizes = [("digits", 64)] + ([("v1", 16), ("L", 16)] if args.device.type == "cuda" else [])
+        figures["training"] = [row for size, batch in sizes for row in training_rows(args, size, batch)]
     if args.json:
         write_json(args.json, figures)
         print(json.dumps(figures["versions"]))
