@@ -10,7 +10,7 @@ import torch
 import yaml
 from training.helpers import QUICK, TINY_TOKENIZER, TINY_TRANSFORMER, fresh_process, overrides, tokenizer_stage
 
-from dar_hf.training import loop, train
+from dar_hf.training import TokenizerArguments, loop, train
 from dar_hf.training.loop import PushError, make_accelerator
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -156,3 +156,33 @@ def test_a_tokenizer_is_pushed_after_training(hub, run):
     train(stage, args, make_accelerator(args))
     assert "diffusion_pytorch_model.safetensors" in hub.repositories["model", "user/run"].files()
     assert "DARTokenizer" in hub.read("user/run", "README.md").decode()
+
+
+def test_a_run_is_pushed_while_it_trains(hub, run, monkeypatch, caplog):
+    stage, args = run
+    args.push_steps, args.validation_steps, tried = 2, 2, []
+    upload = loop.push_folder
+
+    def unreliable(folder, repo_id, message):
+        tried.append(message)
+        if len(tried) == 2:
+            raise OSError("no route to the Hub")
+        if len(tried) == 3:  # the finished model comes later: this is what the first upload left
+            assert {"config.json", "loss.png", "reconstructions.png"} <= set(
+                hub.repositories["model", repo_id].files()
+            )
+            assert f"{args.max_train_steps} steps" in hub.read(repo_id, "README.md").decode()
+        return upload(folder, repo_id, message)
+
+    monkeypatch.setattr(loop, "push_folder", unreliable)
+    args.max_train_steps = 6
+    train(stage, args, make_accelerator(args))
+    assert tried == ["Step 2 of 6", "Step 4 of 6", "Train 6 steps"]
+    assert "step 4 was not pushed to the Hub: no route to the Hub" in caplog.text
+    assert not (Path(args.output_dir) / ".pushing").exists()
+    assert "unfinished" not in hub.read("user/x", "README.md").decode()
+
+
+def test_push_steps_need_a_repository():
+    with pytest.raises(ValueError, match="give --push_to_hub"):
+        TokenizerArguments(output_dir="x", push_steps=5)

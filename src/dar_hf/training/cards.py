@@ -33,7 +33,7 @@ BOOKKEEPING = {
     "output_dir", "tokenizer", "codes", "init_from", "lpips_weights", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "overwrite_output_dir", "validation_steps", "logging_steps",
     "dataloader_num_workers", "report_to",
-    "push_to_hub", "hub_model_id", "hub_private_repo", "dataset_name",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "push_steps", "dataset_name",
 }  # fmt: skip
 
 
@@ -147,8 +147,12 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     if tokenizer and earlier.is_file():  # trained here, too
         runs = {"tokenizer": (earlier.parent, json.loads(earlier.read_text(encoding="utf-8")))} | runs
     count = training["num_samples"]  # a stream has none
+    facts = {"trained on": dataset[1] + (f", {count:,} images" if count else "")}
+    last = training["max_train_steps"]
+    if training.get("trained_steps", last) < last:
+        facts["state"] = f"unfinished, after {training['trained_steps']:,} of {last:,} steps"
     described: dict[str, Any] = {
-        "facts": {"trained on": dataset[1] + (f", {count:,} images" if count else "")},
+        "facts": facts,
         "results": [result for place, run in runs.values() for result in _validation_results(place, run)],
         "results_note": "On images held out for validation.",
         "recipe": {STAGES[stage]: _recipe(run) for stage, (_, run) in runs.items()},

@@ -107,6 +107,9 @@ class LoopArguments:
     push_to_hub: bool = _option(False, "upload the finished model, its card and pictures to the Hub")
     hub_model_id: str | None = _option(None, "repository to upload to; default the name of output_dir")
     hub_private_repo: bool = _option(False, "create that repository as a private one")
+    push_steps: int = _option(
+        0, "upload the model so far after every so many steps, too; 0 for the finished one alone"
+    )
 
     def __post_init__(self):
         positive = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
@@ -120,10 +123,19 @@ class LoopArguments:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}.")
-        counts = ("warmup_steps", "checkpointing_steps", "validation_steps", "seed", "max_corrupt_images")
+        counts = (
+            "warmup_steps",
+            "checkpointing_steps",
+            "validation_steps",
+            "push_steps",
+            "seed",
+            "max_corrupt_images",
+        )
         for name in (*counts, "dataloader_num_workers", "weight_decay", "pixel_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.push_steps and not self.push_to_hub:
+            raise ValueError("push_steps says when to upload: give --push_to_hub beside it.")
         if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision must be auto, no, bf16 or fp16, got {self.mixed_precision!r}.")
 
@@ -520,22 +532,36 @@ class TrainingLoop:
             due = bool(args.checkpointing_steps) and done % args.checkpointing_steps == 0
             if due and done < args.max_train_steps:
                 self._save_checkpoint(done)
+            if args.push_steps and done % args.push_steps == 0 and done < args.max_train_steps:
+                self._push_so_far(done)
             if self._stopping and done < args.max_train_steps:
                 self._stop(done, saved=due)
         progress.close()
         self._save_model()
 
+    def _write_model(self, folder: Path) -> None:
+        """Write the model as it is now into a new folder. All processes call this together."""
+        with self._finished_model():
+            if self.accelerator.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+                self.stage.save(folder)
+
+    def _write_records(self, folder: Path, step: int) -> None:
+        """The curves, options and card that belong to the model after ``step`` steps."""
+        plot_history({self.stage.name: self.history}, folder / "loss.png")
+        record = {"arguments": recorded_arguments(self.args), **self.description, "trained_steps": step}
+        write_json(folder / "training.json", record)
+        try:
+            write_run_card(folder, hub_repository(self.args) if self.args.push_to_hub else str(folder))
+        except ValueError as error:
+            logger.warning("README.md is left as it is: %s", error)
+
     def _save_model(self) -> None:
         """Write the finished model aside, then move it into the output folder, its index last."""
         temporary = self.folder / ".saving"
-        with self._finished_model():
-            if self.accelerator.is_main_process:
-                shutil.rmtree(temporary, ignore_errors=True)
-                self.stage.save(temporary)
+        self._write_model(temporary)
         if self.accelerator.is_main_process:
-            for (
-                name
-            ) in MODEL_INDICES:  # the old index goes first and the new one comes last: no index over mixed parts
+            for name in MODEL_INDICES:  # the old one goes first, the new one comes last: no index over mixed parts
                 (self.folder / name).unlink(missing_ok=True)
             for path in sorted(temporary.iterdir(), key=lambda path: path.name in MODEL_INDICES):
                 target = self.folder / path.name
@@ -543,12 +569,23 @@ class TrainingLoop:
                     shutil.rmtree(target)
                 os.replace(path, target)
             temporary.rmdir()
-            plot_history({self.stage.name: self.history}, self.folder / "loss.png")
-            write_json(self.folder / "training.json", {"arguments": recorded_arguments(self.args), **self.description})
+            self._write_records(self.folder, self.args.max_train_steps)
+        self.accelerator.wait_for_everyone()
+
+    def _push_so_far(self, step: int) -> None:
+        """Upload the model, pictures and card of an unfinished run; one that fails is a warning, training goes on."""
+        folder = self.folder / ".pushing"
+        self._write_model(folder)
+        if self.accelerator.is_main_process:
+            for picture in self.folder.glob("*.png"):
+                shutil.copy(picture, folder)
+            shutil.copy(self._history_path, folder)
+            self._write_records(folder, step)
             try:
-                write_run_card(self.folder, hub_repository(self.args) if self.args.push_to_hub else str(self.folder))
-            except ValueError as error:
-                logger.warning("README.md is left as it is: %s", error)
+                push_folder(folder, hub_repository(self.args), f"Step {step} of {self.args.max_train_steps}")
+            except Exception as error:  # also what the transport raises
+                logger.warning("step %d was not pushed to the Hub: %s", step, one_line(error))
+            shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
 
 

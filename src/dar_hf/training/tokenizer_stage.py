@@ -263,7 +263,7 @@ class TokenizerStage(Stage):
         return output
 
     def _in_order(self, gathered: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-        """Of all processes, in the order of the data: they take turns at streams image by image, at others by batch."""
+        """What processes hold, in the order of the data: they read streams turn by turn, other data in batches."""
         if not self.args.streaming:
             return gathered
         return torch.stack(gathered.chunk(accelerator.num_processes), dim=1).flatten(0, 1)
