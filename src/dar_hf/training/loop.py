@@ -38,6 +38,7 @@ from .cards import EVALUATIONS, write_run_card
 from .checkpoints import find_checkpoint, read_position, read_state, save_checkpoint
 from .sharding import gather_into
 from .stage import Stage
+from .trackers import track_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -493,6 +494,7 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             for name, picture in pictures.items():
                 save_picture(picture, self.folder / f"{name}.png")
+            track_pictures(self.accelerator.trackers, pictures, step)
             plot_history({self.stage.name: self.history}, self.folder / "loss.png")
         self.accelerator.wait_for_everyone()
         return {f"validation/{name}": value for name, value in figures.items()}

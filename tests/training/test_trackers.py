@@ -1,0 +1,43 @@
+"""What trackers are shown."""
+
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from dar_hf.training import train
+from dar_hf.training.loop import make_accelerator
+from dar_hf.training.trackers import track_pictures
+
+from .helpers import fresh_process, tokenizer_stage
+
+
+def test_tensorboard_has_figures_and_pictures(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with fresh_process():
+        stage, args = tokenizer_stage(tmp_path, report_to="tensorboard", validation_steps=2, max_train_steps=4)
+        train(stage, args, make_accelerator(args))
+    folder = next(path.parent for path in tmp_path.rglob("*tfevents*"))
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"loss/total", "loss/flow", "lr", "grad_norm", "images_per_second", "validation/psnr"} <= set(
+        events.Tags()["scalars"]
+    )
+    shown = events.Images("validation/reconstructions")
+    assert [event.step for event in shown] == [2, 4] and shown[0].width > 8
+
+
+def test_each_tracker_is_given_what_it_takes():
+    given = []
+    names = ("tensorboard", "wandb", "comet_ml")
+
+    def tracker(name):
+        return SimpleNamespace(name=name, log_images=lambda values, **options: given.append((name, values, options)))
+
+    trackers = [tracker(name) for name in names]
+    track_pictures(trackers, {"samples": Image.new("L", (3, 2))}, 7)
+    (first, pixels, options), (second, pictures, others) = given
+    assert (first, second) == ("tensorboard", "wandb") and options == {"step": 7, "dataformats": "NHWC"}
+    assert pixels["validation/samples"].shape == (1, 2, 3, 3)
+    assert pictures["validation/samples"][0].size == (3, 2) and others == {"step": 7}
