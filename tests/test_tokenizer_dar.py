@@ -728,6 +728,34 @@ def test_forward_holds_what_the_losses_need(tiny_tokenizer):
     assert torch.allclose(output.latents.norm(dim=-1), torch.ones(3, 16), atol=1e-5)
 
 
+def test_a_hidden_group_is_seen_by_nobody(tiny_tokenizer):
+    images, noise = random_images(tiny_tokenizer, 3), torch.randn(3, 3, 8, 8, generator=seeded())
+    given = dict(timesteps=torch.tensor([0.05, 0.4, 0.4]), noise=noise)  # groups 0, 2, 2
+
+    def forward(hidden, changed=None):
+        nearest = tiny_tokenizer.quantizer.nearest
+        if changed is not None:  # other codes at some positions
+            codes = nearest(tiny_tokenizer.encode(images).latents)
+            codes[:, changed] = (codes[:, changed] + 1) % tiny_tokenizer.config.codebook_size
+            tiny_tokenizer.quantizer.nearest = lambda latents: codes
+        try:
+            return tiny_tokenizer(images, **given, hide_group=hidden).velocity.detach()
+        finally:
+            tiny_tokenizer.quantizer.nearest = nearest
+
+    plain, hidden = tiny_tokenizer(images, **given).velocity, forward(torch.tensor([True, True, False]))
+    assert torch.allclose(hidden[[0, 2]], plain[[0, 2]], atol=1e-5)  # the first group stays
+    assert not torch.allclose(hidden[1], plain[1], atol=1e-3)
+    everywhere = torch.ones(3, dtype=torch.bool)
+    own, before = slice(8, 12), slice(0, 8)
+    assert torch.equal(forward(everywhere, own)[1:], forward(everywhere)[1:])
+    assert not torch.allclose(forward(everywhere, before)[1:], forward(everywhere)[1:], atol=1e-3)
+    assert not torch.allclose(forward(~everywhere, own)[1:], plain[1:], atol=1e-3)
+    for wrong in (torch.ones(2, dtype=torch.bool), torch.ones(3)):
+        with pytest.raises(ValueError, match="hide_group must be bool of shape"):
+            tiny_tokenizer(images, **given, hide_group=wrong)
+
+
 def test_forward_as_a_tuple(tiny_tokenizer):
     images, generator = random_images(tiny_tokenizer), seeded()
     output = tiny_tokenizer(images, generator=seeded())

@@ -967,6 +967,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         quantize: bool = True,
+        hide_group: torch.Tensor | None = None,
         output_repa: bool = False,
         return_dict: bool = True,
     ) -> DARTokenizerOutput | tuple:
@@ -980,6 +981,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             generator: source of both draws.
             quantize: False feeds the normalised latents on without quantizing (continuous warm-up); ``quantized``
                 still holds the nearest codes.
+            hide_group: ``(B,)`` bool, images whose step sees only the codes before its own group's (zeros in their
+                place); the first group is never hidden. Not in the paper: it makes groups share the work.
             output_repa: also return the features of the REPA head.
             return_dict: False gives a tuple, without the fields that are None.
 
@@ -997,6 +1000,9 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 f"{batch_size} images need as many timesteps and noise of their shape, got {tuple(timesteps.shape)} "
                 f"and {None if noise is None else tuple(noise.shape)}."
             )
+        if hide_group is not None and (hide_group.shape != (batch_size,) or hide_group.dtype != torch.bool):
+            given = f"{hide_group.dtype} of {tuple(hide_group.shape)}"
+            raise ValueError(f"hide_group must be bool of shape ({batch_size},), got {given}.")
         if noise is None:
             noise = randn_tensor(pixel_values.shape, generator=generator, device=device, dtype=torch.float32)
         config = self.config
@@ -1010,6 +1016,10 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             quantized = self.quantizer.embed(codes)
         passed_on = latents + (quantized - latents).detach() if quantize else latents
         window = start[:, None] + torch.arange(config.tokens_per_group, device=device)
+        if hide_group is not None:
+            hidden = (hide_group.to(device) & (start > 0))[:, None].expand(window.shape)
+            own = torch.zeros(latents.shape[:2], dtype=torch.bool, device=device).scatter(1, window, hidden)
+            passed_on = passed_on.masked_fill(own[..., None], 0.0)
         conditions = self._condition(passed_on)
         conditions = conditions.gather(1, window[..., None].expand(-1, -1, conditions.shape[-1]))
 

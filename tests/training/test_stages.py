@@ -258,6 +258,22 @@ def test_the_codebook_starts_from_the_latents_everywhere(tmp_path):
     assert all(line["loss/commitment"] == 0 for line in lines)
 
 
+def test_groups_are_hidden_at_their_rate(tmp_path, monkeypatch):
+    stage, args = tokenizer_stage(tmp_path, group_dropout=0.5)
+    hidden, forward = [], type(stage.model).forward
+
+    def noted(self, *given, hide_group, **options):
+        hidden.extend(hide_group.tolist())
+        return forward(self, *given, hide_group=hide_group, **options)
+
+    monkeypatch.setattr(type(stage.model), "forward", noted)
+    run_steps(stage, args, 6)
+    assert 0.2 < sum(hidden) / len(hidden) < 0.8
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="group_dropout must lie in"):
+            tokenizer_stage(tmp_path / "other", group_dropout=wrong)
+
+
 def test_quantizing_begins_after_the_continuous_steps(tmp_path, monkeypatch):
     stage, args = tokenizer_stage(tmp_path, continuous_steps=2)
     seen, forward = [], stage.model.forward

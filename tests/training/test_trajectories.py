@@ -334,6 +334,7 @@ def full_recipe(tmp_path_factory):
     options = TOKENIZER | {
         "max_train_steps": 8,
         "continuous_steps": 0,
+        "group_dropout": 0.5,
         "perceptual_weight": 0.5,
         "lpips_weights": folder / "lpips.safetensors",
         "repa_weight": 0.5,

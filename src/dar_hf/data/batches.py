@@ -38,6 +38,7 @@ class SeedFor(IntEnum):
     CLASS_DROPOUT = 5
     CODEBOOK = 6
     DISCRIMINATOR = 7
+    GROUP_DROPOUT = 8
 
 
 def draw_seed(*parts: int) -> int:
@@ -211,9 +212,8 @@ def normal_noise(seeds: torch.Tensor, shape: Sequence[int], device: torch.device
     return noise
 
 
-def dropped(seeds: torch.Tensor, rate: float) -> torch.Tensor:
-    """Which samples lose their class, ``(B,)`` bool, each from its own seed."""
+def dropped(seeds: torch.Tensor, rate: float, purpose: SeedFor = SeedFor.CLASS_DROPOUT) -> torch.Tensor:
+    """Which samples lose their class, or what else is dropped at a rate; ``(B,)`` bool, each from its own seed."""
     return torch.tensor(
-        [random.Random(draw_seed(int(seed), SeedFor.CLASS_DROPOUT)).random() < rate for seed in seeds],
-        dtype=torch.bool,
+        [random.Random(draw_seed(int(seed), purpose)).random() < rate for seed in seeds], dtype=torch.bool
     )

@@ -18,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
-from ..data import ImageSamples, SeedFor, StreamedImages, draw_seed, normal_noise, sample_times
+from ..data import ImageSamples, SeedFor, StreamedImages, draw_seed, dropped, normal_noise, sample_times
 from ..metrics import codebook_statistics, psnr
 from ..metrics.lpips import MIN_SIZE, load_lpips
 from ..pictures import image_grid, interleave_rows
@@ -59,6 +59,7 @@ class TokenizerArguments(LoopArguments):
     output_std: float = _option(0.0, "start deviation of the denoiser's output layer")
     post_quant_std: float = _option(0.0, "start deviation of the projection after the quantizer; 0 for torch's own")
     continuous_steps: int = _option(0, "steps without quantizing at the start, then a k-means start of the codebook")
+    group_dropout: float = _option(0.0, "share of steps that see the codes before their group's, but not its own")
     revive_every: int = _option(0, "move codes unused for this many steps; 0 for never")
     revive_until: float = _option(0.8, "share of the run after which codes are left alone")
 
@@ -72,6 +73,8 @@ class TokenizerArguments(LoopArguments):
             raise ValueError(
                 "continuous_steps would replace the codebook that --init_from brings: pass --continuous_steps 0."
             )
+        if not 0 <= self.group_dropout < 1:
+            raise ValueError(f"group_dropout must lie in [0, 1), got {self.group_dropout}.")
         if self.revive_every < 0 or not 0 <= self.revive_until <= 1:
             raise ValueError("revive_every must not be negative, and revive_until must lie in [0, 1].")
         weights = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
@@ -249,6 +252,7 @@ class TokenizerStage(Stage):
     def forward(self, model: nn.Module, batch: dict, step: int) -> DARTokenizerOutput:
         images, seeds = batch["pixel_values"], batch["seed"]
         self._quantize = step >= self.args.continuous_steps
+        rate = self.args.group_dropout
         self._judging = step >= self.args.discriminator_start
         if self.adversary is not None and self._accelerator is not None:
             self.adversary.note_scale(self._accelerator)
@@ -257,6 +261,7 @@ class TokenizerStage(Stage):
             timesteps=sample_times(seeds).to(images.device),
             noise=normal_noise(seeds, images.shape[1:], images.device),
             quantize=self._quantize,
+            hide_group=dropped(seeds, rate, SeedFor.GROUP_DROPOUT) if rate else None,
             output_repa=self.args.repa_weight > 0,
         )
         self._seen.append((output.codes, output.latents.detach()))
