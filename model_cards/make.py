@@ -27,19 +27,21 @@ python examples/convert_checkpoint.py --tokenizer T.pt --transformer A.pt --outp
 ```"""
 MNIST_COMMANDS = """The digits are MNIST's, enlarged from 28×28 to 32×32 pixels. `path/to/mnist` is any copy that
 `datasets` reads, with the columns `image` and `label` and the splits `train` and `test`. The tokenizer was trained in
-three runs, as the recipe was being found ([log](../examples/LOG.md)); the preset has what came out of it.
+four runs, as the recipe was being found ([log](../examples/LOG.md)); the preset has what came out of it.
 
 ```bash
 DATA="--preset mnist --dataset_name path/to/mnist"
-TUNE="--continuous_steps 0 --learning_rate 1e-3 --encoder_learning_rate 4e-4 --decay_fraction 0.5"
-python examples/train.py tokenizer $DATA --output_dir outputs/mnist/first --max_train_steps 10000 \\
+TUNE="--continuous_steps 0 --group_dropout 0 --learning_rate 1e-3 --encoder_learning_rate 4e-4 --decay_fraction 0.5"
+python examples/train.py tokenizer $DATA --output_dir outputs/mnist/1 --max_train_steps 10000 --group_dropout 0 \\
     --model_overrides num_groups=8 tokens_per_group=4 time_shift=2.0
-python examples/train.py tokenizer $DATA --output_dir outputs/mnist/second --max_train_steps 3000 $TUNE \\
-    --init_from outputs/mnist/first --torch_compile --model_overrides time_shift=6.0
-python examples/train.py tokenizer $DATA --output_dir outputs/mnist/tokenizer --max_train_steps 3500 $TUNE \\
-    --init_from outputs/mnist/second --torch_compile \\
-    --model_overrides num_groups=4 tokens_per_group=8 num_inference_steps=4
-python examples/train.py ar $DATA --tokenizer outputs/mnist/tokenizer --output_dir outputs/mnist/pipeline
+python examples/train.py tokenizer $DATA --output_dir outputs/mnist/2 --max_train_steps 3000 $TUNE \\
+    --init_from outputs/mnist/1 --torch_compile --model_overrides time_shift=6.0
+python examples/train.py tokenizer $DATA --output_dir outputs/mnist/3 --max_train_steps 3500 $TUNE \\
+    --init_from outputs/mnist/2 --torch_compile --model_overrides num_groups=4 tokens_per_group=8 num_inference_steps=4
+python examples/train.py tokenizer $DATA --output_dir outputs/mnist/tokenizer --max_train_steps 2000 $TUNE \\
+    --init_from outputs/mnist/3 --torch_compile --model_overrides time_shift=12.0 --group_dropout 0.3 --warmup_steps 50
+python examples/train.py ar $DATA --tokenizer outputs/mnist/tokenizer --output_dir outputs/mnist/pipeline \\
+    --max_train_steps 6000 --torch_compile
 python examples/make_sample.py --pipeline outputs/mnist/pipeline
 python examples/evaluate_digits.py --pipeline src/dar_hf/assets/sample --dataset_name path/to/mnist \\
     --num_images 1000 --output_dir outputs/mnist
