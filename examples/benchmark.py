@@ -27,7 +27,7 @@ from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMat
 from dar_hf.conversion import to_original
 from dar_hf.evaluation import versions
 from dar_hf.files import write_json
-from dar_hf.linear_dar import Linear, pack
+from dar_hf.linear_dar import Linear, has_fast_bf16, pack
 from dar_hf.presets import PAPER_SIZES, get_preset
 
 POSITION, STEPS = 128, 32  # codes measured: from the middle of the sequence, where a growing cache is half full
@@ -412,9 +412,10 @@ def end_to_end_rows(args: argparse.Namespace, size: str, tokenizer: DARTokenizer
 
 
 def training_rows(args: argparse.Namespace, size: str, batch_size: int) -> list[dict]:
-    """A training step of the size's models: as the commands train (bf16, fused AdamW) beside plain float32 AdamW.
+    """Forward, backward and optimizer step of the size's models alone: bf16 where it is fast and fused AdamW, as the
+    commands train, beside torch's AdamW in float32.
 
-    Both take the same model and random data, so neither reads images nor averages weights.
+    Both take the same model and random data: no images are read, no weights averaged, no other networks judge.
     """
     preset, rows = get_preset(size), []
     builders: list[tuple[str, Callable[[], torch.nn.Module], Callable]] = []
@@ -431,6 +432,8 @@ def training_rows(args: argparse.Namespace, size: str, batch_size: int) -> list[
         for variant in ("plain", "ours", "compiled"):
             torch.manual_seed(0)
             model = build().to(args.device).train()
+            if stage == "model" and model.config.num_image_tokens <= 128 and args.device.type == "cpu":
+                model.set_attn_implementation("eager")  # as the command does
             times[variant] = seconds(training_step(model, loss, batch_size, variant), args.repeats, args.device)
         what = f"train {stage}, {size}, batch {batch_size}"
         rows.append({"what": what, "ours": times["ours"], "plain": times["plain"]})
@@ -448,7 +451,7 @@ def training_step(model: torch.nn.Module, loss: Callable, batch_size: int, varia
         model.compile()
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=variant != "plain"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=variant != "plain" and has_fast_bf16(device)):
             value = loss(model, batch_size, device)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -472,7 +475,8 @@ def language_model_loss(model: DARForCausalLM, batch_size: int, device: torch.de
     codes = torch.randint(config.codebook_size, (batch_size, config.num_image_tokens), device=device)
     classes = torch.full_like(codes[:, :1], config.class_token_id(0))
     ignored = torch.full_like(classes, -100)
-    return model(input_ids=torch.cat([classes, codes], dim=1), labels=torch.cat([ignored, codes], dim=1)).loss
+    ids, targets = torch.cat([classes, codes], dim=1), torch.cat([ignored, codes], dim=1)
+    return model(input_ids=ids, labels=targets, use_cache=False).loss
 
 
 def memory_row(args: argparse.Namespace, size: str) -> dict:

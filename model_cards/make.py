@@ -27,7 +27,9 @@ python examples/convert_checkpoint.py --tokenizer T.pt --transformer A.pt --outp
 ```"""
 MNIST_COMMANDS = """The digits are MNIST's, enlarged from 28×28 to 32×32 pixels. `path/to/mnist` is any copy that
 `datasets` reads, with the columns `image` and `label` and the splits `train` and `test`. The tokenizer was trained in
-four runs, as the recipe was being found ([log](../examples/LOG.md)); the preset has what came out of it.
+four runs, as the recipe was being found ([log](../examples/LOG.md)); the preset has what came out of it. The last run
+drew its dropped groups from torch's global generator; the option draws them from each sample's seed. All else repeats up
+to rounding, stage 2 ran on two processes of half the batch.
 
 ```bash
 DATA="--preset mnist --dataset_name path/to/mnist"
@@ -41,7 +43,7 @@ python examples/train.py tokenizer $DATA --output_dir outputs/mnist/3 --max_trai
 python examples/train.py tokenizer $DATA --output_dir outputs/mnist/tokenizer --max_train_steps 2000 $TUNE \\
     --init_from outputs/mnist/3 --torch_compile --model_overrides time_shift=12.0 --group_dropout 0.3 --warmup_steps 50
 python examples/train.py ar $DATA --tokenizer outputs/mnist/tokenizer --output_dir outputs/mnist/pipeline \\
-    --max_train_steps 6000 --torch_compile
+    --torch_compile
 python examples/make_sample.py --pipeline outputs/mnist/pipeline
 python examples/evaluate_digits.py --pipeline src/dar_hf/assets/sample --dataset_name path/to/mnist \\
     --num_images 1000 --output_dir outputs/mnist
@@ -54,6 +56,7 @@ import dar_hf
 pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline())
 ```"""
 
+STAGES = ("Tokenizer (stage 1)", "Language model (stage 2)")
 # what a report does not say of a model trained here
 TRAINED: dict[str, dict[str, Any]] = {
     "digits": {
@@ -84,6 +87,8 @@ TRAINED: dict[str, dict[str, Any]] = {
             "weights": "float16 in the package; they load in float32 unless `dtype` says otherwise",
         },
         "sections": {"Use it at once": SAMPLE_USE, "How it was made": MNIST_COMMANDS},
+        "recipe": {STAGES[1]: get_preset("mnist").ar_recipe},  # that of stage 1 is in the commands
+        "losses": "Losses of the tokenizer's last run and of the language model",
         "tags": ["class-conditional"],
     },
 }
@@ -147,9 +152,9 @@ def trained_card(name: str) -> str:
             "Previews of a digit of each class, a row a step": f"images/{name}_previews.png",
             "Samples, one class a row": f"images/{name}_samples.png",
             "Test digits above their reconstructions": f"images/{name}_reconstructions.png",
-            "Losses": f"images/{name}_loss.png",
+            about.get("losses", "Losses"): f"images/{name}_loss.png",
         },
-        recipe={"Tokenizer (stage 1)": preset.tokenizer_recipe, "Language model (stage 2)": preset.ar_recipe},
+        recipe=about.get("recipe", {STAGES[0]: preset.tokenizer_recipe, STAGES[1]: preset.ar_recipe}),
         sections=about["sections"],
         tags=about["tags"],
     )

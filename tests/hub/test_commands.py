@@ -175,10 +175,19 @@ def test_a_run_is_pushed_while_it_trains(hub, run, monkeypatch, caplog):
         return upload(folder, repo_id, message)
 
     monkeypatch.setattr(loop, "push_folder", unreliable)
+    validate = loop.TrainingLoop._validate
+
+    def validate_later(self, step):
+        self._background.join()  # so that no upload is skipped because the last one is still under way
+        return validate(self, step)
+
+    monkeypatch.setattr(loop.TrainingLoop, "_validate", validate_later)
     args.max_train_steps = 6
+    Path(args.output_dir).mkdir()
+    (Path(args.output_dir) / "previews.png").touch()  # of an earlier run
     train(stage, args, make_accelerator(args))
     assert tried == ["Step 2 of 6", "Step 4 of 6", "Train 6 steps"]
-    assert "step 4 was not pushed to the Hub: no route to the Hub" in caplog.text
+    assert "Step 4 of 6 is not pushed to the Hub: no route to the Hub" in caplog.text
     assert not (Path(args.output_dir) / ".pushing").exists()
     assert "unfinished" not in hub.read("user/x", "README.md").decode()
 

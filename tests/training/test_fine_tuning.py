@@ -84,6 +84,14 @@ def test_a_repa_head_can_be_added(tmp_path, tokenizer):
     assert all(torch.equal(stage.model.state_dict()[name], saved[name]) for name in saved)
 
 
+def test_codes_can_be_grouped_anew(tmp_path, tokenizer):
+    stage, _ = fine_tuned(tmp_path, tokenizer, ["num_groups=2"])
+    config = stage.model.config
+    assert (config.num_groups, config.tokens_per_group, config.num_inference_steps) == (2, config.num_tokens // 2, 2)
+    stage, _ = fine_tuned(tmp_path, tokenizer, ["num_groups=2", "num_inference_steps=5"])
+    assert stage.model.config.num_inference_steps == 5
+
+
 @pytest.mark.parametrize("item", ["encoder_dim=64", "num_encoder_layers=2", "num_encoder_layers=0"])
 def test_overrides_that_the_weights_do_not_fit(tmp_path, tokenizer, item):
     with pytest.raises(ValueError, match="does not fit --model_overrides|num_encoder_layers"):

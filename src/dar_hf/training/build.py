@@ -197,6 +197,8 @@ def _saved_tokenizer(source: str, overrides: dict[str, Any]) -> DARTokenizer:
     except OSError as error:
         raise ValueError(f"init_from: no tokenizer at {source!r}, neither as a folder nor on the Hub.") from error
     config = {name: value for name, value in dict(saved.config).items() if not name.startswith("_")}
+    if "num_groups" in overrides:  # what follows from it, follows it
+        config |= {"tokens_per_group": None, "num_inference_steps": None}
     model = _make(DARTokenizer, config | overrides)
     try:
         missing, unknown = model.load_state_dict(saved.state_dict(), strict=False)

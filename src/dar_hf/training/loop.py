@@ -36,6 +36,7 @@ from ..linear_dar import has_fast_bf16
 from ..pictures import plot_history, read_history, save_picture
 from .cards import EVALUATIONS, write_run_card
 from .checkpoints import find_checkpoint, read_position, read_state, save_checkpoint
+from .pushing import BackgroundPush
 from .sharding import gather_into
 from .stage import Stage
 from .trackers import track_pictures
@@ -247,6 +248,10 @@ class TrainingLoop:
         self.stream = self._open_stream()
         self.corrupt_images: set[int] = set()
         self._asked_to_stop = self._stopping = False
+        self._pictures: set[str] = set()  # written by this process: an earlier run's may still lie there
+        self._background = BackgroundPush(
+            self.folder, lambda path, text: push_folder(path, hub_repository(args), text)
+        )
 
     # Checkpoints and history
 
@@ -494,6 +499,7 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             for name, picture in pictures.items():
                 save_picture(picture, self.folder / f"{name}.png")
+                self._pictures.add(f"{name}.png")
             track_pictures(self.accelerator.trackers, pictures, step)
             plot_history({self.stage.name: self.history}, self.folder / "loss.png")
         self.accelerator.wait_for_everyone()
@@ -534,19 +540,15 @@ class TrainingLoop:
             due = bool(args.checkpointing_steps) and done % args.checkpointing_steps == 0
             if due and done < args.max_train_steps:
                 self._save_checkpoint(done)
-            if args.push_steps and done % args.push_steps == 0 and done < args.max_train_steps:
-                self._push_so_far(done)
             if self._stopping and done < args.max_train_steps:
                 self._stop(done, saved=due)
+            if args.push_steps and done % args.push_steps == 0 and done < args.max_train_steps:
+                paused = time.perf_counter()
+                self._push_so_far(done)
+                clock += time.perf_counter() - paused
         progress.close()
+        self._background.join()
         self._save_model()
-
-    def _write_model(self, folder: Path) -> None:
-        """Write the model as it is now into a new folder. All processes call this together."""
-        with self._finished_model():
-            if self.accelerator.is_main_process:
-                shutil.rmtree(folder, ignore_errors=True)
-                self.stage.save(folder)
 
     def _write_records(self, folder: Path, step: int) -> None:
         """The curves, options and card that belong to the model after ``step`` steps."""
@@ -561,7 +563,10 @@ class TrainingLoop:
     def _save_model(self) -> None:
         """Write the finished model aside, then move it into the output folder, its index last."""
         temporary = self.folder / ".saving"
-        self._write_model(temporary)
+        with self._finished_model():
+            if self.accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+                self.stage.save(temporary)
         if self.accelerator.is_main_process:
             for name in MODEL_INDICES:  # the old one goes first, the new one comes last: no index over mixed parts
                 (self.folder / name).unlink(missing_ok=True)
@@ -575,20 +580,18 @@ class TrainingLoop:
         self.accelerator.wait_for_everyone()
 
     def _push_so_far(self, step: int) -> None:
-        """Upload the model, pictures and card of an unfinished run; one that fails is a warning, training goes on."""
-        folder = self.folder / ".pushing"
-        self._write_model(folder)
-        if self.accelerator.is_main_process:
-            for picture in self.folder.glob("*.png"):
-                shutil.copy(picture, folder)
+        """Upload the model, pictures and card of the unfinished run, while it goes on."""
+
+        def write(folder: Path) -> None:
+            self.stage.save(folder)
+            for name in self._pictures:
+                shutil.copy(self.folder / name, folder)
             shutil.copy(self._history_path, folder)
             self._write_records(folder, step)
-            try:
-                push_folder(folder, hub_repository(self.args), f"Step {step} of {self.args.max_train_steps}")
-            except Exception as error:  # also what the transport raises
-                logger.warning("step %d was not pushed to the Hub: %s", step, one_line(error))
-            shutil.rmtree(folder)
-        self.accelerator.wait_for_everyone()
+
+        with self._finished_model():
+            if self.accelerator.is_main_process:
+                self._background.start(f"Step {step} of {self.args.max_train_steps}", write)
 
 
 def recorded_arguments(args: LoopArguments) -> dict[str, Any]:

@@ -268,7 +268,10 @@ class TokenizerStage(Stage):
         return output
 
     def _in_order(self, gathered: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-        """What processes hold, in the order of the data: they read streams turn by turn, other data in batches."""
+        """What processes hold, in the order of the data: they read streams turn by turn, other data in batches.
+
+        A stream whose shards are dealt out to the processes has no order that is independent of their number.
+        """
         if not self.args.streaming:
             return gathered
         return torch.stack(gathered.chunk(accelerator.num_processes), dim=1).flatten(0, 1)
