@@ -28,8 +28,8 @@ python examples/convert_checkpoint.py --tokenizer T.pt --transformer A.pt --outp
 MNIST_COMMANDS = """The digits are MNIST's, enlarged from 28×28 to 32×32 pixels. `path/to/mnist` is any copy that
 `datasets` reads, with the columns `image` and `label` and the splits `train` and `test`. The tokenizer was trained in
 four runs, as the recipe was being found ([log](../examples/LOG.md)); the preset has what came out of it. The last run
-drew its dropped groups from torch's global generator; the option draws them from each sample's seed. All else repeats up
-to rounding, stage 2 ran on two processes of half the batch.
+drew its dropped groups from torch's global generator; the option draws them from each sample's seed. All else repeats
+up to rounding; stage 2 ran on two processes of half the batch.
 
 ```bash
 DATA="--preset mnist --dataset_name path/to/mnist"
