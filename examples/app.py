@@ -387,7 +387,9 @@ def tabs(artist: Artist, last: gr.State) -> list[Tab]:
         drawn = Tab(gr.Button("Draw", variant="primary"), draw, [label, tokens])
     with gr.Tab("Layout"):
         reference = choose_picture("Reference", last)
-        keep = gr.Slider(0, most, group, step=1, label="Tokens to keep", info="they carry the layout over")
+        keep = gr.Slider(
+            0, most, max(1, group // 4), step=1, label="Tokens to keep", info="they carry the layout over"
+        )
         names = [(name, number) for number, name in enumerate(artist.names)]
         chosen = [number for _, number in names[:MAX_CLASSES]]
         classes = gr.Dropdown(names, value=chosen, label="Classes", multiselect=True, max_choices=MAX_CLASSES)

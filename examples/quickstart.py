@@ -50,17 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="pipeline folder or Hub id with ten classes; default the package's own")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--layout_tokens", type=int, help="default those of the first group")
+    parser.add_argument("--layout_tokens", type=int, default=1, help="tokens that the references hand on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
         pipe = DARPipeline.from_pretrained(args.model or sample_pipeline())
         pipe.set_progress_bar_config(disable=True)
-        layout_tokens = pipe.tokenizer.config.tokens_per_group if args.layout_tokens is None else args.layout_tokens
         pictures = {
             "samples": (samples(pipe, args.seed), len(CLASSES)),
             "previews": (previews(pipe, args.seed), pipe.tokenizer.config.num_inference_steps),
-            "layout": (layouts(pipe, args.seed, layout_tokens), len(CLASSES) + 2),
+            "layout": (layouts(pipe, args.seed, args.layout_tokens), len(CLASSES) + 2),
         }
     except (ValueError, OSError) as error:
         parser.error(str(error))
