@@ -32,6 +32,7 @@ from dar_hf.linear_dar import Linear, has_fast_bf16, pack
 from dar_hf.presets import PAPER_SIZES, get_preset
 
 POSITION, STEPS = 128, 32  # codes measured: from the middle of the sequence, where a growing cache is half full
+PARTS = ["memory", "tokenizer", "model", "image", "training"]
 GUIDANCE = 4.0
 
 
@@ -535,7 +536,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--slow_repeats", type=int, default=2, help="repeats of the yardsticks")
-    parser.add_argument("--parts", nargs="+", default=["memory", "tokenizer", "model", "image", "training"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--json", type=Path, help="write every figure there")
     args = parser.parse_args()
 
