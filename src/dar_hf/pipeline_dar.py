@@ -77,6 +77,48 @@ class _Sampling:
     generator: torch.Generator | list[torch.Generator] | None
 
 
+class _SideStream:
+    """A CUDA stream on which denoising runs while the language model goes on on the stream that was current.
+
+    What one stream makes and the other reads is recorded there: else its memory could be given away too early.
+    """
+
+    def __init__(self, device: torch.device):
+        self.main, self.side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        self.side.wait_stream(self.main)
+
+    def hand_over(self, codes: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Codes for the side stream, on which this is run, made on the main one."""
+        try:
+            while True:
+                with torch.cuda.stream(self.main):
+                    group = next(codes, None)
+                if group is None:
+                    return
+                self.side.wait_stream(self.main)
+                group.record_stream(self.side)
+                yield group
+        finally:
+            getattr(codes, "close", lambda: None)()
+
+    def last(self, steps: Iterator[DARPreview]) -> DARPreview:
+        """The last of the steps, all of which run on the side stream."""
+        last = None
+        try:
+            while True:
+                with torch.cuda.stream(self.side):
+                    step = next(steps, None)
+                if step is None:
+                    break
+                last = step
+        finally:
+            self.main.wait_stream(self.side)
+        assert last is not None  # a call that completes no step was refused
+        for tensor in (last.sample, last.latents):
+            tensor.record_stream(self.main)
+        return last
+
+
 class DARPipeline(DiffusionPipeline):
     """Generates images from class labels, step by step as their codes arrive.
 
@@ -229,7 +271,11 @@ class DARPipeline(DiffusionPipeline):
         """
         arguments = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         decoding, sampling = self._prepare(**arguments)
-        (last,) = deque(self._generate(decoding, sampling), maxlen=1)
+        if self._can_overlap(decoding):
+            side = _SideStream(self.tokenizer.device)
+            last = side.last(self._generate(decoding, sampling, side))
+        else:
+            (last,) = deque(self._generate(decoding, sampling), maxlen=1)
         output = self._output(decoding, last)  # only the last preview is converted
         return output if return_dict else (output.images,)
 
@@ -297,7 +343,22 @@ class DARPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(step.sample, decoding.output_type)
         return DARPipelineOutput(images, step.step, step.num_steps, step.num_tokens)
 
-    def _generate(self, decoding: _Decoding, sampling: _Sampling) -> Iterator[DARPreview]:
+    def _can_overlap(self, decoding: _Decoding) -> bool:
+        """Whether denoising may run beside the language model: both stay on one CUDA device, no step is looked at.
+
+        Compiled tokenizers are left out: CUDA graphs share memory, and must not be replayed on two streams at once.
+        """
+        devices = {self.tokenizer.device, self.transformer.device}
+        if len(devices) > 1 or devices.pop().type != "cuda" or decoding.callback or decoding.output_type == "codes":
+            return False
+        parts = [*self.tokenizer.modules(), *self.transformer.modules()]
+        moved = any(hasattr(part, name) for part in parts for name in ("_hf_hook", "_diffusers_hook"))
+        compiled = any(part._compiled_call_impl or hasattr(part, "_orig_mod") for part in self.tokenizer.modules())
+        return not moved and not compiled
+
+    def _generate(
+        self, decoding: _Decoding, sampling: _Sampling, side: _SideStream | None = None
+    ) -> Iterator[DARPreview]:
         """The composition: groups of codes from the transformer, a denoising step of the tokenizer for each."""
         config = self.tokenizer.config
         self._guidance_scale = sampling.guidance_scale
@@ -305,7 +366,7 @@ class DARPipeline(DiffusionPipeline):
             **vars(sampling),
             group_size=math.gcd(config.num_tokens // config.num_groups, config.tokens_per_group),
         )
-        return self._run(decoding, codes)
+        return self._run(decoding, codes if side is None else side.hand_over(codes))
 
     @torch.no_grad()
     def _run(self, decoding: _Decoding, codes: Iterator[torch.Tensor]) -> Iterator[DARPreview]:
@@ -328,6 +389,7 @@ class DARPipeline(DiffusionPipeline):
                 num_inference_steps=decoding.num_steps,
                 scheduler=self.scheduler,
                 start_step=decoding.start_step,
+                check_codes=False,  # they are the transformer's or the tokenizer's own
             )
         try:
             with self.progress_bar(total=self._num_timesteps) as progress:
