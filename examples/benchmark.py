@@ -32,6 +32,7 @@ from dar_hf.linear_dar import Linear, has_fast_bf16, pack
 from dar_hf.presets import PAPER_SIZES, get_preset
 
 POSITION, STEPS = 128, 32  # codes measured: from the middle of the sequence, where a growing cache is half full
+NOTES = ["difference", "share", "images/s", "language model", "decoding", "steps beyond"]  # last column of the table
 PARTS = ["memory", "tokenizer", "model", "image", "training"]
 GUIDANCE = 4.0
 
@@ -312,15 +313,18 @@ def language_model_rows(args: argparse.Namespace, limits: dict[str, float], size
         for batch_size in args.batch_sizes:
             for guidance in (GUIDANCE, None):
                 labels = [0] * batch_size
-                row = {
-                    "what": f"{size}, {name(dtype)}, batch {batch_size}, {'guidance' if guidance else 'none'}",
-                    "ours": ours_per_code(model, labels, guidance, args),
+                yardsticks = {
                     "plain": plain_per_code(model, labels, guidance, args),
                     "stock": stock_per_code(model, labels, guidance, args),
                     "limit": weights / limits["bytes"],
                 }
-                rows.append(row)
-                print(format_row(row, "ms", 1e3), flush=True)
+                what = f"{size}, {name(dtype)}, batch {batch_size}, {'guidance' if guidance else 'none'}"
+                for compiled in (False, True) if args.device.type == "cuda" else (False,):
+                    model.compile_decoding = compiled
+                    ours = ours_per_code(model, labels, guidance, args)
+                    row = {"what": what + ", compiled" * compiled, "ours": ours, **yardsticks}
+                    rows.append(row)
+                    print(format_row(row, "ms", 1e3), flush=True)
         del model
     return rows
 
@@ -407,10 +411,39 @@ def end_to_end_rows(args: argparse.Namespace, size: str, tokenizer: DARTokenizer
         plain_tokenizer.decode(codes, noise)
 
     reference = seconds(original, 1, args.device)
+    overlap = overlap_rows(args, size, pipeline) if args.device.type == "cuda" else []
     return [
         {"what": f"{size}: one image", "ours": whole, "plain": reference},
         {"what": f"{size}: first preview", "ours": first, "plain": reference, "share": first / whole},
+        *overlap,
     ]
+
+
+def overlap_rows(args: argparse.Namespace, size: str, pipeline: DARPipeline) -> list[dict]:
+    """Whole calls, whose denoising runs beside a compiled language model, against one after the other.
+
+    "steps beyond" is what a call takes longer than its language model, in denoising steps: 1 where all but the last
+    is hidden.
+    """
+    model, tokenizer, rows = pipeline.transformer, pipeline.tokenizer, []
+    model.compile_decoding = True
+    for batch_size in args.batch_sizes:
+        labels, shape = [0] * batch_size, (batch_size, 3, *tokenizer.image_size)
+        noise = torch.randn(shape, device=args.device)
+        codes = torch.cat(list(model.stream_codes(labels, guidance_scale=GUIDANCE)), dim=1)
+        generating, decoding, whole = (
+            seconds(run, args.repeats, args.device)
+            for run in (
+                lambda labels=labels: list(model.stream_codes(labels, guidance_scale=GUIDANCE)),
+                lambda codes=codes, noise=noise: tokenizer.decode(codes, noise=noise),
+                lambda labels=labels: pipeline(labels, guidance_scale=GUIDANCE, output_type="pt"),
+            )
+        )
+        step = decoding / tokenizer.config.num_inference_steps
+        row = {"what": f"{size}: call, batch {batch_size}, compiled", "ours": whole, "plain": generating + decoding}
+        row |= {"language model": generating, "decoding": decoding, "images/s": batch_size / whole}
+        rows.append(row | {"steps beyond": (whole - generating) / step})
+    return rows
 
 
 def training_rows(args: argparse.Namespace, size: str, batch_size: int) -> list[dict]:
@@ -522,7 +555,7 @@ def format_row(row: dict, unit: str, scale: float) -> str:
     ratios.append(f"{row['stock'] / row['ours']:.2f}×" if "stock" in row else "")
     ratios.append(f"{row['ours'] / row['limit']:.2f}" if "limit" in row else "")
     ratios.append(f"{row['ours'] * scale:.1f} {unit}")
-    notes = [f"{key} {row[key]:.3g}" for key in ("difference", "share", "images/s") if key in row]
+    notes = [f"{key} {row[key]:.3g}" for key in NOTES if key in row]
     return f"| {row['what']} | " + " | ".join(ratios) + f" | {', '.join(notes)} |"
 
 

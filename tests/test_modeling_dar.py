@@ -739,8 +739,9 @@ def test_copies_of_a_compiled_model_run_their_own_weights(tiny_transformer, monk
 
 
 @pytest.mark.slow
-def test_compiled_decoding(make_transformer):
-    model = make_transformer()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_decoding(make_transformer, device):
+    model = make_transformer().to(device)
     options = {"guidance_scale": (1.1, 8.0), "temperature": 0}
     prefix = torch.tensor([[3, 1, 4]])
     eager = [

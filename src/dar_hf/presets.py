@@ -2,8 +2,8 @@
 
 A preset holds up to five dictionaries: the options of `DARTokenizer` and `DARConfig`, the recipes (options of
 `TokenizerArguments` and `ARArguments`) of the two stages, and how images are sampled. ``v1`` is the ImageNet 256x256
-tokenizer of the paper; ``B`` to ``3B`` are the language models over its codes; ``digits`` is a whole small system that
-trains from scratch on two CPU cores in minutes.
+tokenizer of the paper; ``B`` to ``3B`` are the language models over its codes; ``digits`` and ``mnist`` are whole
+small systems that train from scratch on two CPU cores, in minutes and in an hour or two.
 """
 
 import ast

@@ -134,7 +134,7 @@ def test_layouts_that_would_give_a_wrong_model_are_refused(tmp_path, tokenizer):
     mistakes = [
         (stage_two, DistributedType.FSDP, False, "fsdp_version: 2"),
         (stage_one, DistributedType.FSDP, True, "train it with DDP"),
-        (ar_args(tmp_path, tokenizer), DistributedType.FSDP, True, "leave ema_decay out"),
+        (ar_args(tmp_path, tokenizer), DistributedType.FSDP, True, "set ema_decay to 0"),
         (stage_two, DistributedType.DEEPSPEED, False, "DeepSpeed is not supported"),
     ]
     for args, kind, is_fsdp2, message in mistakes:

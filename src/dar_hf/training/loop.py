@@ -332,7 +332,7 @@ class TrainingLoop:
         stage = self.stage
         trained = stage.model
         if self.sharded:
-            gather_into(self.accelerator.unwrap_model(self.model), self.whole)
+            gather_into(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.whole)
             if self.whole is not None:
                 stage.model = self.whole.to(self.accelerator.device)
         if not self.accelerator.is_main_process:
@@ -527,6 +527,8 @@ class TrainingLoop:
             if done % args.logging_steps == 0 or done == args.max_train_steps:
                 elapsed, images = time.perf_counter() - clock, self.description["images_per_step"]
                 line["images_per_second"] = (done - clock_step) * images / max(elapsed, 1e-9)
+                if accelerator.device.type == "cuda":
+                    line["peak_memory_gib"] = torch.cuda.max_memory_allocated(accelerator.device) / 2**30
                 clock, clock_step = time.perf_counter(), done
                 self._log({"step": done, **line, **self.stage.statistics()})
                 progress.set_postfix(loss=f"{line['loss/total']:.3f}", refresh=False)
@@ -692,6 +694,6 @@ def check_layout(args: LoopArguments, kind: DistributedType, is_fsdp2: bool) -> 
         if not args.can_be_sharded:
             raise ValueError("stage 1 changes its codebook between steps: train it with DDP, FSDP is for stage 2.")
         if args.ema_decay:
-            raise ValueError("averaged weights are not kept of sharded models: leave ema_decay out, or use DDP.")
+            raise ValueError("averaged weights are not kept of sharded models: set ema_decay to 0, or use DDP.")
     if kind == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed is not supported: for models that DDP cannot hold, use FSDP version 2.")

@@ -1,0 +1,125 @@
+"""Stage 2 under accelerate's FSDP, through the real command: two CPU processes, and real GPUs where there are any.
+
+accelerate offers FSDP for accelerators only, but all that it does then works on CPUs with gloo, too. So the runner
+lets two CPU processes pass for GPUs while accelerate decides, and starts the command.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from dar_hf import DARPipeline
+
+from .helpers import tiny_tokenizer
+from .test_trajectories import (
+    COMMON,
+    NO_DROPOUT,
+    TRAIN,
+    TRANSFORMER_MODEL,
+    Command,
+    assert_same_curve,
+    assert_same_weights,
+    environment,  # noqa: F401 (a fixture)
+    together,
+)
+
+pytestmark = pytest.mark.slow
+
+CONFIG = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "fsdp2_8gpu.yaml"
+RUNNER = """
+import runpy
+import sys
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+initialize = AcceleratorState.__init__
+
+def initialize_as_on_gpus(self, *args, **kwargs):
+    PartialState(cpu=True)
+    if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    initialize(self, *args, **kwargs)
+
+AcceleratorState.__init__ = initialize_as_on_gpus
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def fsdp_environment(environment: dict[str, str], mixed_precision: str) -> dict[str, str]:  # noqa: F811
+    """What `accelerate launch` makes of the configuration that comes with the examples."""
+    options = ["--config_file", str(CONFIG), "--num_processes", "2", "--mixed_precision", mixed_precision, "train.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(options))
+    return prepare_multi_gpu_env(args) | environment
+
+
+class SpreadCommand(Command):
+    """The command on two CPU processes, under FSDP."""
+
+    def __init__(self, environment, runner, *args, mixed_precision="no", **options):  # noqa: F811
+        super().__init__(
+            fsdp_environment(environment, mixed_precision),
+            *args,
+            processes=2,
+            mixed_precision=mixed_precision,
+            **options,
+        )
+        self.line.insert(self.line.index(str(TRAIN)), str(runner))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, environment):  # noqa: F811
+    folder = tmp_path_factory.mktemp("fsdp")
+    (folder / "runner.py").write_text(RUNNER)
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    options = COMMON | {"tokenizer": folder / "tokenizer", "learning_rate": 3e-4, "train_batch_size": 4}
+    options |= {"ema_decay": 0}
+    model = TRANSFORMER_MODEL | NO_DROPOUT
+
+    def spread(name, **changes):
+        return SpreadCommand(environment, folder / "runner.py", "ar", folder / name, model, **options | changes)
+
+    runs = {
+        "copies": Command(environment, "ar", folder / "copies", model, processes=2, **options),
+        "spread": spread("spread"),
+        "bf16": spread("bf16", mixed_precision="bf16"),
+        "compiled": spread("compiled", torch_compile=True, gradient_checkpointing=True),
+    }
+    together(*(run.run for run in runs.values()))
+    runs["spread"].finished()
+    shutil.copytree(folder / "spread", folder / "resumed")
+    runs["resumed"] = spread("resumed", resume_from_checkpoint="checkpoint-8").run()
+    return {name: run.finished() for name, run in runs.items()}
+
+
+@pytest.mark.parametrize("name", ["spread", "compiled"])
+def test_spread_parameters_train_like_copies(runs, name):
+    assert_same_curve(runs["copies"].history(), runs[name].history(), 1e-4)
+    assert_same_weights(runs["copies"].weights(), runs[name].weights(), 1e-4)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(runs):
+    assert_same_curve(runs["spread"].history(), runs["resumed"].history(), 1e-6)
+    assert_same_weights(runs["spread"].weights(), runs["resumed"].weights(), 1e-6)
+
+
+def test_checkpoints_hold_shards(runs):
+    checkpoint = runs["spread"].folder / "checkpoints" / "checkpoint-20"
+    shards = sorted(path.name for path in (checkpoint / "pytorch_model_fsdp_0").glob("*.distcp"))
+    assert shards == ["__0_0.distcp", "__1_0.distcp"] and not list(checkpoint.glob("*.safetensors"))
+
+
+def test_half_precision(runs):
+    half, single = (runs[name].history() for name in ("bf16", "spread"))
+    losses = [abs(half[step]["loss/cross_entropy"] / single[step]["loss/cross_entropy"] - 1) for step in single]
+    assert 0 < max(losses) < 0.02
+
+
+def test_the_pipeline_generates(runs):
+    pipeline = DARPipeline.from_pretrained(runs["spread"].folder)
+    (image,) = pipeline(3, generator=torch.Generator().manual_seed(0)).images
+    assert image.size == (8, 8)
