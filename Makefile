@@ -38,7 +38,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
 
-# half an hour on two cores; BENCH_OPTIONS="--preset B --batch_sizes 1" for less
+# a quarter of an hour on two cores; BENCH_OPTIONS="--preset B --batch_sizes 1" for less
 bench: install
 	$(BIN)/python examples/benchmark.py $(BENCH_OPTIONS)
 
