@@ -64,6 +64,8 @@ def test_gradients_are_those_of_linear(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_packed_values(model, dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no AVX-512")
     model.to(dtype)
     x = torch.randn(6, 24, dtype=dtype)
     expected = model(x)
@@ -71,6 +73,14 @@ def test_packed_values(model, dtype):
     for rows in (1, 2, 6):  # any number of rows, whatever was expected
         assert torch.allclose(model(x[:rows]), expected[:rows], atol=1e-6 if dtype == torch.float32 else 0.02)
     assert pack(model, rows=2) == []  # it is
+
+
+@torch.no_grad()
+def test_weights_that_the_processor_cannot_lay_out_stay(model, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model.to(torch.bfloat16)
+    assert pack(model, rows=2) == [] and not any(layer.weight.is_mkldnn for layer in layers(model))
+    assert torch.isfinite(model(torch.ones(2, 24, dtype=torch.bfloat16))).all()
 
 
 @onednn

@@ -25,6 +25,13 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN lays out weights of this dtype on this processor: bf16 needs AVX-512."""
+    if _LINEAR is None or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class Linear(nn.Linear):
     """``nn.Linear``, through oneDNN where no gradient is wanted. Its weight may be packed, see `pack`."""
 
@@ -52,10 +59,10 @@ class Linear(nn.Linear):
 
     @property
     def can_pack(self) -> bool:
-        """Whether the weight is one that oneDNN knows, and not packed yet."""
+        """Whether the weight is one that oneDNN lays out here, and not packed yet."""
         weight = self.weight
-        known = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-        return _LINEAR is not None and known and self._unpacked is None and type(weight) is nn.Parameter
+        known = weight.device.type == "cpu" and _packs(weight.dtype)
+        return known and self._unpacked is None and type(weight) is nn.Parameter
 
     def pack(self, rows: int) -> None:
         """Lay the weight out for ``rows`` rows of input (any other number works too)."""
