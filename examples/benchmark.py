@@ -11,6 +11,7 @@ Full-size models with random weights; medians after a warm-up.
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import platform
@@ -32,8 +33,9 @@ from dar_hf.linear_dar import Linear, has_fast_bf16, pack
 from dar_hf.presets import PAPER_SIZES, get_preset
 
 POSITION, STEPS = 128, 32  # codes measured: from the middle of the sequence, where a growing cache is half full
-NOTES = ["difference", "share", "images/s", "language model", "decoding", "steps beyond"]  # last column of the table
+NOTES = ["difference", "share", "images/s", "language model", "decoding", "steps beyond", "agreement", "bytes"]
 PARTS = ["memory", "tokenizer", "model", "image", "training"]
+OPTIONAL_PARTS = ["int8"]  # needs torchao
 GUIDANCE = 4.0
 
 
@@ -388,6 +390,32 @@ def stock_per_code(
     return (long - short) / STEPS
 
 
+def int8_row(args: argparse.Namespace, size: str) -> dict:
+    """One code with weight-only int8 (torchao) beside the same model in bf16: "plain" is bf16 here.
+
+    "agreement": how many of bf16's greedy codes int8 picks after the same codes. "bytes": of the weights, over bf16's.
+    """
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = random_model(size, args.device, torch.bfloat16)
+    row = {"what": f"{size}, int8 weights against bf16, batch 1, guidance"}
+    row["plain"], bytes_before = ours_per_code(model, [0], GUIDANCE, args), weight_bytes(model)
+    greedy = torch.cat(list(model.stream_codes([0], guidance_scale=1.0, temperature=0.0)), dim=1)
+    ids = torch.cat([torch.full_like(greedy[:, :1], model.config.class_token_id(0)), greedy[:, :-1]], dim=1)
+    quantize_(model, Int8WeightOnlyConfig())
+    row["ours"] = ours_per_code(model, [0], GUIDANCE, args)
+    with torch.no_grad():
+        picked = model(input_ids=ids).logits.argmax(dim=-1)
+    return row | {"agreement": float((picked == greedy).float().mean()), "bytes": weight_bytes(model) / bytes_before}
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model as it is saved: quantised weights are several tensors each."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.tell()
+
+
 def end_to_end_rows(args: argparse.Namespace, size: str, tokenizer: DARTokenizer) -> list[dict]:
     """One image with guidance, language model in bf16: the pipeline as it comes, and the plain loop."""
     model = random_model(size, args.device, torch.bfloat16)
@@ -569,7 +597,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--slow_repeats", type=int, default=2, help="repeats of the yardsticks")
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS + OPTIONAL_PARTS)
     parser.add_argument("--json", type=Path, help="write every figure there")
     args = parser.parse_args()
 
@@ -591,6 +619,9 @@ def main() -> None:
         print("\n".join(format_row(row, "s", 1) for row in figures["tokenizer"]), flush=True)
     if "model" in args.parts:
         figures["model"] = [row for size in args.preset for row in language_model_rows(args, limits, size)]
+    if "int8" in args.parts:
+        figures["int8"] = [int8_row(args, size) for size in args.preset]
+        print("\n".join(format_row(row, "ms", 1e3) for row in figures["int8"]), flush=True)
     if "image" in args.parts:
         figures["image"] = [row for size in args.preset for row in end_to_end_rows(args, size, tokenizer)]
         print("\n".join(format_row(row, "s", 1) for row in figures["image"]), flush=True)
