@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dar_hf import DARConfig, DARForCausalLM, DARModel
 
@@ -368,6 +369,14 @@ def test_casting_keeps_the_rotary_frequencies(tiny_transformer, make_transformer
     for cast in (make_transformer().to(torch.bfloat16), make_transformer().bfloat16()):
         assert cast.model.rotary_emb.inv_freq.dtype == torch.float32
         assert torch.equal(cast(classes(0, 3)).logits, loaded(classes(0, 3)).logits)
+
+
+def test_rotary_embedding_has_the_shapes_of_llamas(tiny_transformer):
+    embedding, positions = tiny_transformer.model.rotary_emb, torch.arange(7)[None].expand(2, -1)
+    ours = embedding(torch.zeros(1), positions)
+    theirs = LlamaRotaryEmbedding(tiny_transformer.config)(torch.zeros(1), positions)
+    assert [tuple(table.shape) for table in ours] == [(2, 7, 32)] * 2
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1].abs(), theirs[1].abs())
 
 
 def test_attentions_and_hidden_states(tiny_transformer):

@@ -199,10 +199,10 @@ class DARRotaryEmbedding(LlamaRotaryEmbedding):
     """
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines, both ``(B, 1, L, head_dim)``."""
+        """Cosines and signed sines, both ``(B, L, head_dim)``."""
         cos, sin = super().forward(x, position_ids)
         first, second = sin.chunk(2, dim=-1)
-        return cos.unsqueeze(1), torch.cat([-first, second], dim=-1).unsqueeze(1)
+        return cos, torch.cat([-first, second], dim=-1)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         def move_only(tensor: torch.Tensor) -> torch.Tensor:
@@ -247,7 +247,8 @@ class DARAttention(nn.Module):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
             query = query.to(key.dtype)  # FilledCacheLayer's
