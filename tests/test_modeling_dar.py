@@ -730,6 +730,19 @@ def test_beams_work_without_guidance(tiny_transformer):
     assert (score(beams) >= score(tiny_transformer.generate(classes(0, 3), do_sample=False)) - 1e-4).all()
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_transition_scores_are_those_of_the_codes(tiny_transformer, num_beams):
+    options = {"num_beams": num_beams, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    output = tiny_transformer.generate(classes(0, 3, 4), **options)
+    beams = output.beam_indices if num_beams > 1 else None
+    scores = tiny_transformer.compute_transition_scores(
+        output.sequences, output.scores, beams, normalize_logits=num_beams == 1
+    )
+    expected = tiny_transformer(output.sequences).logits[:, :-1].log_softmax(-1)
+    expected = expected.gather(2, output.sequences[:, 1:, None])[..., 0]
+    assert torch.allclose(scores, expected, atol=1e-4)
+
+
 def test_vocabulary_cannot_be_resized(tiny_transformer):
     for model in (tiny_transformer, tiny_transformer.model):
         with pytest.raises(ValueError, match="cannot be resized"):

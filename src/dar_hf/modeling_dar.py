@@ -459,6 +459,14 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             inputs, generation_config, guidance=guidance, generator=generator, guidance_scale=1.0, **kwargs
         )
 
+    def compute_transition_scores(
+        self, sequences: torch.Tensor, scores: tuple[torch.Tensor, ...], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """transformers' own, which expects scores ``(rows, codebook_size)`` of the whole input vocabulary."""
+        others = self.config.vocab_size - self.config.codebook_size  # classes, which are never generated
+        scores = tuple(F.pad(score, (0, others), value=-math.inf) for score in scores)
+        return super().compute_transition_scores(sequences, scores, *args, **kwargs)
+
     @staticmethod
     def _check_guided(base: GenerationConfig, options: dict) -> None:
         """Refuse the ways of decoding that do not know the doubled rows."""
