@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dar_hf import DARConfig, DARForCausalLM, DARModel
 
@@ -370,6 +371,14 @@ def test_casting_keeps_the_rotary_frequencies(tiny_transformer, make_transformer
         assert torch.equal(cast(classes(0, 3)).logits, loaded(classes(0, 3)).logits)
 
 
+def test_rotary_embedding_has_the_shapes_of_llamas(tiny_transformer):
+    embedding, positions = tiny_transformer.model.rotary_emb, torch.arange(7)[None].expand(2, -1)
+    ours = embedding(torch.zeros(1), positions)
+    theirs = LlamaRotaryEmbedding(tiny_transformer.config)(torch.zeros(1), positions)
+    assert [tuple(table.shape) for table in ours] == [(2, 7, 32)] * 2
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1].abs(), theirs[1].abs())
+
+
 def test_attentions_and_hidden_states(tiny_transformer):
     tiny_transformer.set_attn_implementation("eager")
     ids = torch.tensor([[32, 3, 4], [35, 7, 8]])
@@ -719,6 +728,19 @@ def test_beams_work_without_guidance(tiny_transformer):
         return log_probabilities.gather(2, ids[:, 1:, None]).sum(dim=(1, 2))
 
     assert (score(beams) >= score(tiny_transformer.generate(classes(0, 3), do_sample=False)) - 1e-4).all()
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_transition_scores_are_those_of_the_codes(tiny_transformer, num_beams):
+    options = {"num_beams": num_beams, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    output = tiny_transformer.generate(classes(0, 3, 4), **options)
+    beams = output.beam_indices if num_beams > 1 else None
+    scores = tiny_transformer.compute_transition_scores(
+        output.sequences, output.scores, beams, normalize_logits=num_beams == 1
+    )
+    expected = tiny_transformer(output.sequences).logits[:, :-1].log_softmax(-1)
+    expected = expected.gather(2, output.sequences[:, 1:, None])[..., 0]
+    assert torch.allclose(scores, expected, atol=1e-4)
 
 
 def test_vocabulary_cannot_be_resized(tiny_transformer):

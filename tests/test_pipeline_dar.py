@@ -119,6 +119,12 @@ def test_own_scheduler_is_used(tiny_tokenizer, tiny_transformer):
 # Labels
 
 
+def test_nested_labels_are_flattened(tiny_pipeline):
+    """diffusers' common tests make a batch of labels [1] as [[1], [1]], and its DiT takes them."""
+    nested = generated_codes(tiny_pipeline, [[1], [2, "ray"]], generator=seeded())
+    assert torch.equal(nested, generated_codes(tiny_pipeline, [1, 2, 3], generator=seeded()))
+
+
 def test_names_are_labels(tiny_pipeline):
     assert tiny_pipeline.get_label_ids("shark") == [2]
     assert tiny_pipeline.get_label_ids(["Tinca tinca", "tench", "cock"]) == [0, 0, 4]  # synonyms are one class

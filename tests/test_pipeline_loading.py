@@ -175,6 +175,14 @@ def test_group_offloading_of_the_tokenizer(tiny_pipeline, tmp_path, options):
         assert torch.equal(tiny_pipeline(1, layout_image=picture(), layout_tokens=5, **call).images, expected)
 
 
+def test_group_offloading_of_a_tokenizer_with_a_repa_head(make_tokenizer):
+    options = {"repa_layer": 1, "repa_dim": 24}
+    call = {"timesteps": torch.tensor([0.5]), "noise": torch.ones(1, 3, 8, 8), "output_repa": True}
+    expected, model = make_tokenizer(**options)(torch.zeros(1, 3, 8, 8), **call), make_tokenizer(**options)
+    model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    assert torch.equal(model(torch.zeros(1, 3, 8, 8), **call).repa_features, expected.repa_features)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_offloading(tiny_pipeline, method):

@@ -199,10 +199,10 @@ class DARRotaryEmbedding(LlamaRotaryEmbedding):
     """
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines, both ``(B, 1, L, head_dim)``."""
+        """Cosines and signed sines, both ``(B, L, head_dim)``."""
         cos, sin = super().forward(x, position_ids)
         first, second = sin.chunk(2, dim=-1)
-        return cos.unsqueeze(1), torch.cat([-first, second], dim=-1).unsqueeze(1)
+        return cos, torch.cat([-first, second], dim=-1)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         def move_only(tensor: torch.Tensor) -> torch.Tensor:
@@ -247,7 +247,8 @@ class DARAttention(nn.Module):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
             query = query.to(key.dtype)  # FilledCacheLayer's
@@ -457,6 +458,14 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         return super().generate(
             inputs, generation_config, guidance=guidance, generator=generator, guidance_scale=1.0, **kwargs
         )
+
+    def compute_transition_scores(
+        self, sequences: torch.Tensor, scores: tuple[torch.Tensor, ...], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """transformers' own, which expects scores ``(rows, codebook_size)`` of the whole input vocabulary."""
+        others = self.config.vocab_size - self.config.codebook_size  # classes, which are never generated
+        scores = tuple(F.pad(score, (0, others), value=-math.inf) for score in scores)
+        return super().compute_transition_scores(sequences, scores, *args, **kwargs)
 
     @staticmethod
     def _check_guided(base: GenerationConfig, options: dict) -> None:

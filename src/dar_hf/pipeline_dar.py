@@ -537,6 +537,8 @@ class DARPipeline(DiffusionPipeline):
             class_labels = class_labels.tolist()
         single = isinstance(class_labels, (str, bytes)) or not isinstance(class_labels, Iterable)
         labels: list[Any] = [class_labels] if single else list(class_labels)  # type: ignore[arg-type]
+        while any(isinstance(label, (list, tuple)) for label in labels):  # flattened, as diffusers' DiT does
+            labels = [one for label in labels for one in (label if isinstance(label, (list, tuple)) else [label])]
         if not labels:
             raise ValueError("class_labels is empty: nothing to generate.")
         ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]

@@ -178,11 +178,9 @@ class DARAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, **kwargs)
 
 
-class FeedForward(nn.Sequential):
+def feed_forward(dim: int) -> nn.Sequential:
     """Two linear layers around a SiLU, four times as wide inside."""
-
-    def __init__(self, dim: int):
-        super().__init__(Linear(dim, 4 * dim), nn.SiLU(), Linear(4 * dim, dim))
+    return nn.Sequential(Linear(dim, 4 * dim), nn.SiLU(), Linear(4 * dim, dim))
 
 
 class GatedBlock(nn.Module):
@@ -193,7 +191,7 @@ class GatedBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = DARAttention(dim, head_dim)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = FeedForward(dim)
+        self.mlp = feed_forward(dim)
         self.gate1 = nn.Parameter(torch.zeros(dim))
         self.gate2 = nn.Parameter(torch.zeros(dim))
 
@@ -228,7 +226,7 @@ class DiffusionBlock(nn.Module):
         self.cross_attn = DARAttention(dim, head_dim)
         self.modulation = Linear(dim, 6 * dim)
         self.attn = DARAttention(dim, head_dim)
-        self.mlp = FeedForward(dim)
+        self.mlp = feed_forward(dim)
 
     def forward(
         self,
@@ -266,11 +264,12 @@ class AdaptiveHead(nn.Module):
         return self.linear(layer_norm(x) * (1 + scale) + shift)
 
 
-class RepaHead(nn.Sequential):
-    """Projects decoder features to those of a frozen image encoder (training only)."""
+def repa_head(dim: int, out_dim: int, hidden: int = 2048) -> nn.Sequential:
+    """Projects decoder features to those of a frozen image encoder (training only).
 
-    def __init__(self, dim: int, out_dim: int, hidden: int = 2048):
-        super().__init__(Linear(dim, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU(), Linear(hidden, out_dim))
+    A plain Sequential, as diffusers' offloading by blocks cuts those into pieces of their own class.
+    """
+    return nn.Sequential(Linear(dim, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU(), Linear(hidden, out_dim))
 
 
 class Denoiser(nn.Module):
@@ -290,7 +289,7 @@ class Denoiser(nn.Module):
         )
         self.adaptive_head: Any = AdaptiveHead(dim, patch_dim) if config.adaptive_head else None
         self.proj_out: Any = None if config.adaptive_head else Linear(dim, patch_dim)
-        self.repa_head: Any = None if config.repa_layer is None else RepaHead(dim, config.repa_dim)
+        self.repa_head: Any = None if config.repa_layer is None else repa_head(dim, config.repa_dim)
         self.gradient_checkpointing = False
 
     def forward(
