@@ -80,7 +80,7 @@ class Browser:
             options.add_argument(f"--{name}")
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
         self.driver.get(address)
-        self.wait(lambda: self.button("Draw"))
+        self.wait(lambda: self.button("Draw") and self.field("Seconds") and self.visible(".view"))
 
     def wait(self, condition, seconds=30):
         return WebDriverWait(self.driver, seconds, poll_frequency=0.05).until(lambda _: condition())
@@ -96,10 +96,12 @@ class Browser:
         next(tab for tab in self.visible("[role=tab]") if tab.text == name).click()
         self.wait(lambda: len(self.visible("[role=tabpanel]")) == 1)
 
+    def field(self, label):
+        fields = self.visible("input[type=number]")
+        return next((found for found in fields if label in (found.get_attribute("aria-label") or "")), None)
+
     def fill(self, label, value):
-        field = next(
-            found for found in self.visible("input[type=number]") if label in (found.get_attribute("aria-label") or "")
-        )
+        field = self.field(label)
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(str(value), Keys.TAB)
 
