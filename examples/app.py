@@ -30,11 +30,13 @@ from dar_hf.data import UNREADABLE, center_crop, convert_channels
 from dar_hf.hub import describe
 from dar_hf.metrics import psnr
 from dar_hf.pictures import image_grid
+from dar_hf.threads import limit_threads
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_FILE = 20 * 2**20  # bytes of an upload
 MIN_SIDE, MAX_SIDE, MAX_PIXELS = 4, 16_384, 50_000_000  # of an upload
 MAX_CLASSES = 10  # drawn at once
+SMALL = 128  # pixels a side; smaller images are shown pixel by pixel
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 20.0
 PAUSE, MAX_PAUSE = "Seconds between previews", 2.0
@@ -44,11 +46,20 @@ WAITING = 32  # at most; more are told so
 TITLE = "D-AR draws"
 INTRO = (
     "A language model predicts the tokens of an image from left to right, and every few tokens give one step of a "
-    "diffusion decoder. So each image has a preview long before it is finished."
+    "diffusion decoder. So each image has a preview long before it is finished "
+    "([Diffusion via Autoregressive Models](https://arxiv.org/abs/2505.23660))."
 )
 CSS = """
+.page { display: grid; grid-template-columns: minmax(0, 1fr); gap: 24px }
+@media (min-width: 768px) {
+    .page { grid-template: "actions result" auto "settings result" 1fr / minmax(0, 1fr) minmax(0, 1fr) }
+    .page > .actions { grid-area: actions }
+    .page > .result { grid-area: result }
+    .page > .settings { grid-area: settings }
+}
 .view figure { margin: 0; text-align: center }
-.view img { image-rendering: pixelated; border-radius: 4px; background: #8882 }
+.view img { border-radius: 4px; background: #8882 }
+.view.small .row img { image-rendering: pixelated }
 .view .row { display: flex; flex-wrap: wrap; gap: 12px; justify-content: center; align-items: flex-start }
 .view .now img { width: 320px }
 .view .now.many img { width: 480px }
@@ -67,8 +78,9 @@ CSS = """
 .view .tokens span { min-width: 34px; padding: 1px 4px; border-radius: 3px; text-align: center;
     background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary) }
 .view .tokens .kept { border-color: var(--color-accent); border-width: 2px; padding: 0 3px }
-.upload img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain }
-.view .empty { padding: 96px 0; text-align: center }
+.upload img { width: 100%; height: 100%; object-fit: contain }
+.view .empty { margin: 0; padding: 144px 16px; text-align: center; border: 1px dashed var(--border-color-primary);
+    border-radius: 4px; color: var(--body-text-color-subdued) }
 """
 EMPTY = '<div class="view"><p class="empty">Choose a class and press Draw.</p></div>'
 
@@ -105,6 +117,7 @@ class Artist:
         self.names = [str(id2label.get(label, label)) for label in range(pipe.transformer.config.num_classes)]
         scale = pipe.transformer.generation_config.guidance_scale
         self.first_guidance, self.guidance = scale if isinstance(scale, (list, tuple)) else (None, scale or 1.0)
+        self.max_guidance = max(MAX_GUIDANCE, self.guidance)
 
     def steps(self, **call: Any) -> Iterator[Step]:
         """`DARPipeline.stream` with this call's arguments.
@@ -133,7 +146,7 @@ class Artist:
 
     def scale(self, guidance: float) -> float | tuple[float, float]:
         """Guidance as the pipeline takes it: linear from the model's own start where its default is."""
-        guidance = number("Guidance", guidance, 1.0, MAX_GUIDANCE)
+        guidance = number("Guidance", guidance, 1.0, self.max_guidance)
         return guidance if self.first_guidance is None else (self.first_guidance, guidance)
 
     def read(self, path: str | None) -> tuple[Image.Image, str]:
@@ -151,9 +164,11 @@ def number(name: str, value: Any, low: float, high: float) -> float:
         ValueError: that says what is accepted.
     """
     whole = isinstance(low, int)
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not valid or not low <= value <= high or (whole and value != int(value)):
-        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number from {low:g} to {high:g}, not {value}.")
+        kind, limits = ("whole number", f"{low} to {high}") if whole else ("number", f"{low:g} to {high:g}")
+        given = "empty" if value is None else repr(value)[:40]
+        raise ValueError(f"{name} must be a {kind} from {limits}, not {given}.")
     return int(value) if whole else float(value)
 
 
@@ -166,7 +181,7 @@ def read_upload(path: str | None, height: int, width: int, channels: int) -> tup
         ValueError: if there is none, or it cannot be read, or it is too small or too large.
     """
     if not path:
-        raise ValueError("Choose a picture first.")
+        raise ValueError("Choose a picture first: upload one, or use the last drawing.")
     try:
         with Image.open(path, formats=FORMATS) as image:
             columns, rows = image.size
@@ -238,8 +253,9 @@ class View:
         if self.compare and self.given is not None:
             caption += f" · {float(psnr(step.images * 2 - 1, self.given * 2 - 1).mean()):.1f} dB"
         now = f"<figure class='now{' many' * many}'>{picture(step.images, caption)}"
+        kind = f"view{' many' * many}{' small' * (max(height, width) < SMALL)}"
         return (
-            f'<div class="view{" many" * many}" style="--shape: {width} / {height}" data-step="{step.step}" '
+            f'<div class="{kind}" style="--shape: {width} / {height}" data-step="{step.step}" '
             f'data-steps="{step.num_steps}"><div class="row{" many" * many}">{self._given()}{now}'
             f"<figcaption>{html.escape(caption)}</figcaption></figure></div>"
             f'<ol class="steps" aria-label="Previews, by tokens">{"".join(self.steps)}{blanks}</ol>'
@@ -361,19 +377,31 @@ class Tab:
     inputs: list[Any]
 
 
+def unchecked(component: Any) -> Any:
+    """A component whose value comes as it was sent: `number` says what is wrong, and with what; gradio would not."""
+    component.preprocess = lambda value: value
+    return component
+
+
 def choose_class(artist: Artist) -> Any:
     choices = [(name, label) for label, name in enumerate(artist.names)]
     if len(choices) <= MAX_CLASSES:
-        return gr.Radio(choices, value=0, label="Class")
-    return gr.Dropdown(choices, value=0, label="Class", filterable=True)
+        return unchecked(gr.Radio(choices, value=0, label="Class"))
+    return unchecked(gr.Dropdown(choices, value=0, label="Class", filterable=True))
 
 
 def choose_picture(label: str, last: gr.State) -> gr.Image:
     """An upload, given to the handlers as a path: `read_upload` opens the file with its limits, not gradio."""
     upload = gr.Image(label=label, sources=["upload", "clipboard"], format="png", height=200, elem_classes="upload")
     upload.preprocess = lambda payload: None if payload is None else payload.path
+
+    def use(drawing: Any) -> Any:
+        if drawing is None:
+            raise gr.Error("Nothing is drawn yet.", print_exception=False)
+        return drawing
+
     gr.Button("Use the last drawing", size="sm").click(
-        lambda drawing: drawing, last, upload, show_progress="hidden", api_visibility="private"
+        use, last, upload, show_progress="hidden", api_visibility="private"
     )
     return upload
 
@@ -383,22 +411,25 @@ def tabs(artist: Artist, last: gr.State) -> list[Tab]:
     group, most = artist.stops[0], artist.num_tokens
     with gr.Tab("Draw"):
         label = choose_class(artist)
-        tokens = gr.Slider(group, most, most, step=math.gcd(*artist.stops), label="Tokens", info="fewer: a preview")
-        drawn = Tab(gr.Button("Draw", variant="primary"), draw, [label, tokens])
+        tokens = gr.Slider(
+            group, most, most, step=math.gcd(*artist.stops), label="Tokens", info="fewer: it ends at a preview"
+        )
+        drawn = Tab(gr.Button("Draw", variant="primary"), draw, [label, unchecked(tokens)])
     with gr.Tab("Layout"):
         reference = choose_picture("Reference", last)
         keep = gr.Slider(
-            0, most, max(1, group // 4), step=1, label="Tokens to keep", info="they carry the layout over"
+            0, most, max(1, group // 8), step=1, label="Tokens to keep", info="the first ones carry the layout"
         )
         names = [(name, number) for number, name in enumerate(artist.names)]
         chosen = [number for _, number in names[:MAX_CLASSES]]
         classes = gr.Dropdown(names, value=chosen, label="Classes", multiselect=True, max_choices=MAX_CLASSES)
-        laid = Tab(gr.Button("Draw the classes", variant="primary"), lay_out, [reference, keep, classes])
+        inputs = [reference, unchecked(keep), unchecked(classes)]
+        laid = Tab(gr.Button("Draw the classes", variant="primary"), lay_out, inputs)
     with gr.Tab("Image to image"):
         start = choose_picture("Start", last)
         target = choose_class(artist)
         strength = gr.Slider(0.0, 1.0, 0.5, step=0.05, label="Strength", info="the share of the steps drawn anew")
-        varied = Tab(gr.Button("Change it", variant="primary"), vary, [start, target, strength])
+        varied = Tab(gr.Button("Change it", variant="primary"), vary, [start, target, unchecked(strength)])
     with gr.Tab("Reconstruct"):
         upload = choose_picture("Picture", last)
         rebuilt = Tab(gr.Button("Reconstruct", variant="primary"), reconstruct, [upload])
@@ -410,21 +441,22 @@ def build(artist: Artist) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# {TITLE}\n{INTRO}")
         last = gr.State(time_to_live=3600)
-        with gr.Row():
-            with gr.Column():
+        with gr.Row(elem_classes="page"):
+            with gr.Column(elem_classes="actions"):
                 actions = tabs(artist, last)
-            with gr.Column():
+            with gr.Column(elem_classes="result"):
                 view = gr.HTML(EMPTY, label="Result")
                 stop = gr.Button("Stop", size="sm")
-        with gr.Row():
-            guidance = gr.Slider(1.0, MAX_GUIDANCE, artist.guidance, step=0.1, label="Guidance")
-            with gr.Column():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-                new_seed = gr.Checkbox(True, label="Another seed each time")
-            pause = gr.Slider(0.0, MAX_PAUSE, 0.2, step=0.1, label=PAUSE)
+            with gr.Column(elem_classes="settings"):
+                guidance = gr.Slider(1.0, artist.max_guidance, artist.guidance, step=0.1, label="Guidance")
+                with gr.Group():
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+                    new_seed = gr.Checkbox(True, label="Another seed each time")
+                pause = gr.Slider(0.0, MAX_PAUSE, 0.2, step=0.1, label=PAUSE)
         facts = " · ".join(f"{name}: {fact}" for name, fact in describe(artist.pipe).items())
         gr.Markdown(f"<small>{html.escape(facts)}</small>")
-        shared, outputs = [guidance, seed, new_seed, pause], [view, seed, last]
+        shared = [unchecked(guidance), unchecked(seed), new_seed, unchecked(pause)]
+        outputs = [view, seed, last]
         events = [
             tab.button.click(
                 handler(tab.action, artist),
@@ -456,6 +488,7 @@ def warm_up(artist: Artist) -> None:
 def launch(page: gr.Blocks, **options: Any) -> Any:
     """Serve the page without anything from elsewhere: no fonts, no analytics, no share link."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # readable on white
     return page.launch(
         theme=theme, css=CSS, footer_links=[], max_file_size=MAX_FILE, share=False, ssr_mode=False, **options
     )
@@ -470,6 +503,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         artist = Artist(DARPipeline.from_pretrained(args.model or sample_pipeline()).to(args.device))
+        limit_threads(artist.pipe.tokenizer, artist.pipe.transformer)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     warm_up(artist)

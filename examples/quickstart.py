@@ -13,6 +13,7 @@ import torch
 
 from dar_hf import DARPipeline, sample_pipeline
 from dar_hf.pictures import image_grid, save_picture
+from dar_hf.threads import limit_threads
 
 CLASSES = list(range(10))
 SAMPLES, DRAWINGS, REFERENCES = 4, [2, 3, 5, 8], [4, 7, 0]  # of each class; classes shown in the other two
@@ -56,6 +57,7 @@ def main() -> None:
     try:
         pipe = DARPipeline.from_pretrained(args.model or sample_pipeline())
         pipe.set_progress_bar_config(disable=True)
+        limit_threads(pipe.tokenizer, pipe.transformer)
         pictures = {
             "samples": (samples(pipe, args.seed), len(CLASSES)),
             "previews": (previews(pipe, args.seed), pipe.tokenizer.config.num_inference_steps),

@@ -14,6 +14,7 @@ import transformers
 from . import DARPipeline, __version__, sample_pipeline
 from .hub import describe
 from .pictures import image_grid, save_picture
+from .threads import limit_threads
 
 PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "huggingface_hub")
 MAX_CLASSES = 10  # of a model with more, the first
@@ -24,7 +25,7 @@ def device_name() -> str:
     """The device that computes here, as people call it."""
     if torch.cuda.is_available():
         return f"cuda ({torch.cuda.get_device_name()})"
-    return f"cpu ({torch.get_num_threads()} of {os.cpu_count()} cores)"
+    return f"cpu ({torch.get_num_threads()} of {os.cpu_count()} cores in use)"
 
 
 def draw(pipe: DARPipeline, seed: int, path: Path) -> int:
@@ -43,13 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     print(", ".join([f"dar_hf {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]))
-    print(f"device: {device_name()}")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
         model = args.model or sample_pipeline()
         pipe = DARPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
         pipe.set_progress_bar_config(disable=True)
+        limit_threads(pipe.tokenizer, pipe.transformer)
+        print(f"device: {device_name()}")
         print("model:", model)
         for name, fact in describe(pipe).items():
             print(f"  {name}: {fact}")

@@ -48,6 +48,11 @@ window.seen.push([0, 0, 0, document.querySelector('.view[data-step] .now img')?.
 """
 
 
+def answers(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def address():
     """A page served by the command."""
@@ -57,11 +62,10 @@ def address():
     command = [sys.executable, str(APP), "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     try:
-        for _ in range(600):
+        deadline = time.monotonic() + 300
+        while not answers(port):
             assert server.poll() is None, "the command ended"
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+            assert time.monotonic() < deadline, "the command does not serve the page"
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/"
         assert server.poll() is None, "the server ended"
@@ -80,9 +84,9 @@ class Browser:
             options.add_argument(f"--{name}")
         self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
         self.driver.get(address)
-        self.wait(lambda: self.button("Draw"))
+        self.wait(lambda: self.button("Draw") and self.field("Seconds") and self.visible(".view"))
 
-    def wait(self, condition, seconds=30):
+    def wait(self, condition, seconds=60):
         return WebDriverWait(self.driver, seconds, poll_frequency=0.05).until(lambda _: condition())
 
     def visible(self, selector):
@@ -96,10 +100,12 @@ class Browser:
         next(tab for tab in self.visible("[role=tab]") if tab.text == name).click()
         self.wait(lambda: len(self.visible("[role=tabpanel]")) == 1)
 
+    def field(self, label):
+        fields = self.visible("input[type=number]")
+        return next((found for found in fields if label in (found.get_attribute("aria-label") or "")), None)
+
     def fill(self, label, value):
-        field = next(
-            found for found in self.visible("input[type=number]") if label in (found.get_attribute("aria-label") or "")
-        )
+        field = self.field(label)
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(str(value), Keys.TAB)
 
