@@ -212,16 +212,15 @@ class _Reconstruction(_Evaluation):
             codes.append(batch_codes)
             parts.append(shown)
         shown = self.by_step(parts)
-        wanted, decoded = to_float(references), to_float(shown[max(shown)])
+        wanted = to_float(references, torch.float64)
+        decoded = [to_float(shown[step], torch.float64) for step in sorted(shown)]
         tensors = {"codes": torch.cat(codes).int()} | self.measured(shown) | self.previews(shown, indices)
-        tensors["errors"] = torch.stack(
-            [mean_squared_error(to_float(shown[step]), wanted) for step in sorted(shown)], dim=1
-        )
-        tensors["psnr"] = torch.stack([psnr(to_float(shown[step]), wanted) for step in sorted(shown)], dim=1)
+        tensors["errors"] = torch.stack([mean_squared_error(images, wanted) for images in decoded], dim=1)
+        tensors["psnr"] = torch.stack([psnr(images, wanted) for images in decoded], dim=1)
         if "ssim" not in self.findings.not_measured:
-            tensors["ssim"] = ssim(decoded, wanted, SSIM_WINDOW)
+            tensors["ssim"] = ssim(decoded[-1], wanted, SSIM_WINDOW)
         if self.lpips is not None:
-            pairs = zip(decoded.split(FEATURE_BATCH), wanted.split(FEATURE_BATCH), strict=True)
+            pairs = zip(*(to_float(x).split(FEATURE_BATCH) for x in (shown[max(shown)], references)), strict=True)
             tensors["lpips"] = torch.cat([self.lpips(x.to(self.device), y.to(self.device)).cpu() for x, y in pairs])
         labels = self.images.labels(indices)
         if labels is not None:
