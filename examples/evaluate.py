@@ -10,9 +10,11 @@ again. --help after the mode lists all options.
 """
 
 import sys
+from datetime import timedelta
 from typing import NoReturn
 
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from transformers import HfArgumentParser
 
 from dar_hf.evaluation import (
@@ -45,7 +47,8 @@ def main() -> None:
     arguments_class, evaluate = MODES[mode]
     try:
         args = HfArgumentParser(arguments_class, prog=f"evaluate.py {mode}").parse_args_into_dataclasses(argv)[0]
-        accelerator = Accelerator()
+        # a process that has done its shards waits for the others, as long as they take
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
         report = evaluate(args, accelerator)
     except (ValueError, OSError, ImportError) as error:
         fail(error)

@@ -97,8 +97,11 @@ def test_a_tokenizer_alone_and_fewer_steps(reconstruction, process, workplace):
     assert {tokens for name, tokens in figures(report) if name == "rFD"} == {4, 12}
     assert report["settings"]["num_tokens"] == 12 and len(report["steps"]) == 2
     folder = Path(args.output_dir)
-    assert [path.name for path in folder.glob("*.npz")] == ["reference_statistics.npz"]  # no images
-    assert load(folder / "reference_statistics.npz", "mu").shape == (6,)
+    names = ["reconstruction_statistics.npz", "reference_statistics.npz"]  # no images
+    assert sorted(path.name for path in folder.glob("*.npz")) == names
+    moments = [torch.from_numpy(load(folder / name, part)) for name in reversed(names) for part in ("mu", "sigma")]
+    assert moments[0].shape == (6,)
+    assert frechet_distance(*moments) == pytest.approx(figures(report)["rFD", 12], abs=1e-9)
 
 
 def test_more_steps_than_groups_measure_the_last_step_of_each_prefix(reconstruction, process):
@@ -383,6 +386,7 @@ def test_unfitting_references_are_refused_before_anything_is_made(generation, pr
         ({"reference": "some.npz"}, "either reference"),
         ({"pipeline": ""}, "pipeline is missing"),
         ({"num_images": 0}, "num_images must be at least 1"),
+        ({"num_images": 1}, "need 2 samples or more, got 1"),
         ({"seed": -1}, "seed must not be negative"),
         ({"solver_order": 3}, "solver_order must be 1 or 2"),
         ({"dtype": "int8"}, "dtype must be one of"),

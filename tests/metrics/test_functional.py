@@ -69,6 +69,7 @@ def test_half_precision_images():
     references = torch.zeros(1, 1, 2, 2)
     result = psnr((references + 0.5).bfloat16(), references)
     assert result.dtype == torch.float32 and result.item() == pytest.approx(10 * math.log10(16))
+    assert psnr(references.double() + 0.5, references).dtype == torch.float64
 
 
 def test_shapes_must_agree():
@@ -214,6 +215,15 @@ def test_precision_and_recall_by_brute_force(k, block, monkeypatch):
     assert result == pytest.approx(by_brute_force(references, samples, k))
     assert 0 < result["precision"] < 1 and 0 < result["recall"] < 1
     assert result["precision"] != result["recall"]
+
+
+def test_features_on_the_surface_are_inside():
+    """Ties, as equal features and whole numbers make them: a product of matrices rounds them either way."""
+    references = torch.randint(0, 4, (200, 3), generator=generator()).double()
+    samples = torch.randint(0, 5, (150, 3), generator=generator(1)).double()
+    assert precision_recall(references, samples) == pytest.approx(by_brute_force(references, samples, 3))
+    repeated = torch.randn(10, 64, generator=generator(), dtype=torch.float64).repeat_interleave(6, 0)
+    assert precision_recall(repeated, repeated.flip(0)) == {"precision": 1.0, "recall": 1.0}
 
 
 def test_equal_and_distant_sets():

@@ -8,6 +8,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dar_hf import metrics
 from dar_hf.metrics import (
@@ -101,7 +102,7 @@ def test_fid_is_the_distance_of_the_two_sets():
 
 def test_fid_against_known_statistics_and_sets_of_different_size():
     references = GaussianStatistics().update(FEATURES["references"])
-    metric = FID(reference=(references.mean, references.covariance))
+    metric = FID(reference=(references.mean.numpy(), references.covariance))
     expected = FID().compute(**FEATURES)
     assert metric.compute(predictions=FEATURES["predictions"]) == pytest.approx(expected)
     with pytest.raises(ValueError, match="predictions only"):
@@ -128,6 +129,59 @@ def test_images_of_another_range_are_refused(kind):
         kind().compute(predictions=IMAGES["predictions"][:3], references=IMAGES["references"])
     with pytest.raises(ValueError, match="differ in shape"):
         kind().compute(predictions=pictures(6, size=9), references=IMAGES["references"])
+
+
+def test_images_of_two_ranges_are_not_compared():
+    pixels = ((IMAGES["predictions"] + 1) * 127.5).round().to(torch.uint8)
+    with pytest.raises(ValueError, match="both must be uint8, or both float"):
+        PSNR().compute(predictions=pixels, references=IMAGES["references"])
+    with pytest.warns(UserWarning, match=r"psnr: only one of the sets .* must be scaled to \[-1, 1\]"):
+        PSNR().compute(predictions=(IMAGES["predictions"] + 1) / 2, references=IMAGES["references"])
+
+
+def test_psnr_and_ssim_of_8_bit_images_are_scikit_images():
+    rng = np.random.default_rng(0)
+    references = rng.integers(0, 256, (20, 3, 9, 9), dtype=np.uint8)
+    images = (references.astype(int) + rng.integers(-2, 3, references.shape)).clip(0, 255).astype(np.uint8)
+    pairs = list(zip(references, images, strict=True))
+    expected = np.mean([peak_signal_noise_ratio(*pair, data_range=255) for pair in pairs])
+    assert PSNR().compute(predictions=images, references=references)["psnr"] == pytest.approx(expected, abs=1e-9)
+    expected = np.mean([structural_similarity(*pair, data_range=255, channel_axis=0) for pair in pairs])
+    assert SSIM().compute(predictions=images, references=references)["ssim"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_small_sets_are_warned_about():
+    with pytest.warns(UserWarning, match="5 predictions do not span 5 features"):
+        FID().compute(predictions=FEATURES["predictions"][:5], references=FEATURES["references"])
+    with pytest.raises(ValueError, match="fid needs 2 references or more, got 0"):
+        FID().compute(predictions=FEATURES["predictions"])
+
+
+def test_parts_of_a_set_need_their_places():
+    parts = [InceptionScore(split_size=10) for _ in range(2)]
+    for part in parts:
+        part.add_batch(predictions=LOGITS["predictions"][:10])
+    with pytest.raises(ValueError, match="20 samples in a split of 10: .* first_index"):
+        parts[0].merge(parts[1])
+    metric = InceptionScore(split_size=10)
+    for index, logits in enumerate(LOGITS["predictions"]):
+        metric.add(prediction=logits, first_index=index)
+    expected = InceptionScore(split_size=10).compute(**LOGITS)
+    assert metric.compute() == pytest.approx(expected, abs=1e-9)
+
+
+def test_label_agreement_of_classes_that_were_read():
+    read = LOGITS["predictions"].argmax(dim=1)
+    labels = LABELLED["references"]
+    assert LabelAgreement().compute(predictions=read, references=labels) == LabelAgreement().compute(**LABELLED)
+    with pytest.raises(ValueError, match="do not go with labels"):
+        LabelAgreement().compute(predictions=read[:5], references=labels)
+
+
+def test_processes_share_no_files():
+    with pytest.raises(ValueError, match="make one a process, and merge"):
+        FID(num_process=2, process_id=0, experiment_id="one")
+    assert {"FID", "PSNR"} < set(dir(metrics))
 
 
 def test_lpips_is_the_mean_of_the_network():

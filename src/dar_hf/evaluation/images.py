@@ -32,9 +32,9 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
 
 
-def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+def to_float(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """uint8 to floating point in [-1, 1]."""
+    return images.to(dtype) / 127.5 - 1
 
 
 class DatasetImages:

@@ -60,12 +60,12 @@ def gaussian(shards: ShardFolder, name: str) -> GaussianStatistics:
     return statistics
 
 
-def reference_statistics(shards: ShardFolder) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Mean and covariance of the references' features, as far as there are any."""
+def set_statistics(shards: ShardFolder, prefix: str = "") -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Mean and covariance of a set's features, as far as there are any; ``prefix`` is that of their names."""
     found = {}
     for kind in ("pool", "spatial"):
-        if shards.has(kind):
-            statistics = gaussian(shards, kind)
+        if shards.has(prefix + kind):
+            statistics = gaussian(shards, prefix + kind)
             found[kind] = (statistics.mean, statistics.covariance)
     return found
 

@@ -17,7 +17,7 @@ from ..files import write_json
 from ..hub import TASKS, metric_name
 
 REPORT_FILE = "report.json"
-PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "numpy")
+PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "numpy", "pillow")
 _KEYS = ("mode", "model", "data", "settings", "metrics")
 _ARGUMENTS = ("count", "seed", "guidance_scale", "num_inference_steps")
 

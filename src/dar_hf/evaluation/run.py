@@ -29,7 +29,7 @@ from .measure import (
     measure_agreement,
     measure_distances,
     measure_generation,
-    reference_statistics,
+    set_statistics,
 )
 from .models import load_model
 from .pictures import draw_generation, draw_reconstruction
@@ -167,13 +167,17 @@ class _Evaluation:
         }
         return report
 
-    def write_references(self, images: ReferenceImages, references: References) -> str | None:
-        """Reference crops and statistics; returns the crops' hash."""
+    def write_statistics(self, name: str, statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Mean and covariance of a set's features, under the names of ADM's files."""
         arrays: dict[str, np.ndarray] = {EXTRACTOR: np.array(self.extractor.identity)}
         for kind, names in (("pool", ("mu", "sigma")), ("spatial", ("mu_s", "sigma_s"))):
-            if kind in references.statistics:
-                arrays |= {n: tensor.numpy() for n, tensor in zip(names, references.statistics[kind], strict=True)}
-        write_npz(self.folder / "reference_statistics.npz", arrays)
+            if kind in statistics:
+                arrays |= {n: tensor.numpy() for n, tensor in zip(names, statistics[kind], strict=True)}
+        write_npz(self.folder / f"{name}_statistics.npz", arrays)
+
+    def write_references(self, images: ReferenceImages, references: References) -> str | None:
+        """Reference crops and statistics; returns the crops' hash."""
+        self.write_statistics("reference", references.statistics)
         if not self.args.save_images or isinstance(images, NpzImages):
             return None
         crops = (images.read(range(i, min(i + 100, images.count))) for i in range(0, images.count, 100))
@@ -187,6 +191,7 @@ class _Reconstruction(_Evaluation):
     def __init__(self, args: ReconstructionArguments, accelerator: Accelerator):
         super().__init__(args, accelerator)
         self.images = DatasetImages(args, self.size, self.model.tokenizer.config.in_channels, args.num_images)
+        _check_count(self.images.count, "images")
         self.lpips: LPIPSNetwork | None = None
         self.lpips_hash: str | None = None
         if args.lpips_weights:
@@ -212,16 +217,15 @@ class _Reconstruction(_Evaluation):
             codes.append(batch_codes)
             parts.append(shown)
         shown = self.by_step(parts)
-        wanted, decoded = to_float(references), to_float(shown[max(shown)])
+        wanted = to_float(references, torch.float64)
+        decoded = [to_float(shown[step], torch.float64) for step in sorted(shown)]
         tensors = {"codes": torch.cat(codes).int()} | self.measured(shown) | self.previews(shown, indices)
-        tensors["errors"] = torch.stack(
-            [mean_squared_error(to_float(shown[step]), wanted) for step in sorted(shown)], dim=1
-        )
-        tensors["psnr"] = torch.stack([psnr(to_float(shown[step]), wanted) for step in sorted(shown)], dim=1)
+        tensors["errors"] = torch.stack([mean_squared_error(images, wanted) for images in decoded], dim=1)
+        tensors["psnr"] = torch.stack([psnr(images, wanted) for images in decoded], dim=1)
         if "ssim" not in self.findings.not_measured:
-            tensors["ssim"] = ssim(decoded, wanted, SSIM_WINDOW)
+            tensors["ssim"] = ssim(decoded[-1], wanted, SSIM_WINDOW)
         if self.lpips is not None:
-            pairs = zip(decoded.split(FEATURE_BATCH), wanted.split(FEATURE_BATCH), strict=True)
+            pairs = zip(*(to_float(x).split(FEATURE_BATCH) for x in (shown[max(shown)], references)), strict=True)
             tensors["lpips"] = torch.cat([self.lpips(x.to(self.device), y.to(self.device)).cpu() for x, y in pairs])
         labels = self.images.labels(indices)
         if labels is not None:
@@ -252,10 +256,11 @@ class _Reconstruction(_Evaluation):
         shards.fill(self.accelerator, self.compute, "reconstructions")
         if not self.accelerator.is_main_process:
             return None
-        references = References(reference_statistics(reference_shards), reference_shards, self.images.count)
+        references = References(set_statistics(reference_shards), reference_shards, self.images.count)
         steps = self.measure(shards, references)
         data = self.images.description | {"count": self.images.count}
         data["references_sha256"] = self.write_references(self.images, references)
+        self.write_statistics("reconstruction", set_statistics(shards, f"{self.lengths[-1]}/"))
         if self.args.save_images:
             path = self.folder / "reconstructions.npz"
             data["samples_sha256"] = write_npz(path, {}, shards.parts("images"), shards.count)
@@ -327,6 +332,9 @@ class _Generation(_Evaluation):
         self.known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.reference: dict[str, Any] = {}
         self._find_references()
+        _check_count(self.count, "samples")
+        if self.images is not None and not self.known:
+            _check_count(self.images.count, "references")
         if self.count % self.num_classes:
             self.findings.warn(f"{self.count} images are not equally many of each of {self.num_classes} classes.")
 
@@ -438,6 +446,7 @@ class _Generation(_Evaluation):
             data["references_sha256"] = self.write_references(self.images, references)
         else:
             data |= self.reference
+        self.write_statistics("sample", set_statistics(shards, f"{self.lengths[-1]}/"))
         if args.save_images:
             labels = shards.rows("labels").numpy()
             path = self.folder / "samples.npz"
@@ -453,7 +462,12 @@ class _Generation(_Evaluation):
             return References(self.known, None, None)
         if self.known:
             return References(self.known, shards, None)
-        return References(reference_statistics(shards), shards, shards.count)
+        return References(set_statistics(shards), shards, shards.count)
+
+
+def _check_count(count: int, what: str) -> None:
+    if count < 2:
+        raise ValueError(f"sets are compared by mean and covariance, which need 2 {what} or more, got {count}.")
 
 
 def evaluate_reconstruction(args: ReconstructionArguments, accelerator: Accelerator) -> dict[str, Any] | None:

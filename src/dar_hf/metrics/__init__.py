@@ -73,6 +73,10 @@ _MODULES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
 def __getattr__(name: str) -> Any:
     # training needs none of these, and next to a script called evaluate.py the library of that name cannot be imported
     if name in _MODULES:

@@ -91,7 +91,7 @@ class InceptionScoreStatistics:
             first_index: place of the first in the whole set; default after those added so far.
 
         Raises:
-            ValueError: for another shape or number of classes, or values that are not finite.
+            ValueError: for another shape or number of classes, values that are not finite, or places that are taken.
         """
         logits = _check_rows(logits, "logits")
         start = self.count if first_index is None else first_index
@@ -108,7 +108,7 @@ class InceptionScoreStatistics:
         """Add another part of the same set; its samples must have been added with their ``first_index``.
 
         Raises:
-            ValueError: for splits of another size, or another number of classes.
+            ValueError: for splits of another size, another number of classes, or places that are taken.
         """
         if other.split_size != self.split_size:
             raise ValueError(f"splits of different size: {self.split_size} and {other.split_size}.")
@@ -124,6 +124,10 @@ class InceptionScoreStatistics:
                 raise ValueError(f"{len(old_probabilities)} and {len(probabilities)} classes in one set.")
             count, entropy = old_count + count, old_entropy + entropy
             probabilities = old_probabilities + probabilities
+        if count > self.split_size:
+            raise ValueError(
+                f"{count} samples in a split of {self.split_size}: parts of one set need the first_index of their own."
+            )
         self._splits[split] = (count, probabilities, entropy)
 
     def score(self) -> float:

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 
 MAX_PSNR_ERROR = 1e-10  # equal images get 100 dB instead of infinity
+TIES = 1e-12  # of the squared norms: more than a product of matrices in float64 rounds
 BLOCK_ROWS = 1024  # of pairwise distances: 400 MB against 50,000 features; the ADM suite's 10,000 rows would be 4 GB
 
 
 def mean_squared_error(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each image in units of the full range, ``(B,)`` float32 in [0, 1].
+    """Mean squared error of each image in units of the full range, ``(B,)`` in [0, 1]: float32, or float64 where the
+    images are.
 
     Args:
         images, references: ``(B, C, H, W)`` in [-1, 1]; images are clamped to that range first, as they are shown.
@@ -19,11 +21,12 @@ def mean_squared_error(images: torch.Tensor, references: torch.Tensor) -> torch.
         ValueError: for different shapes, or others.
     """
     _check_same_shape(images, references)
-    return (images.float().clamp(-1, 1) - references.float()).div(2).square().flatten(1).mean(dim=1)
+    dtype = torch.promote_types(torch.promote_types(images.dtype, references.dtype), torch.float32)
+    return (images.to(dtype).clamp(-1, 1) - references.to(dtype)).div(2).square().flatten(1).mean(dim=1)
 
 
 def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each image in dB, ``(B,)`` float32; arguments as for `mean_squared_error`."""
+    """Peak signal-to-noise ratio of each image in dB, ``(B,)``; arguments and type as for `mean_squared_error`."""
     return -10 * torch.log10(mean_squared_error(images, references).clamp_min(MAX_PSNR_ERROR))
 
 
@@ -103,7 +106,8 @@ def precision_recall(references: torch.Tensor, samples: torch.Tensor, k: int = 3
 
     A set's manifold is the union of balls around its features, each as large as the distance to the k-th nearest other
     feature of the set. Precision is the share of samples in the references' manifold, recall the share of references
-    in the samples'. The suite computes distances in float16 where they fit; here they are float64.
+    in the samples'. The suite computes distances in float16 where they fit; here they are float64, and what lies on a
+    ball's surface, as equal features do, is inside.
 
     Args:
         references, samples: features ``(N, D)`` and ``(M, D)``.
@@ -131,19 +135,22 @@ def precision_recall(references: torch.Tensor, samples: torch.Tensor, k: int = 3
     reference_radii, sample_radii = _radii(references, k), _radii(samples, k)
     inside = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     covered = torch.zeros(len(references), dtype=torch.bool, device=references.device)
-    for rows, distances in _distance_blocks(references, samples):
+    for rows, distances in _distance_blocks(references, samples, less=TIES):
         inside |= (distances <= reference_radii[rows, None]).any(dim=0)
         covered[rows] = (distances <= sample_radii).any(dim=1)
     return {"precision": float(inside.double().mean()), "recall": float(covered.double().mean())}
 
 
-def _distance_blocks(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Squared distances of blocks of rows of ``left`` to all of ``right``, with the rows' slice."""
-    right_norms = right.square().sum(dim=1)
+def _distance_blocks(
+    left: torch.Tensor, right: torch.Tensor, less: float = 0.0
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Squared distances of blocks of rows of ``left`` to all of ``right``, with the rows' slice; smaller by this share
+    ``less`` of both squared norms."""
+    right_norms = right.square().sum(dim=1) * (1 - less)
     for start in range(0, len(left), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
         block = left[rows]
-        distances = block.square().sum(dim=1, keepdim=True) - 2 * block @ right.T + right_norms
+        distances = block.square().sum(dim=1, keepdim=True) * (1 - less) - 2 * block @ right.T + right_norms
         yield rows, distances.clamp_min(0)
 
 

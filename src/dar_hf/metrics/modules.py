@@ -6,6 +6,7 @@ dictionary and starts over.
 """
 
 import copy
+import warnings
 from typing import Any
 
 import datasets
@@ -39,6 +40,8 @@ class StreamingMetric(evaluate.Metric):
     _citation = ""
 
     def __init__(self, **kwargs: Any):
+        if kwargs.get("num_process", 1) != 1:
+            raise ValueError(f"{type(self).__name__} writes no files to share: make one a process, and merge them.")
         super().__init__(**kwargs)
         self.statistics = self._start()
 
@@ -81,8 +84,9 @@ class StreamingMetric(evaluate.Metric):
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Add one example."""
-        example = {"predictions": prediction, "references": reference, **kwargs}
-        self.add_batch(**{name: _as_tensor(value)[None] for name, value in example.items() if value is not None})
+        example = {"predictions": prediction, "references": reference}
+        batch = {name: _as_tensor(value)[None] for name, value in example.items() if value is not None}
+        self.add_batch(**batch, **kwargs)
 
     def merge(self, other: "StreamingMetric") -> None:
         """Add what another metric of this class has accumulated, in another process, say."""
@@ -132,7 +136,7 @@ class FID(StreamingMetric):
 
     def __init__(self, reference: tuple[torch.Tensor, torch.Tensor] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        self.reference = reference
+        self.reference = None if reference is None else tuple(_as_tensor(moment) for moment in reference)
 
     def _start(self) -> tuple[GaussianStatistics, GaussianStatistics]:
         return GaussianStatistics(), GaussianStatistics()
@@ -146,9 +150,20 @@ class FID(StreamingMetric):
             self.statistics[1].update(references)
 
     def _result(self) -> dict[str, float]:
-        predictions, references = self.statistics
-        mean, covariance = self.reference or (references.mean, references.covariance)
-        return {self._key: frechet_distance(predictions.mean, predictions.covariance, mean, covariance)}
+        given = dict(zip(("predictions", "references"), self.statistics, strict=True))
+        if self.reference is not None:
+            del given["references"]
+        for name, statistics in given.items():
+            if statistics.count < 2:
+                raise ValueError(f"{self._key} needs 2 {name} or more, got {statistics.count}.")
+            if statistics.count <= (size := len(statistics.mean)):
+                warnings.warn(
+                    f"{statistics.count} {name} do not span {size} features: the distance is biased upwards.",
+                    stacklevel=3,
+                )
+        moments = [(statistics.mean, statistics.covariance) for statistics in given.values()]
+        first, second = moments if self.reference is None else (*moments, self.reference)
+        return {self._key: frechet_distance(*first, *second)}
 
 
 class SpatialFID(FID):
@@ -251,7 +266,17 @@ class _PairedMetric(StreamingMetric):
     def _add(self, predictions: Any, references: Any) -> None:
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} images and {len(references)} references are no pairs.")
+        if (predictions.dtype == torch.uint8) != (references.dtype == torch.uint8):
+            raise ValueError(
+                f"predictions are {predictions.dtype} and references {references.dtype}: both must be uint8, or both "
+                "float in [-1, 1]."
+            )
         images = [_in_range(name, x) for name, x in (("predictions", predictions), ("references", references))]
+        if (images[0].min() < 0) != (images[1].min() < 0):
+            warnings.warn(
+                f"{self.name}: only one of the sets has values below 0. Images in [0, 1] must be scaled to [-1, 1].",
+                stacklevel=4,
+            )
         self.statistics.update(self._value(*images))
 
     def _result(self) -> dict[str, float]:
@@ -261,7 +286,7 @@ class _PairedMetric(StreamingMetric):
 class PSNR(_PairedMetric):
     """Peak signal-to-noise ratio in dB, the mean over images (not the ratio of the mean error). Higher is better.
 
-    Inputs: ``predictions`` and ``references``, images ``(B, C, H, W)``, float in [-1, 1] or uint8.
+    Inputs: ``predictions`` and ``references``, images ``(B, C, H, W)``, both uint8 or both float in [-1, 1].
     """
 
     _key = "psnr"
@@ -273,7 +298,7 @@ class PSNR(_PairedMetric):
 class SSIM(_PairedMetric):
     """Structural similarity (Wang et al. 2004) with a uniform window, as scikit-image's default. Higher is better.
 
-    Inputs: ``predictions`` and ``references``, images ``(B, C, H, W)``, float in [-1, 1] or uint8.
+    Inputs: ``predictions`` and ``references``, images ``(B, C, H, W)``, both uint8 or both float in [-1, 1].
 
     Args:
         window: side of the window in pixels.
@@ -293,7 +318,7 @@ class SSIM(_PairedMetric):
 class LPIPS(_PairedMetric):
     """LPIPS v0.1 on VGG16 (Zhang et al. 2018), the mean over images. Lower is better.
 
-    Inputs: ``predictions`` and ``references``, images ``(B, 3, H, W)``, float in [-1, 1] or uint8.
+    Inputs: ``predictions`` and ``references``, images ``(B, 3, H, W)``, both uint8 or both float in [-1, 1].
 
     Args:
         network: from `dar_hf.metrics.lpips.load_lpips`.
@@ -309,7 +334,7 @@ class LPIPS(_PairedMetric):
     @torch.no_grad()
     def _value(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         device = next(self.network.parameters()).device
-        return self.network(images.to(device), references.to(device))
+        return self.network(images.to(device, torch.float32), references.to(device, torch.float32))
 
 
 class CodebookUsage(StreamingMetric):
@@ -340,7 +365,8 @@ class CodebookUsage(StreamingMetric):
 class LabelAgreement(StreamingMetric):
     """Share of images that a classifier reads as their label. Higher is better.
 
-    Inputs: ``predictions``, logits ``(B, classes)``, and ``references``, labels ``(B,)``.
+    Inputs: ``predictions``, the classifier's logits ``(B, classes)`` or the classes it reads ``(B,)``, and
+    ``references``, labels ``(B,)``.
     """
 
     _inputs = {"predictions": _VECTOR, "references": datasets.Value("int64")}
@@ -349,6 +375,9 @@ class LabelAgreement(StreamingMetric):
         return MeanStatistics()
 
     def _add(self, predictions: Any, references: Any) -> None:
+        if predictions.ndim == 1 and predictions.shape == references.shape and not predictions.is_floating_point():
+            self.statistics.update(predictions == references)
+            return
         batch = MeanStatistics()
         batch.count, batch.total = len(references), label_agreement(predictions, references) * len(references)
         self.statistics.merge(batch)
@@ -362,12 +391,12 @@ def _as_tensor(value: Any) -> torch.Tensor:
 
 
 def _in_range(name: str, images: torch.Tensor) -> torch.Tensor:
-    """Images as float in [-1, 1]; uint8 are scaled, other values outside are refused."""
+    """Images as float64 in [-1, 1]; uint8 are scaled, other values outside are refused."""
     if images.dtype == torch.uint8:
-        return images.float() / 127.5 - 1
+        return images.double() / 127.5 - 1
     if not images.is_floating_point() or not torch.isfinite(images).all() or float(images.abs().max()) > 1:
         raise ValueError(
             f"{name} must be uint8, or float in [-1, 1] (clamp them), got {images.dtype} from "
             f"{float(images.min()):.3g} to {float(images.max()):.3g}."
         )
-    return images
+    return images.double()
