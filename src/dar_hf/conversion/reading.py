@@ -176,6 +176,7 @@ def _foreign_names(path: Path) -> list[str]:
                 entry = next(name for name in archive.namelist() if name.endswith("data.pkl"))
                 file = stack.enter_context(archive.open(entry))
             for _ in range(5):  # files from before torch 1.6 are so many pickles, then data
+                argument: Any
                 for operation, argument, _ in pickletools.genops(file):
                     match operation.name:
                         case "GLOBAL" | "INST":
