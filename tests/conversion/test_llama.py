@@ -1,5 +1,6 @@
 """The plain Llama gives the codes that the D-AR model gives, through stock generate and nothing of ours."""
 
+import json
 import subprocess
 import sys
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from dar_hf import DARForCausalLM
 from dar_hf.conversion import to_llama
+from dar_hf.hub import export_remote_code
 
 STOCK = """
 import sys, torch
@@ -88,6 +91,16 @@ def test_sampling_comes_along(make_transformer):
     assert (sampling.do_sample, sampling.temperature, sampling.top_k, sampling.top_p) == (True, 0.7, 0, 0.9)
     assert sampling.guidance_scale is None and sampling.max_new_tokens == 16 and sampling.eos_token_id is None
     assert sampling.suppress_tokens == [32, 33, 34, 35, 36, 37]
+
+
+def test_code_that_a_folder_carries_stays_there(tiny_transformer, tmp_path):
+    tiny_transformer.save_pretrained(tmp_path / "dar")
+    export_remote_code(tmp_path / "dar")
+    model = DARForCausalLM.from_pretrained(tmp_path / "dar")
+    assert model.config.auto_map  # or this test tests nothing
+    to_llama(model).save_pretrained(tmp_path / "llama")
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    assert "auto_map" not in config and config["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_it_is_a_copy(tiny_transformer):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pickle
 import random
 import zipfile
 from collections import OrderedDict
@@ -180,6 +181,20 @@ def test_code_behind_an_allowed_class_does_not_run(path, tmp_path, weights):
     torch.save({"model": weights, "args": namespace}, path)
     with pytest.raises(CheckpointError, match="eval"):
         read_checkpoint(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
+def test_code_in_a_file_of_any_protocol_is_named(path, tmp_path, weights, form, protocol):
+    trace = tmp_path / "trace"
+    content = {"model": weights, "args": [Payload(os.mkdir, str(trace)), Payload(os.mkdir, str(trace))]}
+    if form == "bare":
+        path.write_bytes(pickle.dumps(content["args"], protocol))
+    else:
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(CheckpointError, match=r"wants to run or build posix\.mkdir"):
+        convert_tokenizer(path)
     assert not trace.exists()
 
 

@@ -7,7 +7,8 @@ from ..modeling_dar import DARForCausalLM
 from .reading import fill, without_weights
 
 # a Llama has no use for these; everything else in our configuration is Llama's own
-_NOT_LLAMA = ("resid_dropout", "ffn_dropout", "token_dropout", "class_dropout", "architectures", "model_type", "dtype")
+_NOT_LLAMA = ("resid_dropout", "ffn_dropout", "token_dropout", "class_dropout")
+_WRITTEN_ANEW = ("architectures", "model_type", "dtype", "auto_map", "transformers_version", "_from_model_config")
 
 
 def to_llama(model: DARForCausalLM) -> LlamaForCausalLM:
@@ -24,8 +25,8 @@ def to_llama(model: DARForCausalLM) -> LlamaForCausalLM:
     Returns:
         float32 on the CPU, whatever the model was.
     """
-    config = model.config
-    options = {name: value for name, value in config.to_dict().items() if name not in _NOT_LLAMA}
+    config, dropped = model.config, _NOT_LLAMA + _WRITTEN_ANEW
+    options = {name: value for name, value in config.to_dict().items() if name not in dropped}
     llama = without_weights(lambda: LlamaForCausalLM(LlamaConfig(**options)))
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     head = tensors["lm_head.weight"].float()

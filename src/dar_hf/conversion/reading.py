@@ -7,14 +7,16 @@ stay in the file, mapped into memory, until each is converted.
 
 import argparse
 import logging
+import pickletools
 import re
 import reprlib
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -123,6 +125,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no safetensors file, or damaged: {error}") from error
 
 
+# what the pickles of plain checkpoints name, for messages alone: torch's own list decides
+_PLAIN = ("torch.", "collections.OrderedDict", "_codecs.encode", "argparse.Namespace", "config_util.Config")
 _NO_CHECKSUMS = "%s was written without checksums: whether it is intact cannot be known."
 
 
@@ -134,18 +138,19 @@ def _unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace, (_Config, "config_util.Config")]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except Exception as error:  # bytes from anywhere: the unpickler and the archive reader raise all kinds
-        raise CheckpointError(f"{path} is refused: {_refusal(error)}.") from error
+        raise CheckpointError(f"{path} is refused: {_refusal(error, path)}.") from error
     if not archive:
         logger.warning(_NO_CHECKSUMS, path)
     return content
 
 
-def _refusal(error: Exception) -> str:
+def _refusal(error: Exception, path: Path) -> str:
     """What torch found wrong with a file."""
     text = str(error)
-    if refused := re.search(r"GLOBAL (\S+)", text):
+    refused = re.search(r"GLOBAL (\S+)", text)
+    if foreign := [refused[1]] if refused else _foreign_names(path):
         return (
-            f"it wants to run or build {refused[1]}, and a checkpoint holds only tensors, plain containers, "
+            f"it wants to run or build {foreign[0]}, and a checkpoint holds only tensors, plain containers, "
             "argparse.Namespace and config_util.Config"
         )
     detail = re.search(r"WeightsUnpickler error:\s*(.+)", text) or re.search(r"(.+)", text)
@@ -153,6 +158,41 @@ def _refusal(error: Exception) -> str:
     if "operand" in reason:  # pickle protocols other than 2 and 3
         reason += "; if it is whole, load it where it was made and save it with torch.save's defaults"
     return f"not a torch checkpoint of plain data, or damaged ({reason})"
+
+
+def _foreign_names(path: Path) -> list[str]:
+    """Functions and classes that a pickle names and a checkpoint has no use for, read without running it.
+
+    torch names them itself where it gets so far: it stops at the first byte of other protocols than 2 and 3.
+    """
+    names: list[str] = []
+    texts: list[str] = [""]  # pushed so far
+    memo: list[str] = []  # of protocol 4 on: the text that was last when something was remembered
+    try:
+        with ExitStack() as stack:
+            file: IO[bytes] = stack.enter_context(open(path, "rb"))
+            if zipfile.is_zipfile(path):
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                entry = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                file = stack.enter_context(archive.open(entry))
+            for _ in range(5):  # files from before torch 1.6 are so many pickles, then data
+                argument: Any
+                for operation, argument, _ in pickletools.genops(file):
+                    match operation.name:
+                        case "GLOBAL" | "INST":
+                            names.append(argument.replace(" ", "."))
+                        case "STACK_GLOBAL":
+                            names.append(".".join(texts[-2:]))
+                        case "MEMOIZE":
+                            memo.append(texts[-1])
+                        case "BINGET" | "LONG_BINGET" if argument < len(memo):
+                            texts.append(memo[argument])
+                        case _ if isinstance(argument, str):
+                            texts.append(argument)
+    except Exception as error:  # the end, or bytes from anywhere; what was found before counts
+        logger.debug("%s: %s", path, error)
+    readable = (text(name) for name in names if name.replace(".", "_").isidentifier())
+    return [name for name in readable if not name.startswith(_PLAIN)]
 
 
 def _check_archive(path: Path) -> bool:
