@@ -11,6 +11,7 @@ from dar_hf import (
     DARTokenizerEncoderOutput,
     DARTokenizerOutput,
     FlowMatchAdamsBashforthScheduler,
+    tokenizer_dar,
 )
 from dar_hf.tokenizer_dar import CausalCache, DARAttnProcessor, apply_rotary, rotary_table
 
@@ -624,6 +625,31 @@ def test_decoding_in_another_dtype_follows_the_weights(tiny_tokenizer):
     assert not torch.equal(changed, half)
     weight.data.div_(3)  # as averaged weights are put in place and taken out: torch counts no change
     assert torch.equal(decode(), half)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_wide_models_decode_in_what_the_processor_is_fast_in(make_tokenizer, monkeypatch, dtype, fast):
+    monkeypatch.setattr(tokenizer_dar, "has_fast_bf16", lambda device: fast)
+    model, codes = make_tokenizer().to(dtype), random_codes()
+    assert model._decoding_denoiser(16) is model.denoiser  # narrow
+    own = model.decode(codes, generator=seeded()).sample
+    monkeypatch.setattr(tokenizer_dar, "HALF_FROM", model.config.diffusion_dim)
+    used = model._decoding_denoiser(16).proj_in.weight.dtype
+    assert used == {torch.float32: torch.bfloat16}.get(dtype, dtype) if fast else used == torch.float32
+    difference = (model.decode(codes, generator=seeded()).sample - own).norm() / own.norm()
+    assert (0 < difference < 0.03) if used != dtype else difference == 0
+    model.decode_dtype = dtype
+    assert torch.equal(model.decode(codes, generator=seeded()).sample, own)
+
+
+def test_offloaded_models_are_not_copied(make_tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer_dar, "has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(tokenizer_dar, "HALF_FROM", 1)
+    model = make_tokenizer()
+    model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    assert model._decoding_denoiser(16) is model.denoiser
+    assert model.decode(random_codes(), generator=seeded()).sample.isfinite().all()
 
 
 def test_loading_in_half_precision_keeps_the_quantizer(tiny_tokenizer, tmp_path):

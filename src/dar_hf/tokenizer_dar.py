@@ -463,8 +463,9 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     _skip_layerwise_casting_patterns = ["norm", "quant", "time_embed"]  # they read the dtype of their weights
 
     decode_dtype: torch.dtype | None = None
-    """dtype in which `decode` runs the denoiser. None: the model's, but bf16 for float32 models of width 512 or more
-    where the hardware is faster with it; codes, conditions, time, rotary positions and the solver stay as they are."""
+    """dtype in which `decode` runs the denoiser. None: the model's, but of width 512 or more bf16 for float32 models
+    where the hardware is faster with it, and float32 for models in half precision on CPUs that only emulate it; codes,
+    conditions, time, rotary positions and the solver stay as they are."""
 
     @register_to_config
     def __init__(
@@ -789,12 +790,24 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         rotary = self._rotary(sample.shape[2] // patch, sample.shape[3] // patch, sample.device)
         return denoiser(sample.to(dtype), timestep, condition.to(dtype), rotary, output_repa)
 
+    def _decoding_dtype(self) -> torch.dtype:
+        """What `decode_dtype` stands for on this device."""
+        if self.decode_dtype is not None:
+            return self.decode_dtype
+        hooks = ("_hf_hook", "_diffusers_hook")  # offloaded or stored in fewer bits: a copy would share them
+        hooked = any(hasattr(module, hook) for module in self.denoiser.modules() for hook in hooks)
+        if hooked or self.config.diffusion_dim < HALF_FROM:
+            return self.dtype
+        fast = has_fast_bf16(self.device)
+        if self.dtype == torch.float32 and fast:
+            return torch.bfloat16
+        if self.dtype in (torch.bfloat16, torch.float16) and self.device.type == "cpu" and not fast:
+            return torch.float32
+        return self.dtype
+
     def _decoding_denoiser(self, rows: int) -> Denoiser:
         """The denoiser in `decode_dtype`: the model's own, or a copy, made anew when the original has changed."""
-        dtype = self.decode_dtype
-        if dtype is None:
-            gains = self.dtype == torch.float32 and self.config.diffusion_dim >= HALF_FROM
-            dtype = torch.bfloat16 if gains and has_fast_bf16(self.device) else self.dtype
+        dtype = self._decoding_dtype()
         if dtype == self.dtype:
             self._twin = None
             return self.denoiser
