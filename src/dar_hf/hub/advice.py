@@ -54,7 +54,7 @@ _HIDDEN = (HfHubHTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError, Off
 def _chain(error: BaseException | None) -> list[BaseException]:
     """An exception and what caused it, the root cause last."""
     chain = []
-    while error is not None:
+    while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__
     return chain
@@ -103,10 +103,12 @@ def loading_error(error: Exception, name: str | Path) -> Exception:
         error: what the library raised. A plain `OSError` gives way to the exception of the Hub's client behind it.
         name: the repository or folder that was to be loaded.
     """
-    chain = _chain(error)
-    own = next((cause for cause in chain if isinstance(cause, _HIDDEN)), error) if type(error) is OSError else error
+    own = error
+    if type(error) is OSError:
+        own = next((cause for cause in _chain(error) if isinstance(cause, _HIDDEN)), error)
     text = advice_for(own)
-    if text is None and isinstance(own, OSError) and own.errno in (None, errno.ENOENT) and not Path(str(name)).exists():
+    missing = isinstance(own, OSError) and own.errno in (None, errno.ENOENT)  # not a full disk, say
+    if text is None and missing and not Path(str(name)).exists():
         text = _INCOMPLETE  # the Hub answered, and the library found something missing or unreadable
     _add_note(own, name, text)
     return own
