@@ -53,6 +53,18 @@ def test_save_and_load(tmp_path):
         assert (loaded.vocab_size, loaded.null_token_id) == (56, 55)
 
 
+def test_other_configurations_and_missing_ones_are_refused(tmp_path):
+    """transformers would take its defaults for what they do not say."""
+    with pytest.raises(OSError, match="no config.json"):
+        DARConfig.from_pretrained(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a llama, not a 'dar' model"):
+        DARConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(ValueError, match="holds a AutoencoderKL"):
+        DARConfig.from_pretrained(tmp_path)
+
+
 def test_vocabulary_follows_changed_options(tmp_path):
     DARConfig(codebook_size=48, num_classes=7).save_pretrained(tmp_path)
     config = DARConfig.from_pretrained(tmp_path, num_classes=3, num_image_tokens=64)

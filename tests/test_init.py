@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import torch
+from diffusers import AutoModel as DiffusersAutoModel
+from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -52,6 +54,12 @@ def test_registered_with_the_loader_of_diffusers():
         methods = ["save_pretrained", "from_pretrained"]
         assert pipeline_loading_utils.LOADABLE_CLASSES["dar_hf"][name] == methods
         assert pipeline_loading_utils.ALL_IMPORTABLE_CLASSES[name] == methods
+
+
+def test_the_base_classes_of_diffusers_find_the_classes(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is dar_hf.DARPipeline
+    assert type(DiffusersAutoModel.from_pretrained(tmp_path / "tokenizer")) is dar_hf.DARTokenizer
 
 
 def test_index_of_a_saved_pipeline_names_the_package(tiny_pipeline, tmp_path):

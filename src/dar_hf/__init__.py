@@ -12,6 +12,7 @@ diffusers' pipeline loader; without that neither finds them.
 
 __version__ = "0.1.0"
 
+import diffusers
 from diffusers.pipelines import pipeline_loading_utils
 from diffusers.utils import TRANSFORMERS_COMPONENT_AUX_FILES
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -55,3 +56,7 @@ TRANSFORMERS_COMPONENT_AUX_FILES.append("transformer/generation_config.json")
 # uploads with a card, advice beside the Hub's errors, and the installed classes for self-contained folders
 for _class in (DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler):
     connect(_class)
+
+# `DiffusionPipeline` and diffusers' `AutoModel` look for the class that a folder names only there
+for _class in (DARPipeline, DARTokenizer):
+    setattr(diffusers, _class.__name__, _class)

@@ -1,6 +1,8 @@
 """Configuration of the D-AR language model: a Llama over image codes, class tokens and one null class."""
 
 import operator
+import os
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -47,6 +49,26 @@ class DARConfig(LlamaConfig):
     max_position_embeddings: int | None = None  # type: ignore[assignment]
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """transformers' own, which takes the defaults for a missing file, and another model's file for this one's.
+
+        Raises:
+            OSError: if there is no ``config.json``.
+            ValueError: if it describes another kind of model.
+        """
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config:
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json of a language model.")
+        if config.get("model_type") != cls.model_type:
+            held = config.get("model_type") or config.get("_class_name") or "model without a model_type"
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {held}, not a {cls.model_type!r} language model."
+            )
+        return config, kwargs
 
     def __post_init__(self, **kwargs):
         self._check()

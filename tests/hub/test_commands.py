@@ -118,6 +118,9 @@ def test_push_to_hub_says_in_one_line_what_is_wrong(hub, tmp_path, tiny_tokenize
     done = command(hub, "push_to_hub.py", tmp_path, "user/x", HF_TOKEN=None)
     assert done.returncode == 1
     assert "401" in done.stderr.splitlines()[-1] and "hf auth login" in done.stderr.splitlines()[-1]
+    done = command(hub, "push_to_hub.py", tmp_path, "user/x", "--self_contained", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1 and "cannot be reached" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("*.py"))  # the folder is as it was
 
 
 @pytest.fixture

@@ -317,18 +317,26 @@ def test_loading_what_is_not_there_says_what_to_do(hub, tiny_pipeline):
     tiny_pipeline.tokenizer.push_to_hub("user/tokenizer")
     tiny_pipeline.push_to_hub("user/half")
     hub.write("user/half", "transformer/model.safetensors", None)
+    tiny_pipeline.push_to_hub("user/quarter")
+    hub.write("user/quarter", "transformer/config.json", None)
     classes = ("DARPipeline", "DARTokenizer", "DARForCausalLM")
     missing = [f"{name}.from_pretrained('user/none')" for name in classes]
     no_revision = [f"{name}.from_pretrained('user/x', revision='nope')" for name in classes]
-    unfit = [f"DARPipeline.from_pretrained('user/{name}')" for name in ("tokenizer", "half")]
-    *lines, other, half = pulls(hub, *missing, *no_revision, *unfit)
+    unfit = [f"DARPipeline.from_pretrained('user/{name}')" for name in ("tokenizer", "half", "quarter")]
+    unfit += ["DARForCausalLM.from_pretrained('user/tokenizer')"]
+    *lines, other, half, quarter, unlike = pulls(hub, *missing, *no_revision, *unfit)
     assert len(lines) == 6
-    for line, advice in zip(lines, ["check the name"] * 3 + ["no such branch, tag or commit"] * 3, strict=True):
-        assert line.startswith("OSError |") and advice in line
-    assert "user/tokenizer: the repository is incomplete, or holds another kind of model" in other
-    assert half.startswith("OSError |") and "model.safetensors" in half
+    for line in lines[:3]:
+        assert line.startswith("RepositoryNotFoundError | user/none: check the name")
+    for line in lines[3:]:
+        assert line.startswith("RevisionNotFoundError | user/x: the repository has no such branch, tag or commit")
+    incomplete = "the repository is incomplete, or holds another kind of model"
+    assert other.startswith(f"RemoteEntryNotFoundError | user/tokenizer: {incomplete}")
+    assert half.startswith(f"OSError | user/half: {incomplete}")
+    assert quarter.startswith(f"OSError | user/quarter: {incomplete}")
+    assert unlike == "ValueError | user/tokenizer holds a DARTokenizer, not a 'dar' model."
     for line in pulls(hub, *missing, HF_HUB_OFFLINE="1"):
-        assert "offline mode is on" in line
+        assert re.match("(OfflineModeIsEnabled|LocalEntryNotFoundError) .* offline mode is on", line)
     for line in pulls(hub, *missing, HF_ENDPOINT="http://127.0.0.1:9"):
         assert "cannot be reached" in line
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
 from dar_hf import DARPipeline, DARTokenizer
@@ -138,6 +139,13 @@ def test_where_the_package_is_installed_its_own_classes_load(pipeline, folder):
     assert json.loads((folder / "again" / "model_index.json").read_text())["tokenizer"] == ["dar_hf", "DARTokenizer"]
     DARTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(folder / "alone")
     assert "auto_map" not in json.loads((folder / "alone" / "config.json").read_text())  # nor is the code there
+
+
+def test_a_pipeline_saved_in_half_precision_loads_in_one_dtype(pipeline, tmp_path):
+    pipeline.to(torch.float16).save_pretrained(tmp_path)
+    export_remote_code(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.transformer.dtype == loaded.tokenizer.dtype == torch.float32
 
 
 def test_only_folders_that_name_their_code_are_said_to_hold_it(pipeline, folder):

@@ -1,5 +1,6 @@
 """A line of advice beside the Hub's own exceptions."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from huggingface_hub.utils import httpx
 
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there."
 _OFFLINE = "offline mode is on and the cache has no such files: unset HF_HUB_OFFLINE, or load once while online."
+_INCOMPLETE = "the repository is incomplete, or holds another kind of model: see its list of files."
 _UNREACHABLE = "the Hub cannot be reached, and the cache has no such files: check the network and HF_ENDPOINT."
 
 # What an exception says by its type, and by the status the Hub answered with. Libraries raise exceptions of their own
@@ -43,14 +45,16 @@ _UNCLEAR: list[tuple[type[BaseException], str]] = [
     (httpx.TransportError, _UNREACHABLE),
     (LocalEntryNotFoundError, _UNREACHABLE),
     (RevisionResolutionError, _UNREACHABLE),
-    (EntryNotFoundError, "the repository is incomplete, or holds another kind of model: see its list of files."),
+    (EntryNotFoundError, _INCOMPLETE),
 ]
+# the client's own exceptions, each of them an OSError, that libraries hide behind a plain OSError
+_HIDDEN = (HfHubHTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled)
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
     """An exception and what caused it, the root cause last."""
     chain = []
-    while error is not None:
+    while error is not None and error not in chain:
         chain.append(error)
         error = error.__cause__ or error.__context__
     return chain
@@ -88,10 +92,31 @@ def advice(name: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = advice_for(error)
-        if text is not None and not getattr(error, "__notes__", None):
-            error.add_note(f"{name}: {text}")
+        _add_note(error, name, advice_for(error))
         raise
+
+
+def loading_error(error: Exception, name: str | Path) -> Exception:
+    """What to raise where loading failed: the Hub's own exception where a library hid it, with a line of advice.
+
+    Args:
+        error: what the library raised. A plain `OSError` gives way to the exception of the Hub's client behind it.
+        name: the repository or folder that was to be loaded.
+    """
+    own = error
+    if type(error) is OSError:
+        own = next((cause for cause in _chain(error) if isinstance(cause, _HIDDEN)), error)
+    text = advice_for(own)
+    missing = isinstance(own, OSError) and own.errno in (None, errno.ENOENT)  # not a full disk, say
+    if text is None and missing and not Path(str(name)).exists():
+        text = _INCOMPLETE  # the Hub answered, and the library found something missing or unreadable
+    _add_note(own, name, text)
+    return own
+
+
+def _add_note(error: BaseException, name: str | Path, text: str | None) -> None:
+    if text is not None and not getattr(error, "__notes__", None):
+        error.add_note(f"{name}: {text}")
 
 
 def one_line(error: BaseException) -> str:

@@ -11,12 +11,12 @@ from diffusers import ConfigMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from ..files import saved_class
-from .advice import advice
+from .advice import loading_error
 from .push import push_to_hub
 
 
 def connect(model_class: Any) -> None:
-    """Give a class uploads with a card (`push_to_hub`), and advice where loading from the Hub fails.
+    """Give a class uploads with a card (`push_to_hub`), and the Hub's own exceptions, with advice, in loading.
 
     Classes of diffusers also refuse folders that hold another class: their loader warns only, and fills a model with
     random weights.
@@ -26,8 +26,13 @@ def connect(model_class: Any) -> None:
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        with advice(pretrained_model_name_or_path):
+        try:
             return load(cls, pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            problem = loading_error(error, pretrained_model_name_or_path)
+            if problem is error:
+                raise
+        raise problem  # outside the handler: raised inside, it would be its own context's cause
 
     model_class.from_pretrained = classmethod(from_pretrained)
     if issubclass(model_class, ConfigMixin):

@@ -115,7 +115,7 @@ def export_remote_code(folder: str | Path) -> list[Path]:
     for name, (module, _) in COMPONENTS.items():
         source = standalone_source(module)
         written += [_write_source(folder, module, source), _write_source(folder / name, module, source)]
-    _name_code(folder / "transformer", "DARForCausalLM")
+    _name_code(folder / "transformer", "DARForCausalLM", dtype="float32")  # as the pipeline's other parts load
     entries = {name: list(component) for name, component in COMPONENTS.items()}
     write_json(index, content | entries | {"_class_name": list(PIPELINE)})  # last: it points to the files
     return written
@@ -144,17 +144,17 @@ def _saved_component(folder: Path) -> tuple[str, str]:
     raise FileNotFoundError(f"no saved model in {folder}: it has none of {', '.join(COMPONENT_INDICES)}.")
 
 
-def _name_code(folder: Path, class_name: str) -> None:
+def _name_code(folder: Path, class_name: str, **options: str) -> None:
     """Name the code in ``config.json``, where the Auto classes look for it.
 
     The generation configuration goes there, too: diffusers does not download the file of its own, and transformers
-    takes what is in ``config.json`` then.
+    takes what is in ``config.json`` then. ``options`` are further entries.
     """
     path, generation = folder / "config.json", folder / "generation_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if generation.is_file():
         config |= json.loads(generation.read_text(encoding="utf-8"))
-    write_json(path, config | {"auto_map": AUTO_MAPS[class_name]})
+    write_json(path, config | options | {"auto_map": AUTO_MAPS[class_name]})
 
 
 def _write_source(folder: Path, module: str, source: str) -> Path:
