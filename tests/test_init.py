@@ -59,7 +59,7 @@ def test_registered_with_the_loader_of_diffusers():
 def test_the_base_classes_of_diffusers_find_the_classes(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path)
     assert type(DiffusionPipeline.from_pretrained(tmp_path)) is dar_hf.DARPipeline
-    assert type(DiffusersAutoModel.from_pretrained(tmp_path / "tokenizer")) is dar_hf.DARTokenizer
+    assert type(DiffusersAutoModel.from_pretrained(str(tmp_path / "tokenizer"))) is dar_hf.DARTokenizer
 
 
 def test_index_of_a_saved_pipeline_names_the_package(tiny_pipeline, tmp_path):

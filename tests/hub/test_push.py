@@ -334,7 +334,7 @@ def test_loading_what_is_not_there_says_what_to_do(hub, tiny_pipeline):
     assert other.startswith(f"RemoteEntryNotFoundError | user/tokenizer: {incomplete}")
     assert half.startswith(f"OSError | user/half: {incomplete}")
     assert quarter.startswith(f"OSError | user/quarter: {incomplete}")
-    assert unlike == "ValueError | user/tokenizer holds a DARTokenizer, not a 'dar' model."
+    assert unlike == "ValueError | user/tokenizer holds a DARTokenizer, not a 'dar' language model."
     for line in pulls(hub, *missing, HF_HUB_OFFLINE="1"):
         assert re.match("(OfflineModeIsEnabled|LocalEntryNotFoundError) .* offline mode is on", line)
     for line in pulls(hub, *missing, HF_ENDPOINT="http://127.0.0.1:9"):
