@@ -320,7 +320,8 @@ def lay_out(artist: Artist, sampling: Sampling, path: str | None, keep: float, l
         raise ValueError(f"Choose 1 to {MAX_CLASSES} classes.")
     labels = [_label(artist, label) for label in labels]
     image, remark = artist.read(path)
-    title = f"{', '.join(artist.names[label].split(',')[0] for label in labels)}: {keep} token{'s' * (keep != 1)} of the reference"
+    names = ", ".join(artist.names[label].split(",")[0] for label in labels)
+    title = f"{names}: {keep} token{'s' * (keep != 1)} of the reference"
     view = View(title, artist.num_tokens, keep, _pixels(artist, image), remark or "reference")
     return show(artist, view, sampling, labels, layout_image=image, layout_tokens=keep)
 
