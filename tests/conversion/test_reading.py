@@ -252,6 +252,16 @@ def test_data_that_is_shorter_than_its_tensor(path):
         read_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_entries_of_one_name(path, weights):
+    torch.save(weights, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data/0"))
+        archive.writestr(name, bytes(archive.getinfo(name).file_size))
+    with pytest.raises(CheckpointError, match="data/0 more than once"):
+        read_checkpoint(path)
+
+
 @pytest.mark.parametrize("protocol", [0, 4, 5])
 def test_what_saving_again_would_help(path, weights, protocol):
     torch.save(weights, path, pickle_protocol=protocol)
