@@ -210,8 +210,9 @@ def _check_archive(path: Path) -> bool:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: {damaged} in it does not match its checksum.")
-    if twice := [name for name, count in Counter(entry.filename for entry in entries).items() if count > 1]:
-        raise CheckpointError(f"{path} is damaged: it holds {twice[0]} more than once.")  # readers differ in which counts
+    names = Counter(entry.filename for entry in entries)
+    if twice := [name for name, count in names.items() if count > 1]:  # readers differ in which of them counts
+        raise CheckpointError(f"{path} is damaged: it holds {twice[0]} more than once.")
     if not known:
         logger.warning(_NO_CHECKSUMS, path)
     return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
