@@ -110,7 +110,8 @@ class ARStage(Stage):
     def parameter_groups(self) -> list[dict]:
         matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.requires_grad and p.ndim <= 1]
-        return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups: list[dict] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]  # adapters are matrices only
 
     def amounts(self, batch: dict) -> dict[str, float]:
         images = len(batch["seed"])
