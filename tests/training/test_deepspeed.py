@@ -80,6 +80,8 @@ def deepspeed_environment(environment: dict[str, str], *options: str) -> dict[st
 class SpreadCommand(Command):
     """The command on two CPU processes, under DeepSpeed."""
 
+    timeout = 600  # the first one compiles DeepSpeed's operators
+
     def __init__(self, environment, runner, *args, zero_stage=3, mixed_precision="no", **options):  # noqa: F811
         changes = "--zero_stage", str(zero_stage), "--mixed_precision", mixed_precision
         environment = deepspeed_environment(environment, *changes)
