@@ -145,11 +145,9 @@ def test_layouts_that_would_give_a_wrong_model_are_refused(tmp_path, tokenizer):
             check_layout(args, kind, is_fsdp2)
 
 
-def deepspeed(precision="no", split_early=False, **config):
+def deepspeed(precision="no", **config):
     """An accelerator's share of DeepSpeed, which need not be installed."""
-    plugin = SimpleNamespace(
-        zero3_init_flag=split_early, deepspeed_config={"zero_optimization": {"stage": 3}} | config
-    )
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}} | config)
     return SimpleNamespace(deepspeed_plugin=plugin, mixed_precision=precision, num_processes=8)
 
 
@@ -173,7 +171,6 @@ def test_deepspeed_is_told_what_the_command_was_told(tmp_path, tokenizer):
         ({"zero_optimization": {"stage": 1}}, "ZeRO 2 and 3"),
         ({"optimizer": {"type": "Adam"}}, "its own optimizer"),
         ({"scheduler": {"type": "WarmupLR"}}, "its own scheduler"),
-        ({"split_early": True}, "zero3_init_flag: false"),
         ({"precision": "fp16"}, "fp16"),
     ],
 )

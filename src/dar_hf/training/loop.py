@@ -672,6 +672,10 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
     accelerator.free_memory()
     del loop
     gc.collect()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed import comm
+
+        comm.destroy_process_group()  # it holds the groups in places of its own
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
         _push(args)

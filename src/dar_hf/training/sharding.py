@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 if TYPE_CHECKING:
     from .loop import LoopArguments
@@ -38,17 +39,16 @@ def configure_deepspeed(args: LoopArguments, accelerator: Accelerator) -> None:
     Raises:
         ValueError: for settings that belong to train.py, or would give a wrong model.
     """
-    plugin = accelerator.deepspeed_plugin
-    config = plugin.deepspeed_config
+    config = accelerator.deepspeed_plugin.deepspeed_config
     for name in ("optimizer", "scheduler"):
         if name in config:
             raise ValueError(f"DeepSpeed's configuration has its own {name}: remove it, train.py's options set it.")
     if config["zero_optimization"]["stage"] not in (2, 3):
         raise ValueError("of DeepSpeed, ZeRO 2 and 3 are supported: set zero_stage, or use DDP.")
-    if plugin.zero3_init_flag:  # it would also split the copy that is validated and saved
-        raise ValueError("models are made whole and split later: set zero3_init_flag: false for DeepSpeed.")
     if accelerator.mixed_precision == "fp16":
         raise ValueError("fp16 is not supported with DeepSpeed: give --mixed_precision bf16 or no, or use DDP.")
+    # models are made whole and split later: split by from_pretrained, so would be the copy that is validated and saved
+    unset_hf_deepspeed_config()
     config.update(
         train_micro_batch_size_per_gpu=args.train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -87,7 +87,7 @@ def _full(parameter: nn.Parameter) -> torch.Tensor:
     if isinstance(parameter, DTensor):
         return parameter.full_tensor()
     if hasattr(parameter, "ds_id") and not parameter.requires_grad:  # frozen under ZeRO 3: there is no master copy
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             return parameter.detach().clone()
