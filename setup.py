@@ -29,6 +29,7 @@ setup(
         "demo": ["matplotlib>=3.9", "scikit-learn>=1.5"],  # digits and the classifier that judges them
         "peft": ["peft>=0.17"],  # LoRA of the language model
         "int8": ["torchao>=0.18"],  # weight-only quantisation of the language model
+        "deepspeed": ["deepspeed>=0.19"],  # ZeRO of the language model, on Linux
         "app": ["gradio>=6.31,<7"],  # the page; it takes pillow < 13, so constraints.txt holds 12
         "dev": [
             "pytest>=8",

@@ -18,6 +18,7 @@ from dar_hf.data import DataError
 from dar_hf.presets import get_preset
 from dar_hf.training import ARArguments, TokenizerArguments, train
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
+from dar_hf.training.checkpoints import SaveError
 from dar_hf.training.loop import (
     NonFiniteLossError,
     PushError,
@@ -81,7 +82,7 @@ def main() -> None:
         fail(error, 2)
     except StoppedError as error:
         fail(error, 128 + signal.SIGTERM)
-    except (NonFiniteLossError, PushError, DataError) as error:
+    except (NonFiniteLossError, PushError, SaveError, DataError, OSError) as error:
         fail(error, 1)
 
 

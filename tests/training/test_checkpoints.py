@@ -1,15 +1,21 @@
 """Checkpoints are complete or absent, whatever happens while they are written."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from dar_hf.training.checkpoints import (
     STATE_FILE,
+    SaveError,
     find_checkpoint,
     list_checkpoints,
     read_state,
     save_checkpoint,
+    saving,
 )
 
 from .helpers import fresh_process
@@ -108,3 +114,28 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoints(tmp_path, accelerator,
     torch.nn.init.zeros_(model.weight)
     accelerator.load_state(str(find_checkpoint(tmp_path, "latest")))
     assert torch.equal(model.weight, weights)
+
+
+WRITERS = {
+    "text": lambda path: Path(path).write_text("x" * 100_000),
+    "torch": lambda path: torch.save(torch.zeros(100_000), path),
+    "safetensors": lambda path: save_file({"x": torch.zeros(100_000)}, path),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_whichever_library_finds_the_disk_full_one_error_says_so(tmp_path, writer):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # Python ignores the signal: writing fails
+    try:
+        with pytest.raises(SaveError, match="checkpoint-4 could not be saved: .*make room"), saving("checkpoint-4"):
+            WRITERS[writer](tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_a_failed_save_left_goes_with_the_next_one(tmp_path, accelerator):
+    accelerator.prepare(torch.nn.Linear(2, 2))
+    fake_checkpoint(tmp_path, ".checkpoint-2.tmp", complete=False)
+    save_checkpoint(accelerator, tmp_path, {"step": 4}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]

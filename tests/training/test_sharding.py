@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -14,8 +15,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from dar_hf import DARPipeline
-from dar_hf.training.loop import TrainingLoop, check_layout, make_accelerator
-from dar_hf.training.sharding import gather_into
+from dar_hf.training.loop import TrainingLoop, make_accelerator
+from dar_hf.training.sharding import check_layout, configure_deepspeed, gather_into
 
 from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_args
 from .test_trajectories import free_port
@@ -130,16 +131,52 @@ def test_a_sharded_run_validates_and_saves_the_whole_copy(tmp_path, tokenizer):
 def test_layouts_that_would_give_a_wrong_model_are_refused(tmp_path, tokenizer):
     stage_one, stage_two = tokenizer_args(tmp_path, ema_decay=None), ar_args(tmp_path, tokenizer, ema_decay=None)
     check_layout(stage_two, DistributedType.FSDP, True)
+    check_layout(stage_two, DistributedType.DEEPSPEED, False)
     check_layout(stage_one, DistributedType.MULTI_GPU, False)
     mistakes = [
         (stage_two, DistributedType.FSDP, False, "fsdp_version: 2"),
         (stage_one, DistributedType.FSDP, True, "train it with DDP"),
         (ar_args(tmp_path, tokenizer), DistributedType.FSDP, True, "set ema_decay to 0"),
-        (stage_two, DistributedType.DEEPSPEED, False, "DeepSpeed is not supported"),
+        (stage_one, DistributedType.DEEPSPEED, False, "train it with DDP"),
+        (ar_args(tmp_path, tokenizer), DistributedType.DEEPSPEED, False, "set ema_decay to 0"),
     ]
     for args, kind, is_fsdp2, message in mistakes:
         with pytest.raises(ValueError, match=message):
             check_layout(args, kind, is_fsdp2)
+
+
+def deepspeed(precision="no", **config):
+    """An accelerator's share of DeepSpeed, which need not be installed."""
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}} | config)
+    return SimpleNamespace(deepspeed_plugin=plugin, mixed_precision=precision, num_processes=8)
+
+
+def test_deepspeed_is_told_what_the_command_was_told(tmp_path, tokenizer):
+    accelerator = deepspeed(gradient_clipping=1.0, train_batch_size="auto")
+    args = ar_args(tmp_path, tokenizer, train_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=0.5)
+    configure_deepspeed(args, accelerator)
+    assert accelerator.deepspeed_plugin.deepspeed_config == {
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "train_batch_size": 64,
+        "gradient_clipping": 0.5,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"zero_optimization": {"stage": 1}}, "ZeRO 2 and 3"),
+        ({"optimizer": {"type": "Adam"}}, "its own optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "its own scheduler"),
+        ({"precision": "fp16"}, "fp16"),
+    ],
+)
+def test_deepspeed_settings_that_would_give_a_wrong_model_are_refused(tmp_path, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        configure_deepspeed(ar_args(tmp_path, tokenizer), deepspeed(**options))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -147,7 +184,7 @@ def test_accelerate_reads_the_configurations(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
-    assert config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP)
+    assert config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP, DistributedType.DEEPSPEED)
     assert config.mixed_precision == "bf16" and config.num_processes == 8 * config.num_machines
     wrapped = yaml.safe_load(path.read_text()).get("fsdp_config", {}).get("fsdp_transformer_layer_cls_to_wrap")
     assert wrapped in (None, "DARDecoderLayer")

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -377,6 +378,8 @@ def test_one_guidance_scale(tmp_path, tokenizer):
     assert stage.model.generation_config.guidance_scale == 1.5
     with pytest.raises(ValueError, match="one scale or two ends"):
         ar_args(tmp_path, tokenizer, guidance_scale=[1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="guidance_scale must be finite"):
+        ar_args(tmp_path, tokenizer, guidance_scale=[1.0, math.nan])
 
 
 CARE = {"max_train_steps": 16, "continuous_steps": 7, "revive_every": 2, "revive_until": 0.8, "ema_decay": 0.9}

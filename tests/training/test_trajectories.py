@@ -87,6 +87,8 @@ def free_port():
 class Command:
     """Runs the command; ``history`` and ``weights`` are what it left behind."""
 
+    timeout = TIMEOUT
+
     def __init__(self, environment, stage, folder, model=None, processes=1, **options):
         self.environment, self.folder = environment, Path(folder)
         options = options | {"output_dir": folder} | ({"model_overrides": overrides(model)} if model else {})
@@ -100,11 +102,11 @@ class Command:
             self.line, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         try:
-            output, error = process.communicate(timeout=TIMEOUT)
+            output, error = process.communicate(timeout=self.timeout)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its workers, which a kill would leave behind
             output, error = process.communicate()
-            error += f"\nstopped after {TIMEOUT} seconds"
+            error += f"\nstopped after {self.timeout} seconds"
         self.result = subprocess.CompletedProcess(self.line, process.returncode, output, error)
         return self
 

@@ -1,6 +1,7 @@
 """Stage 2: the language model on the codes of a finished tokenizer (D-AR, section 3.3)."""
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class ARArguments(LoopArguments):
         super().__post_init__()
         if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):
             raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
+        if not all(0 <= scale < math.inf for scale in self.guidance_scale or []):
+            raise ValueError(f"guidance_scale must be finite and not negative, got {self.guidance_scale}.")
         if self.solver_order not in (1, 2):
             raise ValueError(f"solver_order must be 1 or 2, got {self.solver_order}.")
         if self.lora_rank < 0 or (self.lora_alpha is not None and not self.lora_alpha > 0):
@@ -110,7 +113,8 @@ class ARStage(Stage):
     def parameter_groups(self) -> list[dict]:
         matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.requires_grad and p.ndim <= 1]
-        return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        groups: list[dict] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]  # adapters are matrices only
 
     def amounts(self, batch: dict) -> dict[str, float]:
         images = len(batch["seed"])

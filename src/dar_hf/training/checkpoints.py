@@ -3,15 +3,34 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from ..files import write_json
 
 CHECKPOINT_PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
 POSITION_FILE = "position-{}.json"  # of each process in its stream of images
+
+
+class SaveError(RuntimeError):
+    """Something could not be written, on a full disk for example; what was complete before is still there."""
+
+
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Inside, errors of writing end as a `SaveError` that names ``what``; each library has its own for a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise SaveError(
+            f"{what} could not be saved: {str(error).rstrip('.')}. Earlier checkpoints are complete: make room, then "
+            "continue with --resume_from_checkpoint latest."
+        ) from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -35,7 +54,8 @@ def save_checkpoint(
     target = folder / f"{CHECKPOINT_PREFIX}{state['step']}"
     temporary = folder / f".{target.name}.tmp"
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.glob(f".{CHECKPOINT_PREFIX}*.tmp"):  # by a save that failed or was killed
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))

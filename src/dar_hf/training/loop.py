@@ -35,9 +35,9 @@ from ..hub import one_line, prepare_repository, push_folder
 from ..linear_dar import has_fast_bf16
 from ..pictures import plot_history, read_history, save_picture
 from .cards import EVALUATIONS, write_run_card
-from .checkpoints import find_checkpoint, read_position, read_state, save_checkpoint
+from .checkpoints import find_checkpoint, read_position, read_state, save_checkpoint, saving
 from .pushing import BackgroundPush
-from .sharding import gather_into
+from .sharding import check_layout, configure_deepspeed, gather_into
 from .stage import Stage
 from .trackers import track_pictures
 
@@ -55,7 +55,7 @@ def _option(default: Any, text: str) -> Any:
 class LoopArguments:
     """Options of both stages. Presets set many of them; the command line has the last word."""
 
-    can_be_sharded: ClassVar[bool] = True  # over processes, by FSDP
+    can_be_sharded: ClassVar[bool] = True  # over processes, by FSDP or DeepSpeed
 
     preset: str = _option("v1", "named size and recipe, see dar_hf.presets")
     output_dir: str = _option("outputs/run", "folder for the model, checkpoints, curves and pictures")
@@ -99,7 +99,7 @@ class LoopArguments:
     seed: int = _option(0, "seed of everything random")
 
     checkpointing_steps: int = _option(1000, "steps between checkpoints; 0 for none")
-    checkpoints_total_limit: int | None = _option(2, "keep only the last so many checkpoints")
+    checkpoints_total_limit: int | None = _option(2, "keep only the last so many checkpoints; 0 for all")
     resume_from_checkpoint: str | None = _option(None, "latest, a checkpoint's name or its path")
     overwrite_output_dir: bool = _option(False, "start over in a folder that holds an earlier run")
     validation_steps: int = _option(500, "steps between validations; 0 for none before the end")
@@ -121,10 +121,16 @@ class LoopArguments:
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("decay_fraction", "final_learning_rate_ratio", "ema_decay", "adam_beta1", "adam_beta2"):
+        for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {value}.")
+            if isinstance(value, float) and not math.isfinite(value) and name != "max_grad_norm":  # inf clips nothing
+                raise ValueError(f"{name} must be a finite number, got {value}.")
+        for name in ("decay_fraction", "final_learning_rate_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
         counts = (
             "warmup_steps",
             "checkpointing_steps",
@@ -133,8 +139,8 @@ class LoopArguments:
             "seed",
             "max_corrupt_images",
         )
-        for name in (*counts, "dataloader_num_workers", "weight_decay", "pixel_noise"):
-            if getattr(self, name) < 0:
+        for name in (*counts, "checkpoints_total_limit", "dataloader_num_workers", "weight_decay", "pixel_noise"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.push_steps and not self.push_to_hub:
             raise ValueError("push_steps says when to upload: give --push_to_hub beside it.")
@@ -223,7 +229,7 @@ class TrainingLoop:
         if args.gradient_checkpointing:
             enable = getattr(stage.model, "enable_gradient_checkpointing", None)
             (enable or stage.model.gradient_checkpointing_enable)()
-        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self.whole = copy.deepcopy(stage.model) if self.sharded and accelerator.is_main_process else None
         stage.model.to(accelerator.device)
         stage.prepare(accelerator)
@@ -271,9 +277,10 @@ class TrainingLoop:
     def _save_checkpoint(self, step: int) -> None:
         state = {"step": step, **self.description}
         position = None if self.stream is None else self.stream.state_dict()
-        save_checkpoint(
-            self.accelerator, self.folder / "checkpoints", state, self.args.checkpoints_total_limit, position
-        )
+        with saving(f"checkpoint-{step}"):
+            save_checkpoint(
+                self.accelerator, self.folder / "checkpoints", state, self.args.checkpoints_total_limit, position
+            )
 
     def resume(self) -> None:
         """Continue from the checkpoint the arguments name.
@@ -460,14 +467,18 @@ class TrainingLoop:
                 output = stage.forward(self.model, batch, step)
                 values = [term.function(output, batch) / totals[term.per] for term in stage.terms]
                 loss = sum(term.weight * value for term, value in zip(stage.terms, values, strict=True))
-                accelerator.backward(loss * scale)
                 logged += torch.stack([value.detach() for value in values])
                 if accelerator.sync_gradients:
                     losses = self._checked(step, logged)
+                accelerator.backward(loss * scale)  # DeepSpeed's takes the optimizer's step, too
+                if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
-                    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-                    if accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):  # fp16 skips such steps
-                        raise NonFiniteLossError(f"the gradient norm is {float(norm)} at step {step + 1}.")
+                    norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+                    # fp16 skips such steps; DeepSpeed calls such norms -1
+                    if accelerator.mixed_precision != "fp16" and not 0 <= float(norm) < math.inf:
+                        raise NonFiniteLossError(
+                            f"the gradient is not finite at step {step + 1} (norm {float(norm)})."
+                        )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         if self.ema is not None:
@@ -512,7 +523,7 @@ class TrainingLoop:
             write_text(self._history_path, "".join(json.dumps(line) + "\n" for line in self.history))
         batches = self._batches()
         self.model.train()
-        progress = tqdm(
+        bar = tqdm(
             total=args.max_train_steps,
             initial=self.start_step,
             desc=self.stage.name,
@@ -520,37 +531,38 @@ class TrainingLoop:
             mininterval=1.0,
         )
         clock, clock_step = time.perf_counter(), self.start_step
-        for step in range(self.start_step, args.max_train_steps):
-            line = self._step(step, [next(batches) for _ in range(args.gradient_accumulation_steps)])
-            done = step + 1
-            progress.update()
-            if done % args.logging_steps == 0 or done == args.max_train_steps:
-                elapsed, images = time.perf_counter() - clock, self.description["images_per_step"]
-                line["images_per_second"] = (done - clock_step) * images / max(elapsed, 1e-9)
-                if accelerator.device.type == "cuda":
-                    line["peak_memory_gib"] = torch.cuda.max_memory_allocated(accelerator.device) / 2**30
-                clock, clock_step = time.perf_counter(), done
-                self._log({"step": done, **line, **self.stage.statistics()})
-                progress.set_postfix(loss=f"{line['loss/total']:.3f}", refresh=False)
-            if done == args.max_train_steps or (args.validation_steps and done % args.validation_steps == 0):
-                paused = time.perf_counter()
-                figures = self._validate(done)
-                if figures:
-                    self._log({"step": done, **figures})
-                    progress.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-                clock += time.perf_counter() - paused
-            due = bool(args.checkpointing_steps) and done % args.checkpointing_steps == 0
-            if due and done < args.max_train_steps:
-                self._save_checkpoint(done)
-            if self._stopping and done < args.max_train_steps:
-                self._stop(done, saved=due)
-            if args.push_steps and done % args.push_steps == 0 and done < args.max_train_steps:
-                paused = time.perf_counter()
-                self._push_so_far(done)
-                clock += time.perf_counter() - paused
-        progress.close()
+        with bar as progress:  # an error ends its line
+            for step in range(self.start_step, args.max_train_steps):
+                line = self._step(step, [next(batches) for _ in range(args.gradient_accumulation_steps)])
+                done = step + 1
+                progress.update()
+                if done % args.logging_steps == 0 or done == args.max_train_steps:
+                    elapsed, images = time.perf_counter() - clock, self.description["images_per_step"]
+                    line["images_per_second"] = (done - clock_step) * images / max(elapsed, 1e-9)
+                    if accelerator.device.type == "cuda":
+                        line["peak_memory_gib"] = torch.cuda.max_memory_allocated(accelerator.device) / 2**30
+                    clock, clock_step = time.perf_counter(), done
+                    self._log({"step": done, **line, **self.stage.statistics()})
+                    progress.set_postfix(loss=f"{line['loss/total']:.3f}", refresh=False)
+                if done == args.max_train_steps or (args.validation_steps and done % args.validation_steps == 0):
+                    paused = time.perf_counter()
+                    figures = self._validate(done)
+                    if figures:
+                        self._log({"step": done, **figures})
+                        progress.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+                    clock += time.perf_counter() - paused
+                due = bool(args.checkpointing_steps) and done % args.checkpointing_steps == 0
+                if due and done < args.max_train_steps:
+                    self._save_checkpoint(done)
+                if self._stopping and done < args.max_train_steps:
+                    self._stop(done, saved=due)
+                if args.push_steps and done % args.push_steps == 0 and done < args.max_train_steps:
+                    paused = time.perf_counter()
+                    self._push_so_far(done)
+                    clock += time.perf_counter() - paused
         self._background.join()
-        self._save_model()
+        with saving("the model"):
+            self._save_model()
 
     def _write_records(self, folder: Path, step: int) -> None:
         """The curves, options and card that belong to the model after ``step`` steps."""
@@ -660,6 +672,10 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
     accelerator.free_memory()
     del loop
     gc.collect()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed import comm
+
+        comm.destroy_process_group()  # it holds the groups in places of its own
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
         _push(args)
@@ -679,21 +695,6 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         reason = "computed natively here" if precision == "bf16" else "no native bf16 here"
         accelerator.print(f"mixed precision: {precision} ({reason})")
     check_layout(args, accelerator.distributed_type, accelerator.is_fsdp2)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        configure_deepspeed(args, accelerator)
     return accelerator
-
-
-def check_layout(args: LoopArguments, kind: DistributedType, is_fsdp2: bool) -> None:
-    """Refuse ways of spreading a run that would give a wrong model.
-
-    Raises:
-        ValueError: saying what to do instead.
-    """
-    if kind == DistributedType.FSDP:
-        if not is_fsdp2:
-            raise ValueError("only version 2 of FSDP is supported: set fsdp_version: 2 in accelerate's configuration.")
-        if not args.can_be_sharded:
-            raise ValueError("stage 1 changes its codebook between steps: train it with DDP, FSDP is for stage 2.")
-        if args.ema_decay:
-            raise ValueError("averaged weights are not kept of sharded models: set ema_decay to 0, or use DDP.")
-    if kind == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed is not supported: for models that DDP cannot hold, use FSDP version 2.")

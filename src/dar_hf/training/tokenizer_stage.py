@@ -30,6 +30,7 @@ from .losses import LossTerm, codebook_sum, commitment_sum, flow_matching_sum, p
 from .repa import load_teacher, repa_grid, repa_sum
 from .stage import Stage
 
+POSITIVE = ("discriminator_layers", "discriminator_width", "discriminator_learning_rate", "encoder_learning_rate")
 ENCODER_PARTS = ("patch_embed", "query_embed", "query_proj", "encoder_blocks", "quant_proj")
 VALIDATION_BATCH = 64
 STATISTICS_BATCHES = 100  # codebook figures look back this many micro-batches at most, on the main process
@@ -81,7 +82,7 @@ class TokenizerArguments(LoopArguments):
         for name in (*weights, "discriminator_start", "modulation_std", "output_std", "post_quant_std"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("discriminator_layers", "discriminator_width", "discriminator_learning_rate"):
+        for name in POSITIVE:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
 
