@@ -936,6 +936,8 @@ ZEROS = torch.zeros(1, 3, 8, 8)
         ({"repa_layer": 2}, "repa_layer=2 is not one of the 2"),
         ({"sample_size": 9}, "sample_size=9 is not a multiple of the patch size 2"),
         ({"sample_size": (8, 9)}, "is not a multiple of the patch size 2"),
+        ({"sample_size": "x"}, "sample_size must be a positive integer or .*, got 'x'"),
+        ({"sample_size": (8, 8, 8)}, "sample_size must be a positive integer or"),
     ],
 )
 def test_bad_configuration(make_tokenizer, options, message):

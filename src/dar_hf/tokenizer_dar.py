@@ -1070,6 +1070,10 @@ def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
 
 
 def _check_config(config: Any) -> None:
+    size = config.sample_size
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(x, int) and x > 0 for x in pair):
+        raise ValueError(f"sample_size must be a positive integer or (height, width), got {size!r}.")
     for name in ("encoder_dim", "decoder_dim", "diffusion_dim"):
         if config[name] % config.attention_head_dim:
             raise ValueError(f"{name}={config[name]} is not a multiple of {config.attention_head_dim=}.")

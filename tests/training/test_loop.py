@@ -280,11 +280,18 @@ def nan_at(step):
 def test_a_loss_that_is_not_finite_is_named_and_leaves_the_last_checkpoint(tmp_path):
     stage, args = tokenizer_stage(tmp_path, checkpointing_steps=2)
     stage.terms.append(nan_at(5))
-    with pytest.raises(NonFiniteLossError, match="'surprise' is nan at step 5"):
+    with pytest.raises(NonFiniteLossError, match=r"'surprise' is nan at step 5\. checkpoint-4 is complete"):
         train(stage, args, make_accelerator(args))
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-2", "checkpoint-4"]
     assert all(parameter.isfinite().all() for parameter in stage.model.parameters())  # not stepped any more
     assert [line["step"] for line in read_history(tmp_path / "history.jsonl")] == [1, 2, 3, 4]
+
+
+def test_without_a_checkpoint_the_message_says_so(tmp_path):
+    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=0)
+    stage.terms.append(nan_at(2))
+    with pytest.raises(NonFiniteLossError, match=r"is nan at step 2\. There is no checkpoint yet"):
+        train(stage, args, make_accelerator(args))
 
 
 def test_gradients_that_are_not_finite_spoil_no_checkpoint(tmp_path):

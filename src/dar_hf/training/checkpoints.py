@@ -22,15 +22,23 @@ class SaveError(RuntimeError):
 
 
 @contextmanager
-def saving(what: str) -> Iterator[None]:
-    """Inside, errors of writing end as a `SaveError` that names ``what``; each library has its own for a full disk."""
+def saving(what: str, folder: Path) -> Iterator[None]:
+    """Inside, errors of writing end as a `SaveError` that names ``what``; each library has its own for a full disk.
+
+    ``folder`` is that of the checkpoints.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise SaveError(
-            f"{what} could not be saved: {str(error).rstrip('.')}. Earlier checkpoints are complete: make room, then "
-            "continue with --resume_from_checkpoint latest."
-        ) from error
+        raise SaveError(f"{what} could not be saved: {str(error).rstrip('.')}. {way_back(folder)}") from error
+
+
+def way_back(folder: Path) -> str:
+    """What a run that ended early can go on from, for its message."""
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        return "There is no checkpoint yet: --checkpointing_steps says how often one is saved."
+    return f"{checkpoints[-1].name} is complete: continue with --resume_from_checkpoint latest."
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

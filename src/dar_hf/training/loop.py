@@ -35,7 +35,7 @@ from ..hub import one_line, prepare_repository, push_folder
 from ..linear_dar import has_fast_bf16
 from ..pictures import plot_history, read_history, save_picture
 from .cards import EVALUATIONS, write_run_card
-from .checkpoints import find_checkpoint, read_position, read_state, save_checkpoint, saving
+from .checkpoints import find_checkpoint, read_position, read_state, save_checkpoint, saving, way_back
 from .pushing import BackgroundPush
 from .sharding import check_layout, configure_deepspeed, gather_into
 from .stage import Stage
@@ -226,6 +226,7 @@ class TrainingLoop:
         self.stage, self.args, self.accelerator = stage, args, accelerator
         self.folder = Path(args.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = self.folder / "checkpoints"
         if args.gradient_checkpointing:
             enable = getattr(stage.model, "enable_gradient_checkpointing", None)
             (enable or stage.model.gradient_checkpointing_enable)()
@@ -277,10 +278,8 @@ class TrainingLoop:
     def _save_checkpoint(self, step: int) -> None:
         state = {"step": step, **self.description}
         position = None if self.stream is None else self.stream.state_dict()
-        with saving(f"checkpoint-{step}"):
-            save_checkpoint(
-                self.accelerator, self.folder / "checkpoints", state, self.args.checkpoints_total_limit, position
-            )
+        with saving(f"checkpoint-{step}", self.checkpoints):
+            save_checkpoint(self.accelerator, self.checkpoints, state, self.args.checkpoints_total_limit, position)
 
     def resume(self) -> None:
         """Continue from the checkpoint the arguments name.
@@ -289,7 +288,7 @@ class TrainingLoop:
             ResumeError: if there is none, or it comes from another model, data set, batch or schedule.
         """
         try:
-            checkpoint = find_checkpoint(self.folder / "checkpoints", self.args.resume_from_checkpoint or "latest")
+            checkpoint = find_checkpoint(self.checkpoints, self.args.resume_from_checkpoint or "latest")
         except ValueError as error:
             raise ResumeError(str(error)) from error
         state = read_state(checkpoint)
@@ -442,7 +441,7 @@ class TrainingLoop:
         if len(self.corrupt_images) > self.args.max_corrupt_images:
             raise DataError(
                 f"{len(self.corrupt_images)} images could not be read, more than max_corrupt_images="
-                f"{self.args.max_corrupt_images}; the warnings above name them. The last checkpoint is complete."
+                f"{self.args.max_corrupt_images}; the warnings above name them. {way_back(self.checkpoints)}"
             )
 
     def _step(self, step: int, batches: list[dict]) -> dict[str, float]:
@@ -477,7 +476,8 @@ class TrainingLoop:
                     # fp16 skips such steps; DeepSpeed calls such norms -1
                     if accelerator.mixed_precision != "fp16" and not 0 <= float(norm) < math.inf:
                         raise NonFiniteLossError(
-                            f"the gradient is not finite at step {step + 1} (norm {float(norm)})."
+                            f"the gradient is not finite at step {step + 1} (norm {float(norm)}). "
+                            f"{way_back(self.checkpoints)}"
                         )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -493,7 +493,7 @@ class TrainingLoop:
         for term, value in zip(self.stage.terms, values, strict=True):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"loss term {term.name!r} is {value} at step {step + 1}; the last checkpoint is from before it."
+                    f"loss term {term.name!r} is {value} at step {step + 1}. {way_back(self.checkpoints)}"
                 )
         terms = zip(self.stage.terms, values, strict=True)
         total = sum(term.weight * value for term, value in terms if term.in_total)
@@ -561,7 +561,7 @@ class TrainingLoop:
                     self._push_so_far(done)
                     clock += time.perf_counter() - paused
         self._background.join()
-        with saving("the model"):
+        with saving("the model", self.checkpoints):
             self._save_model()
 
     def _write_records(self, folder: Path, step: int) -> None:
