@@ -91,7 +91,7 @@ def test_two_processes_gather_what_they_trained(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "gathered" in result.stdout
