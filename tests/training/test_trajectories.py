@@ -26,7 +26,7 @@ from .helpers import overrides
 pytestmark = pytest.mark.slow
 
 TRAIN = Path(__file__).parents[2] / "examples" / "train.py"
-TIMEOUT = 300  # against hangs, not a measure of speed
+TIMEOUT = 600  # against hangs, not a measure of speed
 
 TOKENIZER_MODEL = {
     "encoder_dim": 64,

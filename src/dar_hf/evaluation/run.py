@@ -20,6 +20,7 @@ from ..metrics import CodeStatistics, FeatureExtractor, load_feature_extractor, 
 from ..metrics.features import INCEPTION
 from ..metrics.lpips import MIN_SIZE, LPIPSNetwork, load_lpips
 from ..metrics.weights import check_hash, weights_hash
+from ..modeling_dar import guidance_schedule, sampling_warpers
 from .arguments import EvaluationArguments, GenerationArguments, ReconstructionArguments
 from .images import EXTRACTOR, DatasetImages, NpzImages, read_reference, to_float, to_uint8, write_npz
 from .measure import (
@@ -328,6 +329,8 @@ class _Generation(_Evaluation):
         self.num_classes = self.pipeline.transformer.config.num_classes
         scale = args.guidance_scale
         self.guidance = None if scale is None else scale[0] if len(scale) == 1 else tuple(scale)
+        guidance_schedule(self.guidance, self.lengths[-1])  # both raise ValueError, before the folder is claimed
+        sampling_warpers(args.temperature, args.top_k, args.top_p)
         self.images: ReferenceImages | None = None
         self.known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.reference: dict[str, Any] = {}
