@@ -150,8 +150,8 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     # handwritten digits at 32x32 (60,000 of MNIST): with --torch_compile an hour for stage 1 on a CPU core, and twenty
-    # minutes for stage 2 on two. The package's model was trained in several runs, whose settings came together here; from
-    # scratch they were run for a quarter of these steps (examples/LOG.md)
+    # minutes for stage 2 on two. The package's model was trained in several runs, whose settings came together here;
+    # from scratch they were run for a quarter of these steps (examples/LOG.md)
     "mnist": Preset(
         tokenizer=dict(
             sample_size=32,

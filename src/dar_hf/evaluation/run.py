@@ -328,7 +328,7 @@ class _Generation(_Evaluation):
         self.count = args.num_images or DEFAULT_COUNT
         self.num_classes = self.pipeline.transformer.config.num_classes
         scale = args.guidance_scale
-        self.guidance = None if scale is None else scale[0] if len(scale) == 1 else tuple(scale)
+        self.guidance = None if scale is None else scale[0] if len(scale) == 1 else (scale[0], scale[1])
         guidance_schedule(self.guidance, self.lengths[-1])  # both raise ValueError, before the folder is claimed
         sampling_warpers(args.temperature, args.top_k, args.top_p)
         self.images: ReferenceImages | None = None
