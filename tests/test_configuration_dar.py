@@ -58,7 +58,7 @@ def test_other_configurations_and_missing_ones_are_refused(tmp_path):
     with pytest.raises(OSError, match="no config.json"):
         DARConfig.from_pretrained(tmp_path)
     LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a llama, not a 'dar' model"):
+    with pytest.raises(ValueError, match="holds a llama, not a 'dar' language model"):
         DARConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(ValueError, match="holds a AutoencoderKL"):
