@@ -490,9 +490,9 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
     """Serve the page without anything from elsewhere: no fonts, no analytics, no share link."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # readable on white
-    return page.launch(
-        theme=theme, css=CSS, footer_links=[], max_file_size=MAX_FILE, share=False, ssr_mode=False, **options
-    )
+    options |= {"share": False, "ssr_mode": False}
+    options["_frontend"] = False  # or gradio ends where a busy machine does not answer it in 3 s
+    return page.launch(theme=theme, css=CSS, footer_links=[], max_file_size=MAX_FILE, **options)
 
 
 def main() -> None:
