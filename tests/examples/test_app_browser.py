@@ -21,6 +21,7 @@ from dar_hf.pictures import image_grid
 
 pytest.importorskip("gradio")
 webdriver = pytest.importorskip("selenium.webdriver")
+from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
@@ -34,6 +35,8 @@ pytestmark = [
 
 APP = Path(__file__).parents[2] / "examples" / "app.py"
 QUIET = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
+# what is not on the page yet, or was replaced while it was looked at
+NOT_YET = [StaleElementReferenceException, IndexError]
 # every picture that appears, as (milliseconds since the start, step, steps, PNG)
 WATCH = """
 window.seen = []; window.start = performance.now();
@@ -87,36 +90,57 @@ class Browser:
         self.wait(lambda: self.button("Draw") and self.field("Seconds") and self.visible(".view"))
 
     def wait(self, condition, seconds=60):
-        return WebDriverWait(self.driver, seconds, poll_frequency=0.05).until(lambda _: condition())
+        waiting = WebDriverWait(self.driver, seconds, poll_frequency=0.05, ignored_exceptions=NOT_YET)
+        return waiting.until(lambda _: condition())
+
+    def do(self, action):
+        """Look up and use an element, again where the page has just replaced it."""
+        self.wait(lambda: [action()])
 
     def visible(self, selector):
         return [found for found in self.driver.find_elements(By.CSS_SELECTOR, selector) if found.is_displayed()]
 
     def button(self, name):
-        found = [found for found in self.visible("button:not([role=tab])") if found.text == name]
-        return found[-1] if found else None  # gradio keeps copies of the tabs above the page, to measure them
+        # the last, since gradio keeps copies of the tabs above the page, to measure them
+        return [found for found in self.visible("button:not([role=tab])") if found.text == name][-1]
 
     def tab(self, name):
-        next(tab for tab in self.visible("[role=tab]") if tab.text == name).click()
+        self.do(lambda: [tab for tab in self.visible("[role=tab]") if tab.text == name][0].click())
         self.wait(lambda: len(self.visible("[role=tabpanel]")) == 1)
 
     def field(self, label):
         fields = self.visible("input[type=number]")
-        return next((found for found in fields if label in (found.get_attribute("aria-label") or "")), None)
+        return [found for found in fields if label in (found.get_attribute("aria-label") or "")][0]
+
+    def choose(self, label):
+        """A class, with the keyboard."""
+        self.do(lambda: self.visible("input[type=radio]")[label].send_keys(Keys.SPACE))
+
+    def uncheck(self):
+        """The first box of the tab."""
+
+        def empty():
+            box = self.visible("input[type=checkbox]")[0]
+            if box.is_selected():
+                box.send_keys(Keys.SPACE)
+
+        self.do(empty)
 
     def fill(self, label, value):
-        field = self.field(label)
-        field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(str(value), Keys.TAB)
+        self.do(lambda: self.field(label).send_keys(Keys.CONTROL, "a", Keys.NULL, str(value), Keys.TAB))
 
     def upload(self, path):
-        self.visible("[role=tabpanel]")[0].find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(path))
+        def give():
+            panel = self.visible("[role=tabpanel]")[0]
+            panel.find_elements(By.CSS_SELECTOR, "input[type=file]")[0].send_keys(str(path))
+
+        self.do(give)
         self.wait(lambda: self.visible("[role=tabpanel] .upload img"))
 
     def press(self, name):
         """Watch, and press a button with the keyboard."""
         self.driver.execute_script(WATCH)
-        self.button(name).send_keys(Keys.ENTER)
+        self.do(lambda: self.button(name).send_keys(Keys.ENTER))
 
     def seen(self):
         """Pictures since `press`, until the last step's is there."""
@@ -124,7 +148,7 @@ class Browser:
         return self.driver.execute_script("return seen.slice(1)")
 
     def text(self):
-        return self.driver.find_element(By.CSS_SELECTOR, ".view").text
+        return self.wait(lambda: self.driver.find_element(By.CSS_SELECTOR, ".view").text)
 
 
 @contextmanager
@@ -143,10 +167,9 @@ def decoded(source):
 def test_the_page(address, tmp_path):
     with visitor(address, tmp_path / "one") as one:
         # a class is chosen with the keyboard; previews appear while it is drawn
-        if any(box.is_selected() for box in one.visible("input[type=checkbox]")):
-            one.visible("input[type=checkbox]")[0].send_keys(Keys.SPACE)
+        one.uncheck()
         one.fill("Seed", 7)
-        one.visible("input[type=radio]")[3].send_keys(Keys.SPACE)
+        one.choose(3)
         one.press("Draw")
         seen = one.seen()
         steps = [step for _, step, _, _ in seen]
@@ -159,7 +182,7 @@ def test_the_page(address, tmp_path):
         one.driver.save_screenshot(str(tmp_path / "draw.png"))
 
         one.tab("Layout")
-        one.button("Use the last drawing").click()
+        one.press("Use the last drawing")
         one.wait(lambda: one.visible("[role=tabpanel] .upload img"))
         one.press("Draw the classes")
         assert len(one.seen()) >= 3 and " of the reference" in one.text()
@@ -180,9 +203,9 @@ def test_the_page(address, tmp_path):
         # two at once, then one leaves in the middle; each sees its own drawing
         one.tab("Draw")
         with visitor(address, tmp_path / "two") as two:
-            two.visible("input[type=radio]")[8].click()
+            two.choose(8)
             for browser in (one, two):
-                browser.fill("Seconds between previews", 0.5)
+                browser.fill("Seconds between previews", 2)
             one.press("Draw")
             two.press("Draw")
             two.wait(lambda: two.driver.execute_script("return seen.length > 1"))
