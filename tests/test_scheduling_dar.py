@@ -183,6 +183,20 @@ def test_add_noise_mixes_by_time():
     assert torch.equal(scheduler.add_noise(clean, noise, 0.0), noise)
 
 
+def test_code_for_any_scheduler_of_diffusers():
+    scheduler = prepared(4, solver_order=1)
+    sample = SAMPLE * scheduler.init_noise_sigma
+    for time in scheduler.timesteps:
+        assert torch.equal(scheduler.scale_model_input(sample, time), sample)
+        output = scheduler.step(velocity_at(0), time, sample)
+        assert all(a is b for a, b in zip(output.to_tuple(), output.values(), strict=True))
+        sample = output.prev_sample
+    assert torch.allclose(sample, SAMPLE + velocity_at(0), atol=1e-6)
+    assert scheduler.compatibles == [FlowMatchAdamsBashforthScheduler]
+    same = FlowMatchAdamsBashforthScheduler.from_config(scheduler.config)
+    assert dict(same.config) == dict(scheduler.config)
+
+
 def test_save_and_load(tmp_path):
     scheduler = FlowMatchAdamsBashforthScheduler(shift=3.0, solver_order=2, variable_step=True)
     scheduler.save_pretrained(tmp_path)

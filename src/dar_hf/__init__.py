@@ -57,6 +57,6 @@ TRANSFORMERS_COMPONENT_AUX_FILES.append("transformer/generation_config.json")
 for _class in (DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler):
     connect(_class)
 
-# `DiffusionPipeline` and diffusers' `AutoModel` look for the class that a folder names only there
-for _class in (DARPipeline, DARTokenizer):
+# `DiffusionPipeline`, diffusers' `AutoModel` and a scheduler's `compatibles` look for the class by its name only there
+for _class in (DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler):
     setattr(diffusers, _class.__name__, _class)

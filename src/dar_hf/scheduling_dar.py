@@ -43,6 +43,14 @@ class FlowMatchAdamsBashforthSchedulerOutput(NamedTuple):
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor
 
+    def to_tuple(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of diffusers' outputs."""
+        return tuple(self)
+
+    def values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of diffusers' outputs, which are dictionaries."""
+        return tuple(self)
+
 
 class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
     """Adams-Bashforth solver of order 2 (or Euler) over a shifted time grid ``t(i / S)``, i = 0 .. S-1, then 1.
@@ -58,6 +66,7 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
+    init_noise_sigma = 1.0  # the sample starts from noise as it is drawn
 
     @register_to_config
     def __init__(self, shift: float = 2.0, solver_order: int = 2, variable_step: bool = False):
@@ -88,6 +97,10 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
         self._times = times.tolist()  # host copy: stepping never waits for the device
         self.timesteps = times[:-1].to(device=device, dtype=torch.float32)
         self._reset()
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """``sample``: nothing is to be scaled. For code that calls this of every scheduler."""
+        return sample
 
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         if not self._times:
