@@ -13,7 +13,6 @@ import sys
 from datetime import timedelta
 from typing import NoReturn
 
-from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import HfArgumentParser
 
@@ -24,6 +23,7 @@ from dar_hf.evaluation import (
     evaluate_reconstruction,
 )
 from dar_hf.evaluation.measure import table
+from dar_hf.processes import join_processes
 
 MODES = {
     "reconstruction": (ReconstructionArguments, evaluate_reconstruction),
@@ -48,7 +48,7 @@ def main() -> None:
     try:
         args = HfArgumentParser(arguments_class, prog=f"evaluate.py {mode}").parse_args_into_dataclasses(argv)[0]
         # a process that has done its shards waits for the others, as long as they take
-        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+        accelerator = join_processes(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
         report = evaluate(args, accelerator)
     except (ValueError, OSError, ImportError) as error:
         fail(error)

@@ -11,10 +11,10 @@ Processes share the work; the same command again goes on where it was interrupte
 import sys
 from typing import NoReturn
 
-from accelerate import Accelerator
 from transformers import HfArgumentParser
 
 from dar_hf.hub import one_line
+from dar_hf.processes import join_processes
 from dar_hf.training.codes import ExtractArguments, extract_codes, push_codes
 
 
@@ -27,7 +27,7 @@ def fail(error: BaseException, code: int) -> NoReturn:
 def main() -> None:
     try:
         args = HfArgumentParser(ExtractArguments).parse_args_into_dataclasses()[0]
-        accelerator = Accelerator()
+        accelerator = join_processes()
         stamp = extract_codes(args, accelerator)
     except (ValueError, OSError, ImportError) as error:
         fail(error, 2)

@@ -6,6 +6,7 @@ and size the codes are of. `dar_hf.training` reads no set whose stamp does not f
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from pyarrow.parquet import read_metadata
@@ -86,7 +88,8 @@ def _encode(
 ) -> tuple[torch.Tensor, list[int]]:
     """Codes of the images that can be read, encoded batch by batch, and their labels."""
     starts = tqdm(indices[::batch_size], desc="codes", disable=not progress, mininterval=1.0)
-    parts = [encode_variants(samples, range(i, min(i + batch_size, indices.stop)), tokenizer) for i in starts]
+    parts = [encode_variants(samples, indices[:0], tokenizer)]  # also where there is nothing to do
+    parts += [encode_variants(samples, range(i, min(i + batch_size, indices.stop)), tokenizer) for i in starts]
     labels = [samples.labels[index] for _, kept in parts for index in kept]
     return torch.cat([codes for codes, _ in parts]), labels
 
@@ -113,13 +116,18 @@ class CodeSamples(torch.utils.data.Dataset):
 
 
 def encode_all(samples: ImageSamples, tokenizer: DARTokenizer) -> CodeSamples:
-    """Every image's codes in memory.
+    """Every image's codes in the memory of each process; all processes together make them, in the same batches as one.
 
     Raises:
         ValueError: if the transform's variants cannot be counted (random crops, noise).
     """
     num_variants(samples.transform)
-    codes, labels = _encode(samples, range(len(samples)), tokenizer, ENCODE_BATCH, progress=True)
+    state = PartialState()
+    num_batches = math.ceil(len(samples) / ENCODE_BATCH)
+    first, last = (num_batches * (state.process_index + i) // state.num_processes for i in (0, 1))
+    mine = range(len(samples))[first * ENCODE_BATCH : last * ENCODE_BATCH]
+    parts = gather_object([_encode(samples, mine, tokenizer, ENCODE_BATCH, progress=state.is_main_process)])
+    codes, labels = torch.cat([codes for codes, _ in parts]), [label for _, labels in parts for label in labels]
     return CodeSamples(codes, labels, samples.transform)
 
 

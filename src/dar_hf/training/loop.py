@@ -34,6 +34,7 @@ from ..files import saved_class, write_json, write_text
 from ..hub import one_line, prepare_repository, push_folder
 from ..linear_dar import has_fast_bf16
 from ..pictures import plot_history, read_history, save_picture
+from ..processes import join_processes
 from .cards import EVALUATIONS, write_run_card
 from .checkpoints import find_checkpoint, read_position, read_state, save_checkpoint, saving, way_back
 from .pushing import BackgroundPush
@@ -684,7 +685,7 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
 def make_accelerator(args: LoopArguments) -> Accelerator:
     """The accelerator of a run; says which precision was picked and why."""
     precision = pick_precision(args.mixed_precision)
-    accelerator = Accelerator(
+    accelerator = join_processes(
         mixed_precision=precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,

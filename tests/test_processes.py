@@ -1,0 +1,39 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dar_hf.processes import join_processes
+
+
+def test_one_process():
+    assert join_processes().num_processes == 1
+
+
+def test_processes_of_torchrun_find_each_other_without_a_gpu(tmp_path):
+    (tmp_path / "job.py").write_text(
+        "from dar_hf.processes import join_processes\n"
+        "accelerator = join_processes()\n"
+        "print(f'{accelerator.process_index} of {accelerator.num_processes} on {accelerator.device.type}', flush=True)\n"
+        "accelerator.end_training()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "job.py"]
+    result = subprocess.run(
+        launch,
+        cwd=tmp_path,
+        env=environment | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["0 of 2 on cpu", "1 of 2 on cpu"]
+
+
+def test_processes_that_are_not_joined_are_refused(monkeypatch):
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="2 processes were started, but on .* accelerate does not join them"):
+        join_processes()
