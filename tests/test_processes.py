@@ -15,7 +15,8 @@ def test_processes_of_torchrun_find_each_other_without_a_gpu(tmp_path):
     (tmp_path / "job.py").write_text(
         "from dar_hf.processes import join_processes\n"
         "accelerator = join_processes()\n"
-        "print(f'{accelerator.process_index} of {accelerator.num_processes} on {accelerator.device.type}', flush=True)\n"
+        "rank, count = accelerator.process_index, accelerator.num_processes\n"
+        "print(f'{rank} of {count} on {accelerator.device.type}', flush=True)\n"
         "accelerator.end_training()\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}

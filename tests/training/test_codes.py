@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -148,6 +149,22 @@ def test_more_classes_than_the_model_has(tmp_path, tokenizer, stored):
 
 
 # Interrupted, shared, repeated
+
+
+def test_processes_share_the_encoding_in_memory(tmp_path, small_digits, tokenizer, monkeypatch):
+    stage, _ = ar_stage(tmp_path / "run", tokenizer, dataset_name=small_digits, cache_codes=False)
+    model = tiny_tokenizer()
+    alone = codes_module.encode_all(stage.samples, model)
+    parts = []
+    monkeypatch.setattr(codes_module, "ENCODE_BATCH", 16)
+    monkeypatch.setattr(codes_module, "gather_object", lambda own: parts.extend(own) or own)
+    for rank in range(3):  # one more than there are batches
+        state = SimpleNamespace(num_processes=3, process_index=rank, is_main_process=rank == 0)
+        monkeypatch.setattr(codes_module, "PartialState", lambda state=state: state)
+        codes_module.encode_all(stage.samples, model)
+    assert sorted(len(labels) for _, labels in parts) == [0, 16, 16]
+    assert torch.equal(torch.cat([codes for codes, _ in parts]), alone.codes)
+    assert [label for _, labels in parts for label in labels] == alone.labels
 
 
 class Interrupted(Exception):

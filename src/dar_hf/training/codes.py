@@ -87,9 +87,9 @@ def _encode(
     samples: ImageSamples, indices: range, tokenizer: DARTokenizer, batch_size: int, progress: bool = False
 ) -> tuple[torch.Tensor, list[int]]:
     """Codes of the images that can be read, encoded batch by batch, and their labels."""
-    starts = tqdm(indices[::batch_size], desc="codes", disable=not progress, mininterval=1.0)
-    parts = [encode_variants(samples, indices[:0], tokenizer)]  # also where there is nothing to do
-    parts += [encode_variants(samples, range(i, min(i + batch_size, indices.stop)), tokenizer) for i in starts]
+    starts = indices[::batch_size] or [indices.start]  # nothing to do makes one empty part
+    starts = tqdm(starts, desc="codes", disable=not progress, mininterval=1.0)
+    parts = [encode_variants(samples, range(i, min(i + batch_size, indices.stop)), tokenizer) for i in starts]
     labels = [samples.labels[index] for _, kept in parts for index in kept]
     return torch.cat([codes for codes, _ in parts]), labels
 
