@@ -1,9 +1,12 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from dar_hf import processes
 from dar_hf.processes import join_processes
 
 
@@ -34,7 +37,9 @@ def test_processes_of_torchrun_find_each_other_without_a_gpu(tmp_path):
 
 
 def test_processes_that_are_not_joined_are_refused(monkeypatch):
-    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false"}.items():
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="2 processes were started, but on .* accelerate does not join them"):
+    alone = SimpleNamespace(num_processes=1, device=torch.device("mps"))
+    monkeypatch.setattr(processes, "Accelerator", lambda: alone)
+    with pytest.raises(ValueError, match="2 processes were started, but on mps accelerate does not join them"):
         join_processes()

@@ -48,8 +48,8 @@ class FlowMatchAdamsBashforthSchedulerOutput(NamedTuple):
         return tuple(self)
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As of diffusers' outputs, which are dictionaries."""
-        return tuple(self)
+        """As of diffusers' outputs, which are dictionaries too."""
+        return self.to_tuple()
 
 
 class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):

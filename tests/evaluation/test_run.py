@@ -482,7 +482,7 @@ def test_the_command_with_one_and_two_processes(generation, tmp_path):
     assert one.returncode == 0, one.stderr
     assert "gFD" in one.stdout and "tokens" in one.stdout and "warning:" in one.stdout
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    two = command([*arguments, "--output_dir", str(tmp_path / "two")], *launcher)
+    two = command([*arguments, "--output_dir", str(tmp_path / "two")], *launcher, CUDA_VISIBLE_DEVICES="")
     assert two.returncode == 0, two.stderr
     reports = [read_report(tmp_path / name) for name in ("one", "two")]
     assert [report["settings"]["num_processes"] for report in reports] == [1, 2]

@@ -6,12 +6,11 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from dar_hf.training import codes as codes_module
 from dar_hf.training import train
@@ -159,8 +158,8 @@ def test_processes_share_the_encoding_in_memory(tmp_path, small_digits, tokenize
     monkeypatch.setattr(codes_module, "ENCODE_BATCH", 16)
     monkeypatch.setattr(codes_module, "gather_object", lambda own: parts.extend(own) or own)
     for rank in range(3):  # one more than there are batches
-        state = SimpleNamespace(num_processes=3, process_index=rank, is_main_process=rank == 0)
-        monkeypatch.setattr(codes_module, "PartialState", lambda state=state: state)
+        monkeypatch.setattr(PartialState(), "num_processes", 3)
+        monkeypatch.setattr(PartialState(), "process_index", rank)
         codes_module.encode_all(stage.samples, model)
     assert sorted(len(labels) for _, labels in parts) == [0, 16, 16]
     assert torch.equal(torch.cat([codes for codes, _ in parts]), alone.codes)

@@ -457,27 +457,38 @@ MISTAKES = {
     ("tokenizer", "--preset huge"): "unknown preset 'huge'; there are v1, B, L, XL, XXL, 3B, digits",
     ("tokenizer", "--image_column picture"): "no column 'picture' for the images; it has image, label",
     ("tokenizer", "--model_overrides encoder_dmi=64"): "encoder_dmi",
-    ("tokenizer", "--output_dir {tokenizer}"): "holds an earlier run or model: pass --resume_from_checkpoint latest",
+    ("tokenizer", "--output_dir {earlier}"): "holds an earlier run or model: pass --resume_from_checkpoint latest",
     ("ar", "--dataset_name {unlabelled}"): "no column 'label' for the labels; it has image",
     ("ar", "--model_overrides hidden_size=33"): "hidden size (33)",
 }
 
 
+@pytest.fixture
+def no_progress_bars():
+    datasets.utils.disable_progress_bars()
+    yield
+    datasets.utils.enable_progress_bars()
+
+
+@pytest.mark.usefixtures("no_progress_bars")
 @pytest.mark.parametrize("stage, options", MISTAKES)
 def test_mistakes_end_the_command_with_one_line(tmp_path, tokenizer, command, monkeypatch, capsys, stage, options):
     (tmp_path / "unlabelled").mkdir()
     for index in range(3):
         Image.new("L", (8, 8), 80 * index).save(tmp_path / "unlabelled" / f"{index}.png")
-    before = {path: path.read_bytes() for path in Path(tokenizer).iterdir()}
+    earlier = shutil.copytree(tokenizer, tmp_path / "earlier")
+    (earlier / "history.jsonl").write_text('{"step": 1}\n')
+    before = {path: path.read_bytes() for path in earlier.iterdir()}
     argv = ["--preset", "digits", "--output_dir", str(tmp_path / "run")]
     argv += ["--tokenizer", str(tokenizer)] if stage == "ar" else []
-    argv += options.format(tokenizer=tokenizer, unlabelled=tmp_path / "unlabelled").split()
+    argv += options.format(earlier=earlier, unlabelled=tmp_path / "unlabelled").split()
     monkeypatch.setattr(sys, "argv", ["train.py", stage, *argv])
     with pytest.raises(SystemExit) as ended:
         command.main()
     said = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2 and said[-1].startswith("train.py: ") and MISTAKES[stage, options] in said[-1], said
-    assert {path: path.read_bytes() for path in Path(tokenizer).iterdir()} == before
+    assert ended.value.code == 2
+    assert len(said) == 1 and said[0].startswith("train.py: ") and MISTAKES[stage, options] in said[0], said
+    assert {path: path.read_bytes() for path in earlier.iterdir()} == before
 
 
 @pytest.mark.parametrize("item", ["encoder_dmi=32", "encoder_dim=33", "num_tokens=15", "codebook_size=0"])

@@ -6,7 +6,6 @@ and size the codes are of. `dar_hf.training` reads no set whose stamp does not f
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,13 +82,17 @@ def encode_variants(samples: ImageSamples, indices: range, tokenizer: DARTokeniz
     return torch.stack([tokenizer.encode(stack.to(tokenizer.device)).codes.cpu() for stack in stacks], dim=1), kept
 
 
+def _batches(indices: range, size: int) -> list[range]:
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
+
+
 def _encode(
-    samples: ImageSamples, indices: range, tokenizer: DARTokenizer, batch_size: int, progress: bool = False
+    samples: ImageSamples, batches: list[range], tokenizer: DARTokenizer, progress: bool = False
 ) -> tuple[torch.Tensor, list[int]]:
     """Codes of the images that can be read, encoded batch by batch, and their labels."""
-    starts = indices[::batch_size] or [indices.start]  # nothing to do makes one empty part
-    starts = tqdm(starts, desc="codes", disable=not progress, mininterval=1.0)
-    parts = [encode_variants(samples, range(i, min(i + batch_size, indices.stop)), tokenizer) for i in starts]
+    batches = batches or [range(0)]  # nothing to do makes one empty part
+    shown = tqdm(batches, desc="codes", disable=not progress, mininterval=1.0)
+    parts = [encode_variants(samples, batch, tokenizer) for batch in shown]
     labels = [samples.labels[index] for _, kept in parts for index in kept]
     return torch.cat([codes for codes, _ in parts]), labels
 
@@ -123,10 +126,8 @@ def encode_all(samples: ImageSamples, tokenizer: DARTokenizer) -> CodeSamples:
     """
     num_variants(samples.transform)
     state = PartialState()
-    num_batches = math.ceil(len(samples) / ENCODE_BATCH)
-    first, last = (num_batches * (state.process_index + i) // state.num_processes for i in (0, 1))
-    mine = range(len(samples))[first * ENCODE_BATCH : last * ENCODE_BATCH]
-    parts = gather_object([_encode(samples, mine, tokenizer, ENCODE_BATCH, progress=state.is_main_process)])
+    with state.split_between_processes(_batches(range(len(samples)), ENCODE_BATCH)) as mine:
+        parts = gather_object([_encode(samples, mine, tokenizer, progress=state.is_main_process)])
     codes, labels = torch.cat([codes for codes, _ in parts]), [label for _, labels in parts for label in labels]
     return CodeSamples(codes, labels, samples.transform)
 
@@ -333,7 +334,7 @@ def _write_shards(
         if path.is_file():
             continue
         stop = min(starts[shard] + stamp["shard_size"], len(samples))
-        codes, labels = _encode(samples, range(starts[shard], stop), tokenizer, batch_size)
+        codes, labels = _encode(samples, _batches(range(starts[shard], stop), batch_size), tokenizer)
         columns = {"codes": codes.numpy().astype(dtype), "label": labels}
         temporary = path.with_name(f".{path.name}.tmp")
         datasets.Dataset.from_dict(columns, features=features).to_parquet(temporary)
