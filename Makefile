@@ -28,10 +28,10 @@ demo: install
 
 # a process for each core: small models gain nothing from threads
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup
 
 test-fast: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup -m "not slow"
 
 check: install
 	$(BIN)/ruff check .

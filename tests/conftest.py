@@ -40,12 +40,16 @@ TRANSFORMER = {
 }
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+@pytest.hookimpl(tryfirst=True)  # xdist reads its groups afterwards
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        # trainings that tests share are fixtures of their module: each is to happen in one process only
+        if "slow" in item.keywords and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+    if hasattr(config, "workerinput"):  # the longest first, so that no process waits for another at the end
+        items.sort(key=lambda item: "slow" not in item.keywords)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -468,12 +467,6 @@ def options(args, *names):
     return [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_the_command_with_one_and_two_processes(generation, tmp_path):
     names = ("pipeline", "features", "dataset_name", "num_images", "shard_size")
@@ -481,7 +474,7 @@ def test_the_command_with_one_and_two_processes(generation, tmp_path):
     one = command([*arguments, "--output_dir", str(tmp_path / "one")])
     assert one.returncode == 0, one.stderr
     assert "gFD" in one.stdout and "tokens" in one.stdout and "warning:" in one.stdout
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = command([*arguments, "--output_dir", str(tmp_path / "two")], *launcher, CUDA_VISIBLE_DEVICES="")
     assert two.returncode == 0, two.stderr
     reports = [read_report(tmp_path / name) for name in ("one", "two")]

@@ -14,18 +14,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from dar_hf import DARPipeline
 
+from .commands import COMMON, NO_DROPOUT, TRANSFORMER_MODEL, Command, assert_same_curve, assert_same_weights
 from .helpers import tiny_tokenizer
-from .test_trajectories import (
-    COMMON,
-    NO_DROPOUT,
-    TRAIN,
-    TRANSFORMER_MODEL,
-    Command,
-    assert_same_curve,
-    assert_same_weights,
-    environment,  # noqa: F401 (a fixture)
-    free_port,
-)
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
@@ -68,29 +58,17 @@ OPTIONS = {
 }  # which is less than the norm
 
 
-def deepspeed_environment(environment: dict[str, str], *options: str) -> dict[str, str]:  # noqa: F811
+def deepspeed_environment(environment: dict[str, str], *options: str) -> dict[str, str]:
     """What `accelerate launch` makes of the configuration that comes with the examples."""
-    options = ("--config_file", str(CONFIG), "--num_processes", "2", "--main_process_port", str(free_port()), *options)
+    options = ("--config_file", str(CONFIG), "--num_processes", "2", *options)
     args, *_ = _validate_launch_command(launch_command_parser().parse_args([*options, "train.py"]))
     args.deepspeed_fields_from_accelerate_config = ""  # those that a DeepSpeed file would contradict: there is none
     _, variables = prepare_deepspeed_cmd_env(args)
     return variables | environment
 
 
-class SpreadCommand(Command):
-    """The command on two CPU processes, under DeepSpeed."""
-
-    timeout = 600  # the first one compiles DeepSpeed's operators
-
-    def __init__(self, environment, runner, *args, zero_stage=3, mixed_precision="no", **options):  # noqa: F811
-        changes = "--zero_stage", str(zero_stage), "--mixed_precision", mixed_precision
-        environment = deepspeed_environment(environment, *changes)
-        super().__init__(environment, *args, processes=2, mixed_precision=mixed_precision, **options)
-        self.line.insert(self.line.index(str(TRAIN)), str(runner))
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, environment):  # noqa: F811
+def runs(tmp_path_factory, environment):
     folder = tmp_path_factory.mktemp("deepspeed")
     (folder / "runner.py").write_text(RUNNER)
     (folder / "poisoned.py").write_text(POISON + RUNNER)
@@ -98,11 +76,16 @@ def runs(tmp_path_factory, environment):  # noqa: F811
     options = COMMON | OPTIONS | {"tokenizer": folder / "tokenizer", "learning_rate": 3e-4, "ema_decay": 0}
     model = TRANSFORMER_MODEL | NO_DROPOUT
 
-    def spread(name, runner="runner.py", **changes):
-        return SpreadCommand(environment, folder / runner, "ar", folder / name, model, **options | changes)
+    def command(name, environment=environment, model=model, **changes):
+        return Command(environment, "ar", folder / name, model, processes=2, **options | changes)
+
+    def spread(name, runner="runner.py", zero_stage=3, mixed_precision="no", **changes):
+        given = "--zero_stage", str(zero_stage), "--mixed_precision", mixed_precision
+        changes |= {"runner": folder / runner, "mixed_precision": mixed_precision}
+        return command(name, deepspeed_environment(environment, *given), **changes)
 
     runs = {
-        "copies": Command(environment, "ar", folder / "copies", model, processes=2, **options),
+        "copies": command("copies"),
         "zero 2": spread("zero2", zero_stage=2),
         "zero 3": spread("zero3", gradient_checkpointing=True),
         "bf16": spread("bf16", mixed_precision="bf16"),
@@ -113,10 +96,9 @@ def runs(tmp_path_factory, environment):  # noqa: F811
     runs["zero 3"].finished()
     shutil.copytree(folder / "zero3", folder / "resumed")
     runs["resumed"] = spread("resumed", resume_from_checkpoint="checkpoint-8").run()
-    adapted = options | {"init_from": folder / "zero3", "lora_rank": 4, "max_train_steps": 6}
-    runs["adapted copies"] = Command(environment, "ar", folder / "adapted_copies", processes=2, **adapted).run()
-    adapter = SpreadCommand(environment, folder / "runner.py", "ar", folder / "adapted", **adapted)
-    runs["adapted"] = adapter.run()
+    adapted = {"init_from": folder / "zero3", "lora_rank": 4, "max_train_steps": 6, "model": None}
+    runs["adapted copies"] = command("adapted_copies", **adapted).run()
+    runs["adapted"] = spread("adapted", **adapted).run()
     return runs
 
 
@@ -146,7 +128,7 @@ def test_half_precision(runs):
 
 def test_gradients_that_are_not_finite_stop_the_run(runs):
     poisoned = runs["poisoned"]
-    assert poisoned.result.returncode != 0 and "the gradient is not finite at step 1" in poisoned.result.stderr
+    assert poisoned.exitcode != 0 and "the gradient is not finite at step 1" in poisoned.said()
     assert not list(poisoned.folder.glob("checkpoints/*")) and not (poisoned.folder / "model_index.json").exists()
 
 

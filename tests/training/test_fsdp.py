@@ -14,18 +14,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from dar_hf import DARPipeline
 
+from .commands import COMMON, NO_DROPOUT, TRANSFORMER_MODEL, Command, assert_same_curve, assert_same_weights, together
 from .helpers import tiny_tokenizer
-from .test_trajectories import (
-    COMMON,
-    NO_DROPOUT,
-    TRAIN,
-    TRANSFORMER_MODEL,
-    Command,
-    assert_same_curve,
-    assert_same_weights,
-    environment,  # noqa: F401 (a fixture)
-    together,
-)
 
 pytestmark = pytest.mark.slow
 
@@ -50,29 +40,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def fsdp_environment(environment: dict[str, str], mixed_precision: str) -> dict[str, str]:  # noqa: F811
+def fsdp_environment(environment: dict[str, str], mixed_precision: str) -> dict[str, str]:
     """What `accelerate launch` makes of the configuration that comes with the examples."""
     options = ["--config_file", str(CONFIG), "--num_processes", "2", "--mixed_precision", mixed_precision, "train.py"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(options))
     return prepare_multi_gpu_env(args) | environment
 
 
-class SpreadCommand(Command):
-    """The command on two CPU processes, under FSDP."""
-
-    def __init__(self, environment, runner, *args, mixed_precision="no", **options):  # noqa: F811
-        super().__init__(
-            fsdp_environment(environment, mixed_precision),
-            *args,
-            processes=2,
-            mixed_precision=mixed_precision,
-            **options,
-        )
-        self.line.insert(self.line.index(str(TRAIN)), str(runner))
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, environment):  # noqa: F811
+def runs(tmp_path_factory, environment):
     folder = tmp_path_factory.mktemp("fsdp")
     (folder / "runner.py").write_text(RUNNER)
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
@@ -80,16 +56,20 @@ def runs(tmp_path_factory, environment):  # noqa: F811
     options |= {"ema_decay": 0}
     model = TRANSFORMER_MODEL | NO_DROPOUT
 
-    def spread(name, **changes):
-        return SpreadCommand(environment, folder / "runner.py", "ar", folder / name, model, **options | changes)
+    def command(name, environment=environment, **changes):
+        return Command(environment, "ar", folder / name, model, processes=2, **options | changes)
+
+    def spread(name, mixed_precision="no", **changes):
+        changes |= {"runner": folder / "runner.py", "mixed_precision": mixed_precision}
+        return command(name, fsdp_environment(environment, mixed_precision), **changes)
 
     runs = {
-        "copies": Command(environment, "ar", folder / "copies", model, processes=2, **options),
+        "copies": command("copies"),
         "spread": spread("spread"),
         "bf16": spread("bf16", mixed_precision="bf16"),
         "compiled": spread("compiled", torch_compile=True, gradient_checkpointing=True),
     }
-    together(*(run.run for run in runs.values()))
+    together(*runs.values())
     runs["spread"].finished()
     shutil.copytree(folder / "spread", folder / "resumed")
     runs["resumed"] = spread("resumed", resume_from_checkpoint="checkpoint-8").run()

@@ -10,9 +10,9 @@ import torch
 
 from dar_hf import DARPipeline
 
+from .commands import TRAIN
 from .helpers import OPEN_GATES, TINY_TOKENIZER, TINY_TRANSFORMER, overrides
 from .test_fsdp import CONFIG
-from .test_trajectories import TRAIN
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

@@ -19,7 +19,6 @@ from dar_hf.training.loop import TrainingLoop, make_accelerator
 from dar_hf.training.sharding import check_layout, configure_deepspeed, gather_into
 
 from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_args
-from .test_trajectories import free_port
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 
@@ -77,15 +76,7 @@ def test_two_processes_gather_what_they_trained(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     source = str(Path(__file__).parents[2] / "src")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": source}
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*launch, str(tmp_path / "script.py"), str(tmp_path / "model")],
         env=environment,

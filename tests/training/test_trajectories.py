@@ -1,153 +1,48 @@
 """The real command, in processes of its own: layouts, kills and resumes, two processes, and what errors look like."""
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
 from dar_hf.metrics.lpips import LPIPSNetwork
 from dar_hf.metrics.weights import write_weights
 
-from .helpers import overrides
+from .commands import (
+    COMMON,
+    NO_DROPOUT,
+    TIMEOUT,
+    TOKENIZER_MODEL,
+    TRANSFORMER_MODEL,
+    Command,
+    assert_same_curve,
+    assert_same_weights,
+    together,
+)
 
 pytestmark = pytest.mark.slow
 
-TRAIN = Path(__file__).parents[2] / "examples" / "train.py"
-TIMEOUT = 600  # against hangs, not a measure of speed
-
-TOKENIZER_MODEL = {
-    "encoder_dim": 64,
-    "decoder_dim": 64,
-    "diffusion_dim": 64,
-    "attention_head_dim": 32,
-    "num_encoder_layers": 1,
-    "num_decoder_layers": 1,
-    "diffusion_depth": 1,
-    "codebook_size": 8,  # so few that the latents kept for k-means are trimmed
-}
-TRANSFORMER_MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-NO_DROPOUT = {"resid_dropout": 0, "ffn_dropout": 0, "token_dropout": 0}  # class dropout stays: it is per sample
-
-COMMON = {
-    "preset": "digits",
-    "max_train_samples": 50,  # not a multiple of the batch: epochs end inside steps
-    "max_validation_samples": 6,
-    "max_train_steps": 24,
-    "train_batch_size": 8,
-    "warmup_steps": 4,
-    "decay_fraction": 0.25,
-    "adam_epsilon": 1e-6,
-    "ema_decay": 0.9,
-    "logging_steps": 1,
-    "checkpointing_steps": 4,
-    "checkpoints_total_limit": 10,
-    "validation_steps": 0,
-    "mixed_precision": "no",
-}
 # warm-up without quantizing, k-means, revival of dead codes, and then a stretch without
 TOKENIZER = COMMON | {"continuous_steps": 10, "revive_every": 2, "revive_until": 0.8}
 ACCUMULATED = {"train_batch_size": 1, "gradient_accumulation_steps": 8}
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("cache"))
-    changes = {
-        "HF_HOME": cache,
-        "HF_DATASETS_CACHE": cache,
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    return os.environ | changes
+class Runs:
+    """Runs by name; getting one that failed shows what it said. ``killed``: how one ended, and its last checkpoint."""
 
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-class Command:
-    """Runs the command; ``history`` and ``weights`` are what it left behind."""
-
-    timeout = TIMEOUT
-
-    def __init__(self, environment, stage, folder, model=None, processes=1, **options):
-        self.environment, self.folder = environment, Path(folder)
-        options = options | {"output_dir": folder} | ({"model_overrides": overrides(model)} if model else {})
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-        self.line = [sys.executable, *(launcher if processes == 2 else []), str(TRAIN), stage]
-        for name, value in options.items():
-            self.line += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-
-    def run(self):
-        process = subprocess.Popen(
-            self.line, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        try:
-            output, error = process.communicate(timeout=self.timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its workers, which a kill would leave behind
-            output, error = process.communicate()
-            error += f"\nstopped after {self.timeout} seconds"
-        self.result = subprocess.CompletedProcess(self.line, process.returncode, output, error)
-        return self
-
-    def run_until_killed(self, trace):
-        """Kill without warning as soon as ``trace`` exists in the folder."""
-        process = subprocess.Popen(
-            self.line, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + TIMEOUT
-        while process.poll() is None and time.monotonic() < deadline and not (self.folder / trace).exists():
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        self.result = process
-        return self
-
-    def finished(self):
-        assert self.result.returncode == 0, self.result.stderr[-3000:]
-        return self
-
-    def history(self):
-        lines = map(json.loads, (self.folder / "history.jsonl").read_text().splitlines())
-        return {line["step"]: line for line in lines if "grad_norm" in line}
-
-    def weights(self, checkpoint=None):
-        if checkpoint:
-            return load_file(self.folder / "checkpoints" / checkpoint / "model.safetensors")
-        (file,) = (self.folder / part for part in ("transformer", ".") if list((self.folder / part).glob("*.saf*")))
-        return load_file(next(file.glob("*.safetensors")))
-
-
-def together(*jobs):
-    """Run jobs side by side, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return [future.result() for future in [pool.submit(job) for job in jobs]]
-
-
-class Runs(dict):
-    """Commands by name; getting one that failed shows what it said."""
+    def __init__(self, commands, killed):
+        self.commands, self.killed = commands, killed
 
     def __getitem__(self, name):
-        return super().__getitem__(name).finished()
+        return self.commands[name].finished()
 
 
 def all_runs(environment, folder, stage, layouts, resumable):
@@ -157,29 +52,25 @@ def all_runs(environment, folder, stage, layouts, resumable):
         model, options = options
         return Command(environment, stage, folder / name, model, **options | changes)
 
-    shared = layouts == resumable
-    jobs = {
+    commands = {
         "whole": command("whole", layouts),
         "accumulated": command("accumulated", layouts, **ACCUMULATED),
         "two processes": command("two", layouts, processes=2, train_batch_size=4),
     }
-    if not shared:
-        jobs["uninterrupted"] = command("uninterrupted", resumable)
-    killed = command("killed", resumable)
-    together(*(job.run for job in jobs.values()), lambda: killed.run_until_killed("checkpoints/checkpoint-8"))
-    runs = Runs(jobs)
-    if shared:
-        dict.__setitem__(runs, "uninterrupted", jobs["whole"])
-    dict.__setitem__(runs, "killed", killed)
+    if layouts != resumable:
+        commands["uninterrupted"] = command("uninterrupted", resumable)
+    killed = command("killed", resumable, kill_at="checkpoints/checkpoint-8")
+    together(*commands.values(), killed)
+    killed_at = max(int(path.name[11:]) for path in (folder / "killed/checkpoints").glob("checkpoint-*"))
+    uninterrupted = commands.setdefault("uninterrupted", commands["whole"])
     # out of the first phase after the kill, and out of a later one on a copy
-    shutil.copytree(folder / "uninterrupted" if not shared else folder / "whole", folder / "later")
-    options = {"resume_from_checkpoint": "latest"}
-    later = {"resume_from_checkpoint": "checkpoint-16"}
-    dict.__setitem__(runs, "resumed", command("killed", resumable, **options))
-    dict.__setitem__(runs, "resumed later", command("later", resumable, **later))
-    runs.killed_at = max((int(path.name[11:]) for path in (folder / "killed/checkpoints").glob("c*")), default=None)
-    together(dict.__getitem__(runs, "resumed").run, dict.__getitem__(runs, "resumed later").run)
-    return runs
+    shutil.copytree(uninterrupted.folder, folder / "later")
+    resumed = {
+        "resumed": command("killed", resumable, resume_from_checkpoint="latest"),
+        "resumed later": command("later", resumable, resume_from_checkpoint="checkpoint-16"),
+    }
+    together(*resumed.values())
+    return Runs(commands | resumed, (killed.exitcode, killed_at))
 
 
 @pytest.fixture(scope="module")
@@ -202,25 +93,10 @@ def streamed_runs(tmp_path_factory, environment):
     return all_runs(environment, tmp_path_factory.mktemp("streamed"), "tokenizer", options, options)
 
 
-@pytest.fixture(params=["tokenizer", "ar", "streamed"])
+# the runs of stage 2 need those of stage 1; a process of their own for the others (tests/conftest.py)
+@pytest.fixture(params=["tokenizer", "ar", pytest.param("streamed", marks=pytest.mark.xdist_group("streamed"))])
 def runs(request):
     return request.getfixturevalue(f"{request.param}_runs")
-
-
-def assert_same_curve(first, second, tolerance, exactly=("step", "lr")):
-    assert first.keys() == second.keys()
-    for step in sorted(first):
-        names = [name for name in first[step] if name.startswith("loss/") or name == "grad_norm"]
-        assert len(names) > 2
-        for name in names:
-            assert second[step][name] == pytest.approx(first[step][name], abs=tolerance, rel=tolerance), (step, name)
-        assert all(first[step][name] == second[step][name] for name in exactly)
-
-
-def assert_same_weights(first, second, tolerance):
-    assert first.keys() == second.keys()
-    worst = {name: (first[name] - second[name]).abs().max().item() for name in first}
-    assert max(worst.values()) <= tolerance, max(worst.items(), key=lambda item: item[1])
 
 
 def test_the_loss_goes_down(runs):
@@ -244,9 +120,9 @@ def test_two_processes_of_four_are_one_of_eight(runs):
 
 
 def test_a_killed_run_left_complete_checkpoints_and_no_model(runs):
-    killed = dict.__getitem__(runs, "killed")
-    assert killed.result.returncode == -signal.SIGKILL
-    assert runs.killed_at in (8, 12, 16)
+    exitcode, last_checkpoint = runs.killed
+    assert exitcode == -signal.SIGKILL
+    assert last_checkpoint in (8, 12, 16)
 
 
 @pytest.mark.parametrize("name", ["resumed", "resumed later"])
@@ -296,10 +172,10 @@ def test_the_pipeline_generates_in_a_fresh_process(ar_runs, environment, tmp_pat
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_ends_the_command_with_a_checkpoint(environment, tmp_path, processes):
     options = TOKENIZER | {"max_train_steps": 5000, "checkpointing_steps": 0}
-    command = Command(environment, "tokenizer", tmp_path / "run", TOKENIZER_MODEL, processes=processes, **options)
-    process = subprocess.Popen(
-        command.line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = Command(environment, "tokenizer", tmp_path / "run", TOKENIZER_MODEL, **options)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    line = [sys.executable, *launcher, *command.line]
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline, history = time.monotonic() + TIMEOUT, tmp_path / "run" / "history.jsonl"
     while time.monotonic() < deadline and not (history.is_file() and history.stat().st_size):
         time.sleep(0.05)
@@ -311,13 +187,14 @@ def test_sigterm_ends_the_command_with_a_checkpoint(environment, tmp_path, proce
     assert process.returncode == 128 + signal.SIGTERM if processes == 1 else process.returncode != 0
 
 
+@pytest.mark.xdist_group("compiled")
 def test_a_compiled_run_is_the_plain_one(environment, tmp_path):
     options = TOKENIZER | {"max_train_steps": 12, "checkpointing_steps": 6}
     plain, compiled = (
         Command(environment, "tokenizer", tmp_path / str(compiled), TOKENIZER_MODEL, **options, torch_compile=compiled)
         for compiled in (False, True)
     )
-    together(plain.run, compiled.run)
+    together(plain, compiled)
     assert_same_curve(plain.finished().history(), compiled.finished().history(), 1e-4)
     assert_same_weights(plain.weights(), compiled.weights(), 1e-4)
     assert_same_weights(plain.weights("checkpoint-6"), compiled.weights("checkpoint-6"), 1e-4)
@@ -359,7 +236,7 @@ def test_the_full_recipe_does_not_depend_on_the_layout(environment, tmp_path, fu
         name: Command(environment, "tokenizer", tmp_path / name, model, **options | changes)
         for name, changes in layouts.items()
     }
-    together(*(command.run for command in runs.values()))
+    together(*runs.values())
     whole = runs["whole"].finished()
     assert {"loss/perceptual", "loss/repa", "loss/adversarial", "loss/discriminator"} <= whole.history()[8].keys()
     for name in ("accumulated", "two"):
@@ -371,11 +248,13 @@ def test_the_full_recipe_does_not_depend_on_the_layout(environment, tmp_path, fu
 
 
 def test_a_mistake_ends_with_code_two_and_one_line_and_leaves_the_folder_as_it_was(environment, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
-    result = Command(environment, "tokenizer", tmp_path, preset="digits").run().result
-    said = [line for line in result.stderr.splitlines() if line.strip()]
-    assert result.returncode == 2, result.stderr[-2000:]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    command = Command(environment, "tokenizer", folder, preset="digits").run()
+    said = [line for line in command.said().splitlines() if line.strip()]
+    assert command.exitcode == 2, said
     assert len(said) == 1 and said[0].startswith("train.py: "), said
     assert "holds a AutoencoderKL, not a DARTokenizer" in said[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    assert "AutoencoderKL" in (tmp_path / "config.json").read_text()
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert "AutoencoderKL" in (folder / "config.json").read_text()

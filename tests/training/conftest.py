@@ -1,0 +1,23 @@
+import os
+
+import pytest
+
+from .commands import start_fork_server
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """That of the commands, which find no GPU, no Hub and no cache of the user's."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    changes = {
+        "HF_HOME": cache,
+        "HF_DATASETS_CACHE": cache,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment = os.environ | changes
+    start_fork_server(environment)
+    return environment
