@@ -63,29 +63,26 @@ def start_fork_server(environment: dict[str, str]) -> None:
         first.join()
 
 
-def run_here(line: list[str], environment: dict[str, str], folder: Path) -> None:
-    """In a forked process: be ``python *line``, in this environment, with what it says in files beside the folder."""
+def run_here(line: list[str], environment: dict[str, str], log: str) -> None:
+    """In a forked process: be ``python *line``, in this environment, with what it says in files."""
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.argv = line
     runpy.run_path(line[0], run_name="__main__")
 
 
-class Command:
-    """A run of the command; ``history`` and ``weights`` are what it left behind.
+class Script:
+    """A run of ``python *line``, by as many ``processes`` as torchrun would start.
 
-    ``processes``: how many share the training, as torchrun would start them. ``runner``: a script that is given the
-    command as its arguments. ``kill_at``: once this exists in the folder, the run is killed without warning.
+    ``log``: a path to which what it says is written, with the endings .stdout and .stderr. ``kill_at``: once this path
+    exists, the run is killed without warning.
     """
 
-    def __init__(self, environment, stage, folder, model=None, processes=1, runner=None, kill_at=None, **options):
-        self.environment, self.folder, self.processes, self.kill_at = environment, Path(folder), processes, kill_at
-        options = options | {"output_dir": folder} | ({"model_overrides": overrides(model)} if model else {})
-        self.line = [*([str(runner)] if runner else []), str(TRAIN), stage]
-        for name, value in options.items():
-            self.line += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    def __init__(self, line, environment, log, processes=1, kill_at=None):
+        self.line, self.environment, self.log = list(map(str, line)), environment, str(log)
+        self.processes, self.kill_at = processes, kill_at
 
     def start(self):
         self.deadline, self.started = time.monotonic() + TIMEOUT, []
@@ -93,7 +90,7 @@ class Command:
         world |= {name: str(self.processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         for rank in map(str, range(self.processes)):
             variables = world | {"RANK": rank, "LOCAL_RANK": rank} if self.processes > 1 else {}
-            process = FORK_SERVER.Process(target=run_here, args=(self.line, self.environment | variables, self.folder))
+            process = FORK_SERVER.Process(target=run_here, args=(self.line, self.environment | variables, self.log))
             process.start()
             self.started.append(process)
         return self
@@ -105,7 +102,7 @@ class Command:
             return True
         if any(codes):  # the others fail, too, as soon as they wait for this one
             self.deadline = min(self.deadline, time.monotonic() + 60)
-        if time.monotonic() > self.deadline or (self.kill_at and (self.folder / self.kill_at).exists()):
+        if time.monotonic() > self.deadline or (self.kill_at and self.kill_at.exists()):
             for process in self.started:
                 process.kill()
         return False
@@ -120,11 +117,26 @@ class Command:
         return next((process.exitcode for process in self.started if process.exitcode), 0)
 
     def said(self, name="stderr"):
-        return Path(f"{self.folder}.{name}").read_text()
+        return Path(f"{self.log}.{name}").read_text()
 
     def finished(self):
         assert self.exitcode == 0, self.said()[-3000:]
         return self
+
+
+class Command(Script):
+    """A run of the command; ``history`` and ``weights`` are what it left in the folder.
+
+    ``runner``: a script that is given the command as its arguments. ``kill_at``: a file of the folder.
+    """
+
+    def __init__(self, environment, stage, folder, model=None, processes=1, runner=None, kill_at=None, **options):
+        self.folder = Path(folder)
+        options = options | {"output_dir": folder} | ({"model_overrides": overrides(model)} if model else {})
+        line = [*([runner] if runner else []), TRAIN, stage]
+        for name, value in options.items():
+            line += [f"--{name}", *(value if isinstance(value, list) else [value])]
+        super().__init__(line, environment, folder, processes, kill_at and self.folder / kill_at)
 
     def history(self):
         lines = map(json.loads, (self.folder / "history.jsonl").read_text().splitlines())

@@ -1,9 +1,6 @@
 """Gathering parameters that torch's fully_shard has spread over two processes."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +15,7 @@ from dar_hf import DARPipeline
 from dar_hf.training.loop import TrainingLoop, make_accelerator
 from dar_hf.training.sharding import check_layout, configure_deepspeed, gather_into
 
+from .commands import Script
 from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_args
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
@@ -72,20 +70,11 @@ os._exit(0)  # gloo's threads can outlive their groups, and abort an interpreter
 """
 
 
-def test_two_processes_gather_what_they_trained(tmp_path):
+def test_two_processes_gather_what_they_trained(environment, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    source = str(Path(__file__).parents[2] / "src")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": source}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*launch, str(tmp_path / "script.py"), str(tmp_path / "model")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "gathered" in result.stdout
+    line = [tmp_path / "script.py", tmp_path / "model"]
+    script = Script(line, environment, tmp_path / "script", processes=2).run().finished()
+    assert "gathered" in script.said("stdout")
 
 
 def test_plain_parameters_are_copied():
