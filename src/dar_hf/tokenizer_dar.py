@@ -589,6 +589,17 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             "attention_mask": self._cached(("encoder mask", height, width, device), mask),
         }
 
+    def make_tables(self) -> None:
+        """Make the rotary tables and masks for images of `image_size` on the model's device.
+
+        They are made when first needed; but ``torch.compile`` compiles code that made them a second time, when it
+        finds them there.
+        """
+        (height, width), config = self.image_size, self.config
+        self._encoder_tables(height // config.encoder_patch_size, width // config.encoder_patch_size, self.device)
+        self._rotary(height // config.diffusion_patch_size, width // config.diffusion_patch_size, self.device)
+        self._causal_mask(0, config.num_tokens, self.device)
+
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError for an image size in pixels that this tokenizer does not take."""
         expected = self.image_size

@@ -12,6 +12,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 from dar_hf import DARConfig, DARPipeline, DARTokenizer
 from dar_hf.pictures import read_history
@@ -56,6 +57,21 @@ def run_steps(stage, args, count):
     for step in range(count):
         lines.append(loop._step(step, [next(batches) for _ in range(args.gradient_accumulation_steps)]))
     return loop, lines
+
+
+# Compiled
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "ar"])
+def test_a_model_is_compiled_once_and_whole(tmp_path, tokenizer, name):
+    stage, args = stage_of(name, tmp_path / "run", tokenizer)
+    loop = TrainingLoop(stage, args, make_accelerator(args))
+    counter, batches = CompileCounter(), loop._batches()
+    loop.model = torch.compile(loop.model, backend=counter)
+    stage.model.train()
+    for step in range(3):
+        loop._step(step, [next(batches)])
+    assert counter.frame_count == 1
 
 
 # Every parameter learns

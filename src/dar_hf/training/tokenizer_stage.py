@@ -223,6 +223,7 @@ class TokenizerStage(Stage):
 
     def prepare(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        self.model.make_tables()
         for network in self._frozen:
             network.to(accelerator.device)
 
