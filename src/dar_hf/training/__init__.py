@@ -1,7 +1,8 @@
 """Training of both stages: one loop (`loop.train`), two stages that bring model, batch and losses."""
 
 from .ar_stage import ARArguments, ARStage
-from .loop import LoopArguments, train
+from .arguments import LoopArguments
+from .loop import train
 from .losses import LossTerm
 from .tokenizer_stage import TokenizerArguments, TokenizerStage
 

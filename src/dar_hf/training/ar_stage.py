@@ -16,8 +16,8 @@ from ..pictures import image_grid
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
+from .arguments import LoopArguments, option
 from .codes import ENCODE_BATCH, CodeSamples, encode_all, tokenizer_fingerprint
-from .loop import LoopArguments, _option
 from .losses import LossTerm, cross_entropy_sum
 from .stage import Stage
 
@@ -30,13 +30,13 @@ SAMPLE_COLUMNS = 8
 class ARArguments(LoopArguments):
     """Options of stage 2."""
 
-    tokenizer: str = _option("", "folder or Hub id of the trained tokenizer")
-    codes: str | None = _option(None, "codes made by extract_codes.py, a folder or Hub id, instead of training images")
-    cache_codes: bool = _option(False, "encode the whole set once, before training: for small sets")
-    lora_rank: int = _option(0, "train only low-rank adapters of this rank, which are merged at the end; 0 for all")
-    lora_alpha: int | None = _option(None, "scale of the adapters times their rank; default the rank")
-    guidance_scale: list[float] | None = _option(None, "default guidance saved with the model: one scale, or two ends")
-    solver_order: int = _option(2, "solver saved with the pipeline: 2 is the original's Adams-Bashforth, 1 Euler")
+    tokenizer: str = option("", "folder or Hub id of the trained tokenizer")
+    codes: str | None = option(None, "codes made by extract_codes.py, a folder or Hub id, instead of training images")
+    cache_codes: bool = option(False, "encode the whole set once, before training: for small sets")
+    lora_rank: int = option(0, "train only low-rank adapters of this rank, which are merged at the end; 0 for all")
+    lora_alpha: int | None = option(None, "scale of the adapters times their rank; default the rank")
+    guidance_scale: list[float] | None = option(None, "default guidance saved with the model: one scale, or two ends")
+    solver_order: int = option(2, "solver saved with the pipeline: 2 is the original's Adams-Bashforth, 1 Euler")
 
     def __post_init__(self):
         super().__post_init__()

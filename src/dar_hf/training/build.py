@@ -17,8 +17,8 @@ from ..modeling_dar import DARForCausalLM
 from ..presets import get_preset, parse_options
 from ..tokenizer_dar import SHORT_SEQUENCE, DARTokenizer
 from .ar_stage import ARArguments, ARStage
+from .arguments import LoopArguments
 from .codes import CodeSamples, load_codes, stored_samples
-from .loop import LoopArguments
 from .tokenizer_stage import TokenizerArguments, TokenizerStage
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from ..files import write_json, write_text
 from ..hub import advice, prepare_repository, push_card
 from ..hub.blocks import stamp as stamp_card
 from ..tokenizer_dar import DARTokenizer
-from .loop import _option
+from .arguments import option
 
 STAMP_FILE = "codes.json"
 UNFINISHED_FILE = "extraction.json"  # the stamp of a set whose shards are not all there
@@ -207,20 +207,20 @@ def make_stamp(tokenizer: DARTokenizer, transform: ImageTransform) -> dict[str, 
 class ExtractArguments:
     """Options of examples/extract_codes.py."""
 
-    tokenizer: str = _option("", "folder or Hub id of the trained tokenizer, or of a pipeline's tokenizer folder")
-    dataset_name: str = _option("", "digits, a folder of images or parquet files, a parquet file, or a Hub id")
-    output_dir: str = _option("outputs/codes", "folder for the codes; an unfinished one is continued")
-    split: str = _option("train", "split to encode")
-    dataset_config_name: str | None = _option(None, "configuration of a Hub data set")
-    image_column: str = _option("image", "column with the images")
-    label_column: str = _option("label", "column with the classes")
-    crop: str = _option("ten", "center or ten")
-    flip: bool = _option(False, "also the mirrored images; the ten crops hold them in any case")
-    batch_size: int = _option(128, "images per forward pass")
-    shard_size: int = _option(8192, "images per shard; an interrupted extraction repeats at most one of each process")
-    push_to_hub: bool = _option(False, "upload the finished set")
-    hub_dataset_id: str | None = _option(None, "repository to upload to; default the name of output_dir")
-    hub_private_repo: bool = _option(False, "create that repository as a private one")
+    tokenizer: str = option("", "folder or Hub id of the trained tokenizer, or of a pipeline's tokenizer folder")
+    dataset_name: str = option("", "digits, a folder of images or parquet files, a parquet file, or a Hub id")
+    output_dir: str = option("outputs/codes", "folder for the codes; an unfinished one is continued")
+    split: str = option("train", "split to encode")
+    dataset_config_name: str | None = option(None, "configuration of a Hub data set")
+    image_column: str = option("image", "column with the images")
+    label_column: str = option("label", "column with the classes")
+    crop: str = option("ten", "center or ten")
+    flip: bool = option(False, "also the mirrored images; the ten crops hold them in any case")
+    batch_size: int = option(128, "images per forward pass")
+    shard_size: int = option(8192, "images per shard; an interrupted extraction repeats at most one of each process")
+    push_to_hub: bool = option(False, "upload the finished set")
+    hub_dataset_id: str | None = option(None, "repository to upload to; default the name of output_dir")
+    hub_private_repo: bool = option(False, "create that repository as a private one")
 
     def __post_init__(self):
         for name in ("tokenizer", "dataset_name"):

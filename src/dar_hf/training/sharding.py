@@ -1,9 +1,5 @@
 """Models whose parameters are spread over processes, by FSDP or DeepSpeed: which may be, and whole copies of them."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -11,8 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
 
-if TYPE_CHECKING:
-    from .loop import LoopArguments
+from .arguments import LoopArguments
 
 
 def check_layout(args: LoopArguments, kind: DistributedType, is_fsdp2: bool) -> None:

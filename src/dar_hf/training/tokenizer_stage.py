@@ -24,8 +24,8 @@ from ..metrics.lpips import MIN_SIZE, load_lpips
 from ..pictures import image_grid, interleave_rows
 from ..tokenizer_dar import NUM_REPA_ROWS, DARTokenizer, DARTokenizerOutput
 from .adversary import Adversary, PatchDiscriminator, discriminator_sum, generator_sum
+from .arguments import LoopArguments, option
 from .codebook import CodebookKeeper
-from .loop import LoopArguments, _option
 from .losses import LossTerm, codebook_sum, commitment_sum, flow_matching_sum, perceptual_sum
 from .repa import load_teacher, repa_grid, repa_sum
 from .stage import Stage
@@ -43,26 +43,26 @@ class TokenizerArguments(LoopArguments):
 
     can_be_sharded: ClassVar[bool] = False
 
-    encoder_learning_rate: float | None = _option(None, "peak rate of the encoder, if another than the decoder's")
-    vq_weight: float = _option(1.0, "weight of the codebook loss")
-    commit_weight: float = _option(1.0, "weight of the commitment loss (its own 0.25 comes on top)")
-    perceptual_weight: float = _option(0.0, "weight of LPIPS between the image and its jump estimate")
-    lpips_weights: str | None = _option(None, "converted weights of LPIPS: a file, a folder or a Hub repository")
-    repa_weight: float = _option(0.0, "weight of REPA, which pulls features of the denoiser towards repa_model's")
-    repa_model: str = _option("facebook/dinov2-base", "folder or Hub id of REPA's image encoder")
-    discriminator_weight: float = _option(0.0, "weight of the PatchGAN discriminator's verdict; 0 for none")
-    discriminator_start: int = _option(0, "steps before the discriminator trains and counts")
-    discriminator_layers: int = _option(3, "convolutions of stride 2 of the discriminator")
-    discriminator_width: int = _option(128, "channels after the discriminator's first layer")
-    discriminator_learning_rate: float | None = _option(None, "peak rate of the discriminator, if another")
-    gate_start: float = _option(0.0, "start value of the block gates")
-    modulation_std: float = _option(0.0, "start deviation of the denoiser's adaLN layers")
-    output_std: float = _option(0.0, "start deviation of the denoiser's output layer")
-    post_quant_std: float = _option(0.0, "start deviation of the projection after the quantizer; 0 for torch's own")
-    continuous_steps: int = _option(0, "steps without quantizing at the start, then a k-means start of the codebook")
-    group_dropout: float = _option(0.0, "share of steps that see the codes before their group's, but not its own")
-    revive_every: int = _option(0, "move codes unused for this many steps; 0 for never")
-    revive_until: float = _option(0.8, "share of the run after which codes are left alone")
+    encoder_learning_rate: float | None = option(None, "peak rate of the encoder, if another than the decoder's")
+    vq_weight: float = option(1.0, "weight of the codebook loss")
+    commit_weight: float = option(1.0, "weight of the commitment loss (its own 0.25 comes on top)")
+    perceptual_weight: float = option(0.0, "weight of LPIPS between the image and its jump estimate")
+    lpips_weights: str | None = option(None, "converted weights of LPIPS: a file, a folder or a Hub repository")
+    repa_weight: float = option(0.0, "weight of REPA, which pulls features of the denoiser towards repa_model's")
+    repa_model: str = option("facebook/dinov2-base", "folder or Hub id of REPA's image encoder")
+    discriminator_weight: float = option(0.0, "weight of the PatchGAN discriminator's verdict; 0 for none")
+    discriminator_start: int = option(0, "steps before the discriminator trains and counts")
+    discriminator_layers: int = option(3, "convolutions of stride 2 of the discriminator")
+    discriminator_width: int = option(128, "channels after the discriminator's first layer")
+    discriminator_learning_rate: float | None = option(None, "peak rate of the discriminator, if another")
+    gate_start: float = option(0.0, "start value of the block gates")
+    modulation_std: float = option(0.0, "start deviation of the denoiser's adaLN layers")
+    output_std: float = option(0.0, "start deviation of the denoiser's output layer")
+    post_quant_std: float = option(0.0, "start deviation of the projection after the quantizer; 0 for torch's own")
+    continuous_steps: int = option(0, "steps without quantizing at the start, then a k-means start of the codebook")
+    group_dropout: float = option(0.0, "share of steps that see the codes before their group's, but not its own")
+    revive_every: int = option(0, "move codes unused for this many steps; 0 for never")
+    revive_until: float = option(0.8, "share of the run after which codes are left alone")
 
     def __post_init__(self):
         super().__post_init__()
