@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config, items):
         # trainings that tests share are fixtures of their module: each is to happen in one process only
         if "slow" in item.keywords and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-    if hasattr(config, "workerinput"):  # the longest first, so that no process waits for another at the end
+    if hasattr(config, "workerinput"):  # of equally many tests, the long ones first: no process is to wait at the end
         items.sort(key=lambda item: "slow" not in item.keywords)
 
 

@@ -592,8 +592,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     def make_tables(self) -> None:
         """Make the rotary tables and masks for images of `image_size` on the model's device.
 
-        They are made when first needed; but ``torch.compile`` compiles code that made them a second time, when it
-        finds them there.
+        They are made when first needed; but ``torch.compile`` compiles code that made them once more, now that they
+        are there.
         """
         (height, width), config = self.image_size, self.config
         self._encoder_tables(height // config.encoder_patch_size, width // config.encoder_patch_size, self.device)

@@ -1,7 +1,8 @@
 """The training command in processes of its own, run by run, and what runs that should agree are compared by.
 
 Most of the time of a short run is the import of its libraries. So processes are forked from one that has imported them
-(multiprocessing's fork server); what they do from there on is what ``python examples/train.py`` does.
+(multiprocessing's fork server); from there on they do what ``python examples/train.py`` does, up to the interpreter's
+end, which they skip. `test_trajectories.py` starts the command itself, and torchrun, too.
 """
 
 import json
@@ -61,6 +62,7 @@ def start_fork_server(environment: dict[str, str]) -> None:
         first = FORK_SERVER.Process(target=int)
         first.start()
         first.join()
+    assert first.exitcode == 0
 
 
 def run_here(line: list[str], environment: dict[str, str], log: str) -> None:
@@ -69,6 +71,7 @@ def run_here(line: list[str], environment: dict[str, str], log: str) -> None:
     os.environ.update(environment)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # the server's is not the default
     sys.argv = line
     runpy.run_path(line[0], run_name="__main__")
 
@@ -83,9 +86,10 @@ class Script:
     def __init__(self, line, environment, log, processes=1, kill_at=None):
         self.line, self.environment, self.log = list(map(str, line)), environment, str(log)
         self.processes, self.kill_at = processes, kill_at
+        self.started = []
 
     def start(self):
-        self.deadline, self.started = time.monotonic() + TIMEOUT, []
+        self.deadline = time.monotonic() + TIMEOUT
         world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         world |= {name: str(self.processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         for rank in map(str, range(self.processes)):
@@ -96,16 +100,19 @@ class Script:
         return self
 
     def ended(self):
-        """Whether it has; kills it where it is time to, or where only some of its processes have ended long ago."""
+        """Whether it has; kills it where it is time to, or where one of its processes failed a minute ago."""
         codes = [process.exitcode for process in self.started]
         if None not in codes:
             return True
         if any(codes):  # the others fail, too, as soon as they wait for this one
             self.deadline = min(self.deadline, time.monotonic() + 60)
         if time.monotonic() > self.deadline or (self.kill_at and self.kill_at.exists()):
-            for process in self.started:
-                process.kill()
+            self.kill()
         return False
+
+    def kill(self):
+        for process in self.started:
+            process.kill()
 
     def run(self):
         together(self)
@@ -113,14 +120,14 @@ class Script:
 
     @property
     def exitcode(self):
-        """Of the first process that failed, or else 0."""
+        """Of the process of lowest rank that failed, or else 0."""
         return next((process.exitcode for process in self.started if process.exitcode), 0)
 
     def said(self, name="stderr"):
         return Path(f"{self.log}.{name}").read_text()
 
     def finished(self):
-        assert self.exitcode == 0, self.said()[-3000:]
+        assert self.exitcode == 0, f"exit code {self.exitcode}\n{self.said()[-3000:]}"
         return self
 
 
@@ -158,11 +165,16 @@ def free_port():
 def together(*commands):
     """Run commands side by side, two at a time."""
     waiting, running = list(commands), []
-    while waiting or running:
-        while waiting and len(running) < 2:
-            running.append(waiting.pop(0).start())
-        running = [command for command in running if not command.ended()]
-        time.sleep(0.005)
+    try:
+        while waiting or running:
+            while waiting and len(running) < 2:
+                running.append(waiting.pop(0))
+                running[-1].start()
+            running = [command for command in running if not command.ended()]
+            time.sleep(0.005)
+    finally:  # after an interruption
+        for command in running:
+            command.kill()
 
 
 def assert_same_curve(first, second, tolerance, exactly=("step", "lr")):

@@ -21,7 +21,6 @@ from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 
 SCRIPT = """
-import os
 import sys
 import torch
 import torch.distributed as dist
@@ -65,8 +64,6 @@ if main:
     print("gathered")
 dist.barrier()
 dist.destroy_process_group()
-sys.stdout.flush()
-os._exit(0)  # gloo's threads can outlive their groups, and abort an interpreter that is shutting down
 """
 
 

@@ -66,6 +66,7 @@ def run_steps(stage, args, count):
 def test_a_model_is_compiled_once_and_whole(tmp_path, tokenizer, name):
     stage, args = stage_of(name, tmp_path / "run", tokenizer)
     loop = TrainingLoop(stage, args, make_accelerator(args))
+    torch._dynamo.reset()  # other tests may have compiled the same code
     counter, batches = CompileCounter(), loop._batches()
     loop.model = torch.compile(loop.model, backend=counter)
     stage.model.train()

@@ -61,7 +61,9 @@ def all_runs(environment, folder, stage, layouts, resumable):
         commands["uninterrupted"] = command("uninterrupted", resumable)
     killed = command("killed", resumable, kill_at="checkpoints/checkpoint-8")
     together(*commands.values(), killed)
-    killed_at = max(int(path.name[11:]) for path in (folder / "killed/checkpoints").glob("checkpoint-*"))
+    killed_at = max(
+        (int(path.name[11:]) for path in (folder / "killed/checkpoints").glob("checkpoint-*")), default=None
+    )
     uninterrupted = commands.setdefault("uninterrupted", commands["whole"])
     # out of the first phase after the kill, and out of a later one on a copy
     shutil.copytree(uninterrupted.folder, folder / "later")
@@ -97,6 +99,11 @@ def streamed_runs(tmp_path_factory, environment):
 @pytest.fixture(params=["tokenizer", "ar", pytest.param("streamed", marks=pytest.mark.xdist_group("streamed"))])
 def runs(request):
     return request.getfixturevalue(f"{request.param}_runs")
+
+
+def as_typed(command, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), *command.line]
 
 
 def test_the_loss_goes_down(runs):
@@ -170,11 +177,20 @@ def test_the_pipeline_generates_in_a_fresh_process(ar_runs, environment, tmp_pat
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+def test_the_command_itself_ends_well(environment, tmp_path, processes):
+    options = TOKENIZER | {"max_train_steps": 3, "continuous_steps": 1}
+    command = Command(environment, "tokenizer", tmp_path / "run", TOKENIZER_MODEL, **options)
+    line = as_typed(command, processes)
+    result = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert list(command.history()) == [1, 2, 3] and (command.folder / "config.json").is_file()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_ends_the_command_with_a_checkpoint(environment, tmp_path, processes):
     options = TOKENIZER | {"max_train_steps": 5000, "checkpointing_steps": 0}
     command = Command(environment, "tokenizer", tmp_path / "run", TOKENIZER_MODEL, **options)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-    line = [sys.executable, *launcher, *command.line]
+    line = as_typed(command, processes)
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline, history = time.monotonic() + TIMEOUT, tmp_path / "run" / "history.jsonl"
     while time.monotonic() < deadline and not (history.is_file() and history.stat().st_size):
@@ -251,9 +267,10 @@ def test_a_mistake_ends_with_code_two_and_one_line_and_leaves_the_folder_as_it_w
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
-    command = Command(environment, "tokenizer", folder, preset="digits").run()
-    said = [line for line in command.said().splitlines() if line.strip()]
-    assert command.exitcode == 2, said
+    line = as_typed(Command(environment, "tokenizer", folder, preset="digits"))
+    result = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    said = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 2, said
     assert len(said) == 1 and said[0].startswith("train.py: "), said
     assert "holds a AutoencoderKL, not a DARTokenizer" in said[0]
     assert [path.name for path in folder.iterdir()] == ["config.json"]
