@@ -97,7 +97,6 @@ class Script:
             process = FORK_SERVER.Process(target=run_here, args=(self.line, self.environment | variables, self.log))
             process.start()
             self.started.append(process)
-        return self
 
     def ended(self):
         """Whether it has; kills it where it is time to, or where one of its processes failed a minute ago."""
@@ -113,6 +112,10 @@ class Script:
     def kill(self):
         for process in self.started:
             process.kill()
+
+    def typed(self, *launcher):
+        """The line to start it as a user would."""
+        return [sys.executable, *launcher, *self.line]
 
     def run(self):
         together(self)

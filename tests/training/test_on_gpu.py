@@ -1,17 +1,15 @@
 """Training on a GPU, through the real command: half precision, compiled, and spread by accelerate's FSDP."""
 
-import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from dar_hf import DARPipeline
 
-from .commands import TRAIN
-from .helpers import OPEN_GATES, TINY_TOKENIZER, TINY_TRANSFORMER, overrides
+from .commands import Command
+from .helpers import OPEN_GATES, TINY_TOKENIZER, TINY_TRANSFORMER
 from .test_fsdp import CONFIG
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -31,14 +29,11 @@ HALF = {"mixed_precision": "bf16"}
 
 def train(stage, folder, model, launcher=(), **options):
     """The lines of the history, one for each step."""
-    line = [sys.executable, *launcher, str(TRAIN), stage, "--output_dir", str(folder)]
-    for name, value in (OPTIONS | options).items():
-        line += [f"--{name}", str(value)]
-    line += ["--model_overrides", *overrides(model)]
+    command = Command(os.environ, stage, folder, model, **OPTIONS | options)
+    line = command.typed(*launcher)
     result = subprocess.run(line, env=os.environ, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-3000:]
-    lines = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
-    return list({line["step"]: line for line in lines if "grad_norm" in line}.values())
+    return list(command.history().values())
 
 
 def losses(history, name):
@@ -50,7 +45,7 @@ def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     variants = {"single": {"mixed_precision": "no"}, "half": HALF, "compiled": HALF | {"torch_compile": True}}
     runs = {
-        name: train("tokenizer", folder / name, TINY_TOKENIZER, **variant, **OPEN_GATES)
+        name: train("tokenizer", folder / name, TINY_TOKENIZER, continuous_steps=10, **variant, **OPEN_GATES)
         for name, variant in variants.items()
     }
     return folder, runs

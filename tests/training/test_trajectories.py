@@ -103,7 +103,7 @@ def runs(request):
 
 def as_typed(command, processes=1):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, *(launcher if processes > 1 else []), *command.line]
+    return command.typed(*launcher if processes > 1 else [])
 
 
 def test_the_loss_goes_down(runs):

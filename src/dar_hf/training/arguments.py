@@ -1,13 +1,10 @@
 """The options that both stages share."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-
-def option(default: Any, text: str) -> Any:
-    """A field of a dataclass of options, with its help text."""
-    return field(default=default, metadata={"help": text})
+from ..options import option
 
 
 @dataclass

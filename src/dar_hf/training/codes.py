@@ -24,8 +24,8 @@ from ..data import ImageSamples, ImageTransform, load_images
 from ..files import write_json, write_text
 from ..hub import advice, prepare_repository, push_card
 from ..hub.blocks import stamp as stamp_card
+from ..options import option
 from ..tokenizer_dar import DARTokenizer
-from .arguments import option
 
 STAMP_FILE = "codes.json"
 UNFINISHED_FILE = "extraction.json"  # the stamp of a set whose shards are not all there

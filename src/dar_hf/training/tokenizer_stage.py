@@ -21,10 +21,11 @@ from torch import nn
 from ..data import ImageSamples, SeedFor, StreamedImages, draw_seed, dropped, normal_noise, sample_times
 from ..metrics import codebook_statistics, psnr
 from ..metrics.lpips import MIN_SIZE, load_lpips
+from ..options import option
 from ..pictures import image_grid, interleave_rows
 from ..tokenizer_dar import NUM_REPA_ROWS, DARTokenizer, DARTokenizerOutput
 from .adversary import Adversary, PatchDiscriminator, discriminator_sum, generator_sum
-from .arguments import LoopArguments, option
+from .arguments import LoopArguments
 from .codebook import CodebookKeeper
 from .losses import LossTerm, codebook_sum, commitment_sum, flow_matching_sum, perceptual_sum
 from .repa import load_teacher, repa_grid, repa_sum
