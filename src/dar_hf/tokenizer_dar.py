@@ -1187,6 +1187,11 @@ def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
 _FLAGS = ("low_rank_queries", "share_time_embedding", "adaptive_head", "strict_sample_size")
 _NUMBERS = ("data_std", "time_shift", "rope_theta")
 _OPTIONAL = ("tokens_per_group", "num_inference_steps", "condition_dim", "repa_layer")
+# what an option must be; sizes, all others, are integers
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(_FLAGS, (bool, "True or False")),
+    **dict.fromkeys(_NUMBERS, (Real, "a number")),
+}
 
 
 def _check_kinds(config: Any) -> None:
@@ -1194,15 +1199,10 @@ def _check_kinds(config: Any) -> None:
     for name, value in config.items():
         if name.startswith("_") or name == "sample_size" or (name in _OPTIONAL and value is None):
             continue
-        if name in _FLAGS:
-            kind, fits = "True or False", isinstance(value, bool)
-        elif name in _NUMBERS:
-            kind, fits = "a number", isinstance(value, Real) and not isinstance(value, bool)
-        else:
-            kind, fits = "an integer", isinstance(value, Integral) and not isinstance(value, bool)
-        if not fits:
-            raise ValueError(f"{name} must be {kind}, got {value!r}.")
-        if kind == "an integer" and name not in ("repa_layer", "tokens_per_group") and value < 1:
+        kind, words = _KINDS.get(name, (Integral, "an integer"))
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} must be {words}, got {value!r}.")
+        if kind is Integral and name not in ("repa_layer", "tokens_per_group") and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
