@@ -24,7 +24,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .modeling_dar import DARForCausalLM, GuidanceScale, check_generators, guidance_schedule, sampling_warpers
-from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps
+from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, to_adams_bashforth
 from .tokenizer_dar import DARPreview, DARTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
@@ -125,7 +125,8 @@ class DARPipeline(DiffusionPipeline):
     Args:
         tokenizer: codes to images.
         transformer: class labels to codes; its generation configuration holds the default ``guidance_scale``.
-        scheduler: the tokenizer's solver.
+        scheduler: the tokenizer's solver. Diffusers' flow-matching Euler scheduler becomes ours with its shift and
+            ``solver_order=1``, here and where it is put in its place later; others are refused.
         id2label: class names by id; several names of one class are separated by commas.
 
     Attributes:
@@ -147,6 +148,10 @@ class DARPipeline(DiffusionPipeline):
         id2label: dict | None = None,
     ):
         super().__init__()
+        _check_components(tokenizer, transformer)
+        scheduler = to_adams_bashforth(scheduler)
+        if id2label is not None and not isinstance(id2label, dict):
+            raise ValueError(f"id2label must be a dictionary of names by class id, got {type(id2label).__name__}.")
         for name, ours, theirs in (
             ("codebook_size", tokenizer.config.codebook_size, transformer.config.codebook_size),
             ("number of tokens", tokenizer.config.num_tokens, transformer.config.num_image_tokens),
@@ -175,6 +180,8 @@ class DARPipeline(DiffusionPipeline):
         """
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32
+        if kwargs.get("scheduler") is not None:  # diffusers accepts none but the class that the folder names
+            kwargs["scheduler"] = to_adams_bashforth(kwargs["scheduler"])
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
@@ -276,6 +283,8 @@ class DARPipeline(DiffusionPipeline):
             last = side.last(self._generate(decoding, sampling, side))
         else:
             (last,) = deque(self._generate(decoding, sampling), maxlen=1)
+        if decoding.output_type != "codes":
+            self.tokenizer.check_finite(last.sample)
         output = self._output(decoding, last)  # only the last preview is converted
         return output if return_dict else (output.images,)
 
@@ -321,6 +330,7 @@ class DARPipeline(DiffusionPipeline):
             ValueError: for arguments out of range, before any model runs.
         """
         _check_output(output_type)
+        self._check_scheduler()
         num_steps = self._num_steps(num_inference_steps)
         num_tokens = self._num_tokens(num_tokens, num_steps, output_type)
         pixels = self._pixels("images", images, height, width)
@@ -340,6 +350,8 @@ class DARPipeline(DiffusionPipeline):
             state = step.sample if decoding.output_type == "codes" else step.latents
             images = state.clone()  # the stream goes on with its own
         else:
+            if decoding.output_type != "pt":  # the device is waited for anyway
+                self.tokenizer.check_finite(step.sample)
             images = self.image_processor.postprocess(step.sample, decoding.output_type)
         return DARPipelineOutput(images, step.step, step.num_steps, step.num_tokens)
 
@@ -468,6 +480,7 @@ class DARPipeline(DiffusionPipeline):
         _exclude(prefix_codes=prefix_codes, layout_image=layout_image, image=image)
         _exclude(image=image, latents=latents)  # the noise of image-to-image is drawn
         _check_output(output_type)
+        self._check_scheduler()
         callback_inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         repeats = _positive_int("num_images_per_prompt", num_images_per_prompt)
         labels = self._label_ids(class_labels, repeats)
@@ -496,6 +509,12 @@ class DARPipeline(DiffusionPipeline):
             _Decoding(num_steps, noise, output_type, start_step, callback_on_step_end, callback_inputs),
             _Sampling(labels, num_tokens, prefix_codes, generator=generator, **sampling),
         )
+
+    def _check_scheduler(self) -> None:
+        """Refuse a foreign scheduler that was put in the place of the constructor's, or put ours there."""
+        scheduler = to_adams_bashforth(self.scheduler)
+        if scheduler is not self.scheduler:
+            self.register_modules(scheduler=scheduler)
 
     def _callback_inputs(self, callback: Callable | None, names: list[str] | None) -> list[str]:
         if callback is not None and not callable(callback):
@@ -639,6 +658,16 @@ _STREAM_SIGNATURE = _SIGNATURE.replace(
     return_annotation=Iterator[DARPipelineOutput],
 )
 DARPipeline.stream.__signature__ = _STREAM_SIGNATURE  # type: ignore[attr-defined]  # for help() and editors
+
+
+def _check_components(tokenizer: Any, transformer: Any) -> None:
+    """Refuse what are no models of this package, None among them; by their methods, as adapters wrap them."""
+    for name, model, kind, method in (
+        ("tokenizer", tokenizer, "DARTokenizer", "decode_stream"),
+        ("transformer", transformer, "DARForCausalLM", "stream_codes"),
+    ):
+        if not hasattr(model, method):
+            raise ValueError(f"{name} must be a {kind}, got {type(model).__name__}.")
 
 
 def _exclude(**arguments: Any) -> None:

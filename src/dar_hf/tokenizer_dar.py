@@ -11,8 +11,10 @@ same.
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -28,7 +30,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from .linear_dar import Linear, has_fast_bf16, pack
-from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time
+from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time, to_adams_bashforth
+from .weights_dar import (
+    check_finite_weights,
+    check_weights,
+    not_finite,
+    replacing_earlier_save,
+    saved_tensors,
+    shapes_of,
+    some_of,
+)
 
 NORM_EPS = 1e-6  # every LayerNorm of the tokenizer
 SHORT_SEQUENCE = 128  # up to here the fused attention of CPUs is several times slower backwards than plain matmuls
@@ -354,8 +365,12 @@ class VectorQuantizer(KeepsFloat32):
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """Codes ``(...)`` of l2-normalised latents ``(..., codebook_dim)``."""
+        return self.similarities(latents).argmax(dim=-1)
+
+    def similarities(self, latents: torch.Tensor) -> torch.Tensor:
+        """Cosines ``(..., codebook_size)`` of latents ``(..., codebook_dim)`` and the codebook's rows."""
         every_code = torch.arange(self.codebook.num_embeddings, device=latents.device)
-        return (latents @ self.embed(every_code).T).argmax(dim=-1)
+        return latents @ self.embed(every_code).T
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """l2-normalised float32 code vectors ``(..., codebook_dim)``."""
@@ -455,6 +470,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     _no_split_modules = ["GatedBlock", "DiffusionBlock"]
     _repeated_blocks = ["GatedBlock", "DiffusionBlock"]
     _keep_in_fp32_modules = ["quant_proj", "quantizer"]  # when loading; `KeepsFloat32` sees to casting
+    _keys_to_ignore_on_load_unexpected = [r"^denoiser\.repa_head\."]  # of training
     # what offloading by blocks must bring in by itself, since encoding and decoding do not go through `forward`
     _group_offload_block_modules = [
         *("patch_embed", "query_embed", "query_proj", "quant_proj", "quantizer", "codebook"),
@@ -501,10 +517,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         strict_sample_size: bool = True,
     ):
         super().__init__()
-        for name, value in self.config.items():
-            flag_or_index = isinstance(value, bool) or name in ("repa_layer", "tokens_per_group")
-            if isinstance(value, int) and not flag_or_index and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        _check_kinds(self.config)
         self.register_to_config(
             tokens_per_group=num_tokens // num_groups if tokens_per_group is None else tokens_per_group,
             num_inference_steps=num_groups if num_inference_steps is None else num_inference_steps,
@@ -552,6 +565,50 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         if post_quant_std:
             nn.init.normal_(self.post_quant_proj.weight, std=post_quant_std)
         nn.init.normal_(self.token_embed.weight, std=0.02)  # positions must not drown the codes they are added to
+
+    # Saving and loading
+
+    save_pretrained = replacing_earlier_save(ModelMixin.save_pretrained)
+
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: "DARTokenizer",
+        state_dict: dict[str, torch.Tensor] | None,
+        resolved_model_file: list[str],
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple:
+        """diffusers' step of every way of loading that fills the model; by itself it only logs what does not fit.
+
+        The REPA head may be missing, since only training uses it; a new one takes its place then.
+
+        Raises:
+            OSError: for a file of weights that cannot be read.
+            ValueError: for weights that are not those of the model.
+        """
+        quantizer = kwargs.get("hf_quantizer")
+        source = pretrained_model_name_or_path
+        if os.path.isdir(source):
+            source = os.path.dirname(resolved_model_file[0])  # with the subfolder, if any
+        if quantizer is None:  # else tensors have other names, types and shapes
+            found = _saved_weights(state_dict, resolved_model_file)
+            expected = model.state_dict()
+            if model.denoiser.repa_head is None:
+                found = _without_repa_head(found)
+            elif found == _without_repa_head(found):
+                model.denoiser.repa_head = _new_repa_head(model.config, kwargs.get("dtype"))
+                expected = _without_repa_head(expected)
+            check_weights(source, expected, found, sizes=not kwargs.get("ignore_mismatched_sizes"))
+        loaded = super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, pretrained_model_name_or_path, *args, **kwargs
+        )
+        if quantizer is not None and loaded[1]:
+            raise ValueError(f"the quantised weights in {source} lack {some_of(sorted(loaded[1]))}.")
+        if quantizer is None:
+            check_finite_weights(source, model)
+        return loaded
 
     # Sizes, tables and checks
 
@@ -679,15 +736,21 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             pixel_values: ``(B, C, H, W)`` floating point in [-1, 1], of the model's size.
 
         Raises:
-            ValueError: for another shape, size or range.
+            ValueError: for another shape, size or range, or where latents are not finite.
         """
         self._check_images(pixel_values)
-        low, high = (float(x) for x in pixel_values.aminmax()) if pixel_values.numel() else (0.0, 0.0)
-        if not (low >= -1.001 and high <= 1.001):  # also catches NaN
-            raise ValueError(f"pixel_values must lie in [-1, 1], got values from {low:.4g} to {high:.4g}.")
         latents = self._encode(pixel_values)
         with torch.autocast(latents.device.type, enabled=False):
-            codes = self.quantizer.nearest(latents)
+            similarities = self.quantizer.similarities(latents)
+            codes = similarities.argmax(dim=-1)
+        # the device is waited for once, and at the end; argmax points to NaN wherever there is one
+        best = similarities.gather(-1, codes[..., None])
+        checks = (*pixel_values.aminmax(), best.sum()) if pixel_values.numel() else ()
+        low, high, total = torch.stack([x.to(best) for x in checks]).tolist() if checks else (0.0, 0.0, 0.0)
+        if not (low >= -1.001 and high <= 1.001):  # also catches NaN
+            raise ValueError(f"pixel_values must lie in [-1, 1], got values from {low:.4g} to {high:.4g}.")
+        if not math.isfinite(total):
+            raise not_finite("the latents of these images", self)
         return DARTokenizerEncoderOutput(codes, latents) if return_dict else (codes, latents)
 
     # Codes to conditions
@@ -858,6 +921,9 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
 
         Returns:
             ``sample (B, C, H, W)`` float32, not clamped.
+
+        Raises:
+            ValueError: for wrong sizes, steps, codes or schedulers, or where the images are not finite.
         """
         sample = None
         for preview in self.decode_stream(
@@ -874,6 +940,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(
                 f"{codes.shape[1]} codes complete no group of {self.config.tokens_per_group}: nothing to decode."
             )
+        self.check_finite(sample)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_stream(
@@ -901,11 +968,13 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 groups. Defaults to the configuration's.
             height, width: size in pixels; default the configuration's, or that of ``noise``.
             scheduler: solver, copied and so left untouched; default one with the configuration's ``time_shift``.
+                diffusers' flow-matching Euler scheduler is taken for ours with its shift and ``solver_order=1``.
             start_step: steps to skip (image-to-image).
             check_codes: False for codes known to be in range: on GPUs the check waits for them.
 
         Raises:
-            ValueError: for wrong sizes, steps or codes.
+            ValueError: for wrong sizes, steps, codes or schedulers, or where images are not finite. On GPUs, which
+                this would keep waiting, only the last step's are looked at.
         """
         num_steps = check_num_steps(
             self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -926,7 +995,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         scheduler = (
             FlowMatchAdamsBashforthScheduler(shift=self.config.time_shift)
             if scheduler is None
-            else copy.deepcopy(scheduler)
+            else copy.deepcopy(to_adams_bashforth(scheduler))
         )
         scheduler.set_timesteps(num_steps)
         conditions = self._condition_stream(groups, check_codes)
@@ -970,6 +1039,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 preview = scheduler.preview(velocity, timestep, sample)
                 sample = scheduler.step(velocity, timestep, sample)[0]
                 step += 1
+                if step == num_steps or preview.device.type == "cpu":
+                    self.check_finite(preview)
                 shown = DARPreview(
                     step=step,
                     num_steps=num_steps,
@@ -982,6 +1053,11 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 sample = shown.latents
             if step == num_steps:
                 return  # with fewer steps than groups the last codes change nothing: do not wait for them
+
+    def check_finite(self, images: torch.Tensor) -> None:
+        """Raises ValueError, which names the cause, for decoded images with NaN or infinity; waits for the device."""
+        if not images.isfinite().all():
+            raise not_finite("the decoded images", self)
 
     # Training
 
@@ -1069,6 +1145,34 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         return output if return_dict else output.to_tuple()
 
 
+def _saved_weights(state: dict | None, files: list[str]) -> dict[str, tuple[torch.Size, bool]]:
+    """Shapes of saved weights: one file's, which was read already, or those of shards.
+
+    Raises:
+        OSError: for a shard that cannot be read.
+        ValueError: for shards of which two hold the same tensor: they are of different saves.
+    """
+    if state is not None:
+        return shapes_of(state)
+    found: dict[str, tuple[torch.Size, bool]] = {}
+    for file in files:
+        shard = saved_tensors(file)
+        if twice := set(shard) & set(found):
+            raise ValueError(f"{file} and another shard both hold {some_of(sorted(twice))}.")
+        found |= shard
+    return found
+
+
+def _without_repa_head(weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in weights.items() if not name.startswith("denoiser.repa_head.")}
+
+
+def _new_repa_head(config: Any, dtype: torch.dtype | None) -> nn.Sequential:
+    """A fresh REPA head; the global generator stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        return repa_head(config.diffusion_dim, config.repa_dim).to(dtype or torch.float32)
+
+
 def rand_tensor(size: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
     """Uniform draws on the generator's device, moved to ``device``."""
     source = device if generator is None else generator.device
@@ -1078,6 +1182,28 @@ def rand_tensor(size: int, generator: torch.Generator | None, device: torch.devi
 def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
+
+
+_FLAGS = ("low_rank_queries", "share_time_embedding", "adaptive_head", "strict_sample_size")
+_NUMBERS = ("data_std", "time_shift", "rope_theta")
+_OPTIONAL = ("tokens_per_group", "num_inference_steps", "condition_dim", "repa_layer")
+# what an option must be; sizes, all others, are integers
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(_FLAGS, (bool, "True or False")),
+    **dict.fromkeys(_NUMBERS, (Real, "a number")),
+}
+
+
+def _check_kinds(config: Any) -> None:
+    """Refuse options of the wrong type, as damaged files hold them, and sizes below 1."""
+    for name, value in config.items():
+        if name.startswith("_") or name == "sample_size" or (name in _OPTIONAL and value is None):
+            continue
+        kind, words = _KINDS.get(name, (Integral, "an integer"))
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} must be {words}, got {value!r}.")
+        if kind is Integral and name not in ("repa_layer", "tokens_per_group") and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _check_config(config: Any) -> None:

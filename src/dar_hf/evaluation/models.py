@@ -1,6 +1,5 @@
 """The model that is evaluated: loaded, and described for the report."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,8 @@ def load_model(args: EvaluationArguments, device: torch.device) -> EvaluatedMode
     """Load a pipeline or a tokenizer from a folder or the Hub.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: where there is none, or one that is damaged or of another kind.
+        OSError: where files of it are missing or damaged.
     """
     folder, revision = Path(args.pipeline).expanduser(), None
     if not folder.exists():
@@ -62,7 +62,7 @@ def load_model(args: EvaluationArguments, device: torch.device) -> EvaluatedMode
         description["transformer_hash"] = weights_hash(pipeline.transformer.state_dict())
         tokenizer, scheduler = pipeline.tokenizer, pipeline.scheduler
         pipeline.to(device)
-    elif _class_name(folder) == "DARTokenizer":
+    elif (folder / "config.json").is_file():  # of another model: loading refuses it
         pipeline, tokenizer = None, DARTokenizer.from_pretrained(folder, dtype=dtype).to(device)
         scheduler = FlowMatchAdamsBashforthScheduler(shift=tokenizer.config.time_shift)
     else:
@@ -74,8 +74,3 @@ def load_model(args: EvaluationArguments, device: torch.device) -> EvaluatedMode
     description["tokenizer_hash"] = weights_hash(tokenizer.state_dict())
     description["scheduler"] = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
     return EvaluatedModel(tokenizer.eval(), scheduler, pipeline, description)
-
-
-def _class_name(folder: Path) -> str | None:
-    path = folder / "config.json"
-    return json.loads(path.read_text()).get("_class_name") if path.is_file() else None
