@@ -12,7 +12,7 @@ from dar_hf import (
     DARPipelineOutput,
     DARTokenizer,
     FlowMatchAdamsBashforthScheduler,
-    linear_dar,
+    acceleration_dar,
 )
 
 OUTPUT_TYPES = ["pil", "np", "pt", "codes", "latent"]
@@ -345,11 +345,11 @@ def test_what_a_consumer_does_to_the_pictures_does_not_reach_the_stream(tiny_pip
     assert same(images, expected)
 
 
-@pytest.mark.skipif(linear_dar._LINEAR is None, reason="this torch has no oneDNN")
+@pytest.mark.skipif(acceleration_dar._LINEAR is None, reason="this torch has no oneDNN")
 @pytest.mark.parametrize("failing", ["callback", "denoiser"])
 def test_an_error_leaves_nothing_packed(tiny_pipeline, monkeypatch, failing):
-    monkeypatch.setattr(linear_dar, "PACK_FROM", 0)
-    packed = [layer for layer in tiny_pipeline.transformer.modules() if isinstance(layer, linear_dar.Linear)]
+    monkeypatch.setattr(acceleration_dar, "PACK_FROM", 0)
+    packed = [layer for layer in tiny_pipeline.transformer.modules() if isinstance(layer, acceleration_dar.Linear)]
     seen = []
 
     def fail(*_):

@@ -31,7 +31,7 @@ from ..data import BatchStream, DataError, GlobalBatchSampler, StreamedImages, c
 from ..data.sources import DIGITS
 from ..files import saved_class, write_json, write_text
 from ..hub import one_line, prepare_repository, push_folder
-from ..linear_dar import has_fast_bf16
+from ..acceleration_dar import has_fast_bf16
 from ..pictures import plot_history, read_history, save_picture
 from ..processes import join_processes
 from .arguments import LoopArguments
