@@ -8,6 +8,7 @@ functions on tensors first, then the layer, then the models.
 import inspect
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -195,6 +196,41 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["DARDecoderLayer"]
     _can_record_outputs = {"hidden_states": DARDecoderLayer, "attentions": LlamaAttention}
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' own, which by itself starts missing weights anew and leaves out unknown ones, with a note.
+
+        Raises:
+            ValueError: for weights that are not those of the configuration, naming them.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
+        mismatched = [f"{name} {tuple(saved)} for {tuple(own)}" for name, saved, own in info["mismatched_keys"]]
+        problems = {
+            "they lack": info["missing_keys"],
+            "they hold unknown": info["unexpected_keys"],
+            "they have other shapes of": [] if ignore_mismatched_sizes else mismatched,
+        }
+        texts = [f"{verb} {_some_of(sorted(names))}" for verb, names in problems.items() if names]
+        if texts:
+            raise ValueError(
+                f"the weights in {pretrained_model_name_or_path} are not those of its configuration: "
+                f"{'; '.join(texts)}. They are incomplete, or of another model."
+            )
+        return (model, info) if output_loading_info else model
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the vocabulary is laid out by the codebook and the classes."""
         raise ValueError(
@@ -205,6 +241,8 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
 
 class DARModel(DARPreTrainedModel, LlamaModel):
     """The Llama body. Training mode drops classes (`class_dropout`) and input embeddings (`token_dropout`)."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: DARConfig):
         super().__init__(config)
@@ -616,6 +654,12 @@ def _next_logits(forward: Callable, tokens: torch.LongTensor, cache: Cache) -> t
     """float32 logits ``(rows, codebook_size)`` after ``tokens (rows, L)``, which follow those in the cache."""
     logits = forward(tokens, cache=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].float()
+
+
+def _some_of(names: list[str], most: int = 4) -> str:
+    """The first few of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def check_finite(tensors: Iterable[torch.Tensor]) -> None:
