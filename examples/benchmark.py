@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
+from dar_hf.acceleration_dar import accelerated, has_fast_bf16
 from dar_hf.conversion import to_original
 from dar_hf.evaluation import versions
 from dar_hf.files import write_json
-from dar_hf.acceleration_dar import accelerated, has_fast_bf16
 from dar_hf.presets import PAPER_SIZES, get_preset
 
 POSITION, STEPS = 128, 32  # codes measured: from the middle of the sequence, where a growing cache is half full

@@ -101,7 +101,11 @@ def release(module: nn.Module) -> None:
 
 
 def _copy(
-    module: nn.Module, dtype: torch.dtype | None, pack: bool, float32_outputs: Collection[str], without: Collection[str]
+    module: nn.Module,
+    dtype: torch.dtype | None,
+    pack: bool,
+    float32_outputs: Collection[str],
+    without: Collection[str],
 ) -> nn.Module:
     clone = copy.copy(module)  # parameters, buffers and hooks stay in the dictionaries of the module
     if type(module) is nn.Linear and module.weight.device.type == "cpu":
@@ -128,7 +132,7 @@ def _cast(tensors: Mapping[str, torch.Tensor | None], dtype: torch.dtype) -> dic
 
 
 class FastLinear(nn.Linear):
-    """``nn.Linear`` through oneDNN, where no gradient is wanted; its weight may be packed. `accelerated` makes them."""
+    """``nn.Linear`` through oneDNN, where no gradient is wanted; its weight may be packed. Made by `accelerated`."""
 
     float32_output = False
 

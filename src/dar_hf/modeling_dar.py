@@ -166,7 +166,7 @@ class GeneratorSampling(LogitsProcessor):
 
 
 class DARRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's, whose frequencies stay float32 when the model is cast, as they do when it is loaded in half precision."""
+    """Llama's, with frequencies that stay float32 when the model is cast, as when it is loaded in half precision."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         def move_only(tensor: torch.Tensor) -> torch.Tensor:
@@ -259,13 +259,10 @@ class DARModel(DARPreTrainedModel, LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         drop_class: torch.Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Llama's forward. ``drop_class (B,)`` bool says which rows lose their class; drawn in training if missing.
-
-        ``past_key_values`` and ``cache`` are two names of one thing, whatever the version of transformers.
-        """
+        """Llama's forward. ``drop_class (B,)`` bool says which rows lose their class; drawn in training if missing."""
         if input_ids is not None:
             if drop_class is None and self.training and self.config.class_dropout > 0:
                 drop_class = torch.rand(len(input_ids), device=input_ids.device) < self.config.class_dropout
@@ -276,7 +273,9 @@ class DARModel(DARPreTrainedModel, LlamaModel):
                 input_ids = None
         if inputs_embeds is not None:
             inputs_embeds = F.dropout(inputs_embeds, self.config.token_dropout, self.training)
-        kwargs[CACHE] = past_key_values if cache is None else cache
+        # what the cache is called depends on transformers' version and on the way of generating
+        caches = {"past_key_values": past_key_values, "cache": cache}
+        kwargs.update({name: given for name, given in caches.items() if given is not None})
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -306,8 +305,8 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     kept between calls. Compiled once for each batch size. On CPUs packed weights are faster."""
 
     pack_weights: bool = True
-    """Let `stream_codes` lay the weights of large models out for the processor, on CPUs: a second copy of them in memory
-    while codes stream, for up to three times the speed. Streams that run at once share it."""
+    """Let `stream_codes` lay the weights of large models out for the processor, on CPUs: up to three times as fast, and
+    a second copy of them in memory while codes stream. Streams that run at once share it."""
 
     def __init__(self, config: DARConfig):
         super().__init__(config)
@@ -336,7 +335,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         drop_class: torch.Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Any = None,
         shift_labels: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -409,11 +408,13 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         # what a named cache may bring is kept with the model: compiled calls, buffers
         named_cache = kwargs.get("cache_implementation", base.cache_implementation)
         model = self if named_cache else accelerated(self)
-        return super(DARForCausalLM, model).generate(
-            inputs, generation_config, guidance=guidance, generator=generator, guidance_scale=1.0, **kwargs
+        return GenerationMixin.generate(
+            model, inputs, generation_config, guidance=guidance, generator=generator, guidance_scale=1.0, **kwargs
         )
 
-    def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any):
+    def init_continuous_batching(
+        self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """transformers' own, of which `generate_batch` and servers make use.
 
         Raises:
@@ -652,7 +653,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
 
 def _next_logits(forward: Callable, tokens: torch.LongTensor, cache: Cache) -> torch.Tensor:
     """float32 logits ``(rows, codebook_size)`` after ``tokens (rows, L)``, which follow those in the cache."""
-    logits = forward(tokens, cache=cache, use_cache=True, logits_to_keep=1).logits
+    logits = forward(tokens, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].float()
 
 

@@ -269,7 +269,9 @@ def repa_head(dim: int, out_dim: int, hidden: int = 2048) -> nn.Sequential:
 
     A plain Sequential, as diffusers' offloading by blocks cuts those into pieces of their own class.
     """
-    return nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_dim))
+    return nn.Sequential(
+        nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_dim)
+    )
 
 
 class Denoiser(nn.Module):
