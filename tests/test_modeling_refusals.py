@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from dar_hf import DARForCausalLM, DARModel
 
@@ -167,8 +168,12 @@ def test_continuous_batching_without_guidance(tiny_transformer):
         tiny_transformer.generate_batch([[32]], guidance_scale=4.0)
     expected = tiny_transformer.generate(CLASSES, do_sample=False, max_new_tokens=5)[:, 1:]
     config = GenerationConfig(do_sample=False, max_new_tokens=5, guidance_scale=1.0)
-    results = tiny_transformer.generate_batch(CLASSES.tolist(), generation_config=config)
+    little = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)  # else it takes all memory that there is
+    results = tiny_transformer.generate_batch(CLASSES.tolist(), config, little)
     assert [result.generated_tokens for result in results.values()] == expected.tolist()
+    damage_head(tiny_transformer, float("nan"))
+    for result in tiny_transformer.generate_batch(CLASSES.tolist(), config, little).values():
+        assert "not finite" in result.error and not result.generated_tokens
 
 
 def test_shifted_labels(tiny_transformer):
