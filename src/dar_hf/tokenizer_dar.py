@@ -29,7 +29,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from .linear_dar import Linear, has_fast_bf16, pack
+from .acceleration_dar import accelerated, has_fast_bf16, is_plain, release
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time, to_adams_bashforth
 from .weights_dar import (
     check_finite_weights,
@@ -177,12 +177,12 @@ class DARAttention(nn.Module, AttentionModuleMixin):
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.to_q = Linear(dim, dim)
-        self.to_k = Linear(dim, dim)
-        self.to_v = Linear(dim, dim)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
         self.norm_q = nn.LayerNorm(head_dim, eps=NORM_EPS)
         self.norm_k = nn.LayerNorm(head_dim, eps=NORM_EPS)
-        self.to_out = Linear(dim, dim)
+        self.to_out = nn.Linear(dim, dim)
         self.set_processor(DARAttnProcessor())
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -191,7 +191,7 @@ class DARAttention(nn.Module, AttentionModuleMixin):
 
 def feed_forward(dim: int) -> nn.Sequential:
     """Two linear layers around a SiLU, four times as wide inside."""
-    return nn.Sequential(Linear(dim, 4 * dim), nn.SiLU(), Linear(4 * dim, dim))
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
 
 
 class GatedBlock(nn.Module):
@@ -217,7 +217,7 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.dim = dim
-        self.mlp = nn.Sequential(Linear(dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         half = self.dim // 2
@@ -233,9 +233,9 @@ class DiffusionBlock(nn.Module):
     def __init__(self, dim: int, head_dim: int, own_time_embedding: bool):
         super().__init__()
         self.time_embed = TimestepEmbedding(dim) if own_time_embedding else None
-        self.condition_embed = nn.Sequential(Linear(dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.condition_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.cross_attn = DARAttention(dim, head_dim)
-        self.modulation = Linear(dim, 6 * dim)
+        self.modulation = nn.Linear(dim, 6 * dim)
         self.attn = DARAttention(dim, head_dim)
         self.mlp = feed_forward(dim)
 
@@ -267,8 +267,8 @@ class AdaptiveHead(nn.Module):
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
-        self.modulation = Linear(dim, 2 * dim)
-        self.linear = Linear(dim, out_dim)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.linear = nn.Linear(dim, out_dim)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         shift, scale = self.modulation(F.silu(time))[:, None].chunk(2, dim=-1)
@@ -280,7 +280,9 @@ def repa_head(dim: int, out_dim: int, hidden: int = 2048) -> nn.Sequential:
 
     A plain Sequential, as diffusers' offloading by blocks cuts those into pieces of their own class.
     """
-    return nn.Sequential(Linear(dim, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU(), Linear(hidden, out_dim))
+    return nn.Sequential(
+        nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_dim)
+    )
 
 
 class Denoiser(nn.Module):
@@ -292,14 +294,14 @@ class Denoiser(nn.Module):
         self.patch_size = config.diffusion_patch_size
         self.repa_layer = config.repa_layer
         patch_dim = config.in_channels * self.patch_size**2
-        self.proj_in = Linear(patch_dim, dim)
-        self.condition_proj = Linear(config.condition_dim, dim)
+        self.proj_in = nn.Linear(patch_dim, dim)
+        self.condition_proj = nn.Linear(config.condition_dim, dim)
         self.time_embed: Any = TimestepEmbedding(dim) if config.share_time_embedding else None
         self.blocks = nn.ModuleList(
             DiffusionBlock(dim, head_dim, not config.share_time_embedding) for _ in range(config.diffusion_depth)
         )
         self.adaptive_head: Any = AdaptiveHead(dim, patch_dim) if config.adaptive_head else None
-        self.proj_out: Any = None if config.adaptive_head else Linear(dim, patch_dim)
+        self.proj_out: Any = None if config.adaptive_head else nn.Linear(dim, patch_dim)
         self.repa_head: Any = None if config.repa_layer is None else repa_head(dim, config.repa_dim)
         self.gradient_checkpointing = False
 
@@ -481,7 +483,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     decode_dtype: torch.dtype | None = None
     """dtype in which `decode` runs the denoiser. None: the model's, but of width 512 or more bf16 for float32 models
     where the hardware is faster with it, and float32 for models in half precision on CPUs that only emulate it; codes,
-    conditions, time, rotary positions and the solver stay as they are."""
+    conditions, time, rotary positions and the solver stay as they are. A denoiser that something else intervenes in
+    (hooks, offloading, quantised or compiled parts) runs as it is, in the model's dtype."""
 
     @register_to_config
     def __init__(
@@ -529,16 +532,15 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
 
         self.patch_embed = nn.Conv2d(in_channels, encoder_dim, encoder_patch_size, stride=encoder_patch_size)
         self.query_embed = nn.Embedding(max_num_tokens, query_rank if low_rank_queries else encoder_dim)
-        self.query_proj = Linear(query_rank, encoder_dim) if low_rank_queries else None
+        self.query_proj = nn.Linear(query_rank, encoder_dim) if low_rank_queries else None
         self.encoder_blocks = nn.ModuleList(GatedBlock(encoder_dim, head_dim) for _ in range(num_encoder_layers))
         self.quant_proj = Float32Linear(encoder_dim, codebook_dim, bias=False)
         self.quantizer = VectorQuantizer(codebook_size, codebook_dim)
-        self.post_quant_proj = Linear(codebook_dim, decoder_dim, bias=False)
+        self.post_quant_proj = nn.Linear(codebook_dim, decoder_dim, bias=False)
         self.token_embed = nn.Embedding(max_num_tokens, decoder_dim)
         self.causal_blocks = nn.ModuleList(GatedBlock(decoder_dim, head_dim) for _ in range(num_decoder_layers))
         self.denoiser = Denoiser(config)
         self.gradient_checkpointing = False
-        self._twin: tuple[list, Denoiser] | None = None  # see _decoding_denoiser
         self._tables: dict = {}  # rotary tables and masks by size, dtype and device; not parameters, not saved
         self.reset_parameters()
 
@@ -716,7 +718,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         queries = queries if self.query_proj is None else self.query_proj(queries)
         patches = layer_norm(patches.flatten(2).transpose(1, 2))
         x = torch.cat([patches, queries.to(patches.dtype).expand(len(patches), -1, -1)], dim=1)
-        x = self._run_blocks(self.encoder_blocks, x, tables)
+        x = self._run_blocks(accelerated(self.encoder_blocks), x, tables)
         return F.normalize(self.quant_proj(layer_norm(x[:, -num_tokens:].float())), dim=-1)
 
     def _run_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, attention: dict) -> torch.Tensor:
@@ -866,11 +868,11 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
 
     def _decoding_dtype(self) -> torch.dtype:
         """What `decode_dtype` stands for on this device."""
+        if not is_plain(self.denoiser):
+            return self.dtype
         if self.decode_dtype is not None:
             return self.decode_dtype
-        hooks = ("_hf_hook", "_diffusers_hook")  # offloaded or stored in fewer bits: a copy would share them
-        hooked = any(hasattr(module, hook) for module in self.denoiser.modules() for hook in hooks)
-        if hooked or self.config.diffusion_dim < HALF_FROM:
+        if self.config.diffusion_dim < HALF_FROM:
             return self.dtype
         fast = has_fast_bf16(self.device)
         if self.dtype == torch.float32 and fast:
@@ -879,29 +881,16 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             return torch.float32
         return self.dtype
 
-    def _decoding_denoiser(self, rows: int) -> Denoiser:
-        """The denoiser in `decode_dtype`: the model's own, or a copy, made anew when the original has changed."""
+    def _decoding_denoiser(self) -> Denoiser:
+        """The denoiser in `decode_dtype`."""
         dtype = self._decoding_dtype()
         if dtype == self.dtype:
-            self._twin = None
-            return self.denoiser
-        parameters = list(self.denoiser.parameters())
-        state = [dtype] + [(parameter.data_ptr(), parameter._version) for parameter in parameters]
-        # some of the values too: writing through .data, as averages of weights are put in place, changes no version
-        probe = [parameter.detach().flatten()[:: parameter.numel() // 8 + 1].float() for parameter in parameters]
-        state += torch.cat(probe).tolist()
-        state += [m.processor._attention_backend for m in self.denoiser.modules() if isinstance(m, DARAttention)]
-        if self._twin is None or self._twin[0] != state:
-            memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in parameters}
-            memo[id(self.denoiser.repa_head)] = None
-            twin = copy.deepcopy(self.denoiser, memo).eval()
-            pack(twin, rows)
-            self._twin = (state, twin)
-        return self._twin[1]
+            return accelerated(self.denoiser)
+        return accelerated(self.denoiser, dtype=dtype, pack=True, keep=True, without=["repa_head"])
 
     def train(self, mode: bool = True) -> "DARTokenizer":
         if mode:
-            self._twin = None
+            release(self.denoiser)
         return super().train(mode)
 
     @apply_forward_hook
@@ -1029,8 +1018,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 raise ValueError(f"noise for {len(sample)} images does not fit codes of {batch_size}.")
             sample = sample.to(conditions.device)
             if denoiser is None:
-                rows = sample.numel() // self.config.in_channels // self.config.diffusion_patch_size**2
-                denoiser = self._decoding_denoiser(rows)
+                denoiser = self._decoding_denoiser()
             while step < num_steps and windows[step][1] <= conditions.shape[1]:
                 start, stop = windows[step]
                 timestep = scheduler.timesteps[step]

@@ -27,11 +27,11 @@ from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from ..acceleration_dar import has_fast_bf16
 from ..data import BatchStream, DataError, GlobalBatchSampler, StreamedImages, collate
 from ..data.sources import DIGITS
 from ..files import saved_class, write_json, write_text
 from ..hub import one_line, prepare_repository, push_folder
-from ..linear_dar import has_fast_bf16
 from ..pictures import plot_history, read_history, save_picture
 from ..processes import join_processes
 from .arguments import LoopArguments
