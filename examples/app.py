@@ -286,7 +286,7 @@ def open_regular(path: str) -> IO[bytes]:
     Raises:
         OSError: if it is not, or cannot be opened.
     """
-    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
         file.close()

@@ -7,7 +7,7 @@ pixels everywhere. The file stands alone, because self-contained repositories ca
 import io
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 import torch
@@ -86,10 +86,10 @@ def _has_known_range(image: Image.Image) -> bool:
     tell: those up to 255 may have any range.
     """
     if image.mode == "I":
-        low, high = image.getextrema()
-        if image.format is None:
-            return 0 <= low and 255 < high < 1 << 16
-        return image.format in ("PPM", "PNG") and 0 <= low and high < 1 << 16
+        low, high = cast("tuple[int, int]", image.getextrema())
+        if low < 0 or high >= 1 << 16:
+            return False
+        return image.format in ("PPM", "PNG") or (image.format is None and high > 255)
     bits_per_sample = getattr(image, "tag_v2", {}).get(258)
     return image.mode != "F" and bits_per_sample != (12,)  # pillow does not scale 12-bit TIFFs to its 16 bits
 
@@ -107,7 +107,10 @@ def convert_channels(image: Image.Image, channels: int) -> Image.Image:
         raise ValueError(f"images have 1 or 3 channels, got {channels}.")
     load_image(image)
     turn = _turn(image)
-    image = _in_mode(image, MODES[channels])
+    try:
+        image = _in_mode(image, MODES[channels])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"an image of mode {image.mode!r} cannot be converted: {error}.") from error
     if turn is not None:
         image = image.transpose(turn)
         for source in ORIENTATION_SOURCES:  # or the image would be turned again the next time
@@ -118,7 +121,7 @@ def convert_channels(image: Image.Image, channels: int) -> Image.Image:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """What stands the image upright. A damaged EXIF block says nothing, and must not spoil the image."""
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # pillow raises SyntaxError, struct.error, ValueError, TypeError and others for such blocks
         return None
 
