@@ -102,9 +102,12 @@ def convert_channels(image: Image.Image, channels: int) -> Image.Image:
 
     Raises:
         ValueError: for another number of channels, and for images that `load_image` refuses.
+        TypeError: for anything but a PIL image.
     """
-    if channels not in MODES:
-        raise ValueError(f"images have 1 or 3 channels, got {channels}.")
+    if isinstance(channels, bool) or channels not in MODES:
+        raise ValueError(f"images have 1 or 3 channels, got {channels!r}.")
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"the image must be a PIL image, got {type(image).__name__}.")
     load_image(image)
     turn = _turn(image)
     try:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("gradio")
-from pipeline_helpers import picture  # noqa: E402
+from pipeline_helpers import picture
 
 APP = Path(__file__).parents[2] / "examples" / "app.py"
 SHARED = [2.0, 7, False, 0.0]  # guidance, seed, another seed each time, pause

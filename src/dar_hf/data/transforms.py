@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageOps
 
-from ..images_dar import center_crop, convert_channels, covering_size, cut, halve, resize_and_cut, to_tensor
+from ..images_dar import MODES, center_crop, convert_channels, covering_size, cut, halve, resize_and_cut, to_tensor
 
 CROPS = ("center", "random", "ten")
 TEN_CROP_MARGIN = 1.1  # LlamaGen cuts its ten crops out of a centre crop this much larger
@@ -57,7 +57,8 @@ class ImageTransform:
         noise: deviation of normal noise on the pixels (in the units of [-1, 1]); the result is clamped.
 
     Raises:
-        ValueError: for an unknown crop or negative noise.
+        ValueError: for a size that is not two positive integers, other channels than 1 and 3, an unknown crop, or
+            noise that is not a finite number >= 0.
     """
 
     size: tuple[int, int]
@@ -67,10 +68,15 @@ class ImageTransform:
     noise: float = 0.0
 
     def __post_init__(self):
+        sides = self.size if isinstance(self.size, (tuple, list)) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(f"size must be (height, width) in pixels, got {self.size!r}.")
+        if self.channels not in MODES:
+            raise ValueError(f"images have 1 or 3 channels, got {self.channels!r}.")
         if self.crop not in CROPS:
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {self.crop!r}.")
-        if self.noise < 0:
-            raise ValueError(f"noise must not be negative, got {self.noise}.")
+        if not isinstance(self.noise, (int, float)) or not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise must not be negative, and be finite, got {self.noise!r}.")
 
     @property
     def _num_cuts(self) -> int | None:
