@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from dar_hf import DARPipeline
-from dar_hf.data import convert_channels
+from dar_hf.data import read_image
 from dar_hf.pictures import image_grid, save_animation, save_picture
 
 MAX_COLUMNS = 10
@@ -56,9 +55,8 @@ def call_options(args: argparse.Namespace, pipe: DARPipeline) -> dict[str, Any]:
     known, count = pipe.labels, pipe.transformer.config.num_classes
     names = args.class_labels or range(min(count, MAX_COLUMNS))
     labels = [name if name in known or not str(name).isdecimal() else int(name) for name in names]
-    channels = pipe.tokenizer.config.in_channels
     pictures = {
-        name: None if path is None else convert_channels(Image.open(path), channels)
+        name: None if path is None else read_image(path)
         for name, path in (("layout_image", args.layout_image), ("image", args.image))
     }
     guidance = args.guidance_scale

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dar_hf import DARPipeline
-from dar_hf.data import ImageTransform, load_images
+from dar_hf.data import ImageSamples, ImageTransform, load_images, read_image
 from dar_hf.metrics import psnr
 from dar_hf.pictures import image_grid, interleave_rows, save_picture
 
@@ -41,27 +41,37 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     return parser, parser.parse_args()
 
 
-def load_inputs(args: argparse.Namespace, pipe: DARPipeline) -> torch.Tensor:
-    """Pixels ``(B, C, H, W)`` in [-1, 1]."""
+def load_inputs(args: argparse.Namespace, crop: ImageTransform) -> list[Image.Image]:
+    """The images, as they are stored.
+
+    Raises:
+        ValueError: for a file that cannot be read, or a data set of which no image can be.
+    """
     if args.images:
-        images = [Image.open(path) for path in args.images]
-    else:
-        if args.num_images < 1:
-            raise ValueError(f"--num_images must be at least 1, got {args.num_images}.")
-        dataset = load_images(args.dataset_name, args.split, label_column=None)
-        images = dataset.select(range(min(args.num_images, len(dataset))))["image"]
-    height, width = pipe.tokenizer.image_size
-    crop = ImageTransform((args.height or height, args.width or width), channels=pipe.tokenizer.config.in_channels)
-    return torch.stack([crop(image) for image in images])
+        return [read_image(path) for path in args.images]
+    if args.num_images < 1:
+        raise ValueError(f"--num_images must be at least 1, got {args.num_images}.")
+    dataset = load_images(args.dataset_name, args.split, label_column=None)
+    samples = ImageSamples(dataset, crop)
+    count = min(args.num_images, len(dataset))
+    images = [image for index in range(count) if (image := samples.readable_image(index)) is not None]
+    if not images:
+        raise ValueError(f"none of the first {count} images of {args.dataset_name} can be read.")
+    return images
 
 
 def main() -> None:
     parser, args = parse()
     try:
         pipe = DARPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype)).to(args.device)
-        inputs = load_inputs(args, pipe)
+        height, width = pipe.tokenizer.image_size
+        size = args.height or height, args.width or width
+        crop = ImageTransform(size, channels=pipe.tokenizer.config.in_channels)
+        images = load_inputs(args, crop)
         output = pipe.reconstruct(
-            inputs / 2 + 0.5,
+            images,
+            height=size[0],
+            width=size[1],
             num_inference_steps=args.num_inference_steps,
             num_tokens=args.num_tokens,
             generator=torch.Generator().manual_seed(args.seed),
@@ -70,7 +80,8 @@ def main() -> None:
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    steps = [images.cpu() * 2 - 1 for images in output.previews]
+    inputs = torch.stack([crop(image) for image in images])
+    steps = [step.cpu() * 2 - 1 for step in output.previews]
     print("PSNR of every step in dB: " + ", ".join(f"{float(psnr(step, inputs).mean()):.2f}" for step in steps))
     columns = min(len(inputs), MAX_COLUMNS)
     rows = [inputs, *(steps if args.previews else steps[-1:])]

@@ -23,6 +23,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .images_dar import image_to_pixels
 from .modeling_dar import DARForCausalLM, GuidanceScale, check_generators, guidance_schedule, sampling_warpers
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, to_adams_bashforth
 from .tokenizer_dar import DARPreview, DARTokenizer
@@ -269,9 +270,9 @@ class DARPipeline(DiffusionPipeline):
                 ``{"stop": True}`` ends the call with the current preview, ``{"latents": tensor}`` replaces the
                 solver's state.
 
-        Images are given as PIL images of any size, which are resized and cropped to their middle, or as arrays
-        ``(B, H, W, C)`` or tensors ``(B, C, H, W)`` of the model's size, in [0, 1], or in [-1, 1] if any value is
-        negative.
+        Images are given as PIL images of any size, which are turned upright, laid on white where they are transparent,
+        resized and cropped to their middle, as in training; or as arrays ``(B, H, W, C)`` or tensors
+        ``(B, C, H, W)`` of the model's size, in [0, 1], or in [-1, 1] if any value is negative.
 
         Raises:
             ValueError: for arguments out of range or that exclude each other, before any model runs.
@@ -602,13 +603,7 @@ class DARPipeline(DiffusionPipeline):
             default = self.tokenizer.image_size
             height, width = height or default[0], width or default[1]
             self.tokenizer.check_size(height, width)
-            for image in images:
-                if 0 in image.size or image.mode[0] in "IF":  # pillow clips what has more than 8 bits
-                    given = f"mode {image.mode!r} and size {image.size}"
-                    raise ValueError(f"{name}: a PIL image must have pixels, of 8 bits a channel, got {given}.")
-            mode = "RGB" if self.tokenizer.config.in_channels == 3 else "L"  # before resizing: a palette has no means
-            images = [image.convert(mode) for image in images]
-            pixels = self.image_processor.preprocess(images, height, width, resize_mode="crop")
+            pixels = torch.stack([self._pixels_of_image(name, image, height, width) for image in images])
         else:
             pixels = self._pixels_of_arrays(name, images, height, width)
         if len(pixels) * repeats == batch_size:
@@ -617,6 +612,13 @@ class DARPipeline(DiffusionPipeline):
             labels = batch_size // repeats
             raise ValueError(f"got {len(pixels)} images for {labels} labels: give one image, or one for each.")
         return pixels.to(self._execution_device, torch.float32).expand(batch_size or -1, -1, -1, -1)
+
+    def _pixels_of_image(self, name: str, image: PIL.Image.Image, height: int, width: int) -> torch.Tensor:
+        """Pixels ``(C, H, W)`` in [-1, 1], as in training."""
+        try:
+            return image_to_pixels(image, height, width, self.tokenizer.config.in_channels)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def _pixels_of_arrays(self, name: str, images: list, height: int | None, width: int | None) -> torch.Tensor:
         shapes, channels = {tuple(image.shape[-3:]) for image in images}, self.tokenizer.config.in_channels

@@ -71,6 +71,12 @@ def standalone_source(module: str) -> str:
     return "".join(lines)
 
 
+def _siblings(source: str) -> list[str]:
+    """Files of this package that a file imports at the top level, as ``from .sibling import name``."""
+    nodes = ast.parse(source).body
+    return [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module]
+
+
 def _defined(source: str) -> set[str]:
     """Names that a file's own classes, functions and assignments have at the top level."""
     names: set[str] = set()
@@ -115,10 +121,12 @@ def export_remote_code(folder: str | Path) -> list[Path]:
     for name, component in COMPONENTS.items():  # all are looked at before anything is written
         if (held := _saved_component(folder / name)) != component:
             raise ValueError(f"{folder / name} holds a {held[1]}, not a {component[1]}.")
-    written = [_write_source(folder, PIPELINE[0], (PACKAGE / f"{PIPELINE[0]}.py").read_text(encoding="utf-8"))]
-    for name, (module, _) in COMPONENTS.items():
-        source = standalone_source(module)
-        written += [_write_source(folder, module, source), _write_source(folder / name, module, source)]
+    pipeline_source = (PACKAGE / f"{PIPELINE[0]}.py").read_text(encoding="utf-8")
+    sources = {PIPELINE[0]: pipeline_source}
+    for module in _siblings(pipeline_source):
+        sources[module] = standalone_source(module)
+    written = [_write_source(folder, module, source) for module, source in sources.items()]
+    written += [_write_source(folder / name, module, sources[module]) for name, (module, _) in COMPONENTS.items()]
     _name_code(folder / "transformer", "DARForCausalLM", dtype="float32")  # as the pipeline's other parts load
     entries = {name: list(component) for name, component in COMPONENTS.items()}
     write_json(index, content | entries | {"_class_name": list(PIPELINE)})  # last: it points to the files
