@@ -2,15 +2,35 @@
 
     python examples/export_llama.py --model outputs/digits/pipeline/transformer --output_dir outputs/llama
 
-A prompt is one token, codebook_size + class; the answer is the image's codes, for `DARTokenizer.decode`.
+A prompt is one token, codebook_size + class, as text <class_3> (or the class's name, where the model is part of a
+pipeline that has names); the answer is the image's codes, <c12><c7>..., whose ids `DARTokenizer.decode` takes.
 """
 
 import argparse
+import os
 import sys
+from pathlib import Path
 
-from dar_hf import DARForCausalLM
-from dar_hf.conversion import to_llama
+from dar_hf import DARForCausalLM, DARPipeline
+from dar_hf.conversion import save_llama
 from dar_hf.files import new_folder
+
+
+def class_names(model: str, subfolder: str) -> dict[int, str]:
+    """Class names of the pipeline that the language model is part of; none where it is alone."""
+    folder = Path(model, subfolder)
+    if folder.is_dir():
+        model = os.path.dirname(os.path.abspath(folder))
+        if not Path(model, "model_index.json").is_file():
+            return {}
+    elif not subfolder:
+        return {}
+    try:
+        names = DARPipeline.load_config(model).get("id2label") or {}
+    except OSError as error:
+        print(f"no class names: {error}")
+        return {}
+    return {int(label): name for label, name in names.items()}
 
 
 def main() -> None:
@@ -21,7 +41,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         with new_folder(args.output_dir) as folder:
-            to_llama(DARForCausalLM.from_pretrained(args.model, subfolder=args.subfolder)).save_pretrained(folder)
+            model = DARForCausalLM.from_pretrained(args.model, subfolder=args.subfolder)
+            save_llama(model, folder, class_names(args.model, args.subfolder))
     except (ValueError, OSError) as error:
         sys.exit(f"export_llama.py: {error}")
     print(f"saved {args.output_dir}")

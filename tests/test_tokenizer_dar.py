@@ -25,6 +25,7 @@ OPTIONS = {
     "not square": {"sample_size": (8, 12)},
     "one channel": {"in_channels": 1},
     "other times": {"time_shift": 1.0, "data_std": 0.5, "rope_theta": 100.0},
+    "two rotary bases": {"rope_theta": 100.0, "diffusion_rope_theta": 1000.0},
     "overlapping groups": {"tokens_per_group": 6},
     "short groups": {"tokens_per_group": 2},
     "repa": {"repa_layer": 1, "repa_dim": 24},
@@ -156,7 +157,8 @@ class Reference:
     def velocity(self, sample, timestep, condition):
         config, patch = self.config, self.config.diffusion_patch_size
         channels, height, width = sample.shape[1:]
-        factors = rotation(height // patch, width // patch, config.attention_head_dim, config.rope_theta)
+        theta = config.rope_theta if config.diffusion_rope_theta is None else config.diffusion_rope_theta
+        factors = rotation(height // patch, width // patch, config.attention_head_dim, theta)
         x = self.linear("denoiser.proj_in", patchify(sample.double(), patch))
         condition = self.norm(self.linear("denoiser.condition_proj", condition))
         for block in (f"denoiser.blocks.{i}" for i in range(config.diffusion_depth)):
@@ -207,6 +209,7 @@ def test_defaults_follow_the_other_options(make_tokenizer):
     assert (config.tokens_per_group, config.num_inference_steps, config.condition_dim) == (4, 4, 64)
     config = make_tokenizer(tokens_per_group=2, num_inference_steps=7, condition_dim=64).config
     assert (config.tokens_per_group, config.num_inference_steps, config.condition_dim) == (2, 7, 64)
+    assert make_tokenizer(rope_theta=100.0).config.diffusion_rope_theta == 100.0
 
 
 @pytest.mark.parametrize(

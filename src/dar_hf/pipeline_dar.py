@@ -161,7 +161,7 @@ class DARPipeline(DiffusionPipeline):
                 raise ValueError(f"tokenizer and transformer disagree: {name} {ours} and {theirs}.")
         self.register_modules(tokenizer=tokenizer, transformer=transformer, scheduler=scheduler)
         self.register_to_config(id2label=None if id2label is None else {int(k): v for k, v in id2label.items()})
-        self.labels, self._shared_names = _index_names(id2label or {})
+        self.labels, self._shared_names = index_names(id2label or {})
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=1,
             resample="bicubic",
@@ -679,7 +679,7 @@ def _exclude(**arguments: Any) -> None:
         raise ValueError(f"{' and '.join(given)} exclude each other.")
 
 
-def _index_names(id2label: dict) -> tuple[dict[str, int], dict[str, list[int]]]:
+def index_names(id2label: dict) -> tuple[dict[str, int], dict[str, list[int]]]:
     """Class ids by name, and the classes that share a name: ImageNet has two cranes, and a crayfish by two names.
 
     A whole entry wins over a first name, and that over any other.

@@ -454,7 +454,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         diffusion_dim, diffusion_patch_size, diffusion_depth: the denoiser.
         condition_dim: width of the conditions that enter the denoiser; must be ``decoder_dim`` (its default).
         attention_head_dim: width of one head; every width must be a multiple of it.
-        rope_theta: base of the rotary frequencies.
+        rope_theta: base of the encoder's rotary frequencies.
+        diffusion_rope_theta: base of the denoiser's; defaults to ``rope_theta``.
         low_rank_queries: learned queries through a bottleneck of ``query_rank`` instead of full width.
         share_time_embedding: one time embedding for all denoiser blocks instead of one each.
         adaptive_head: DiT-style final layer; needs ``share_time_embedding``.
@@ -518,6 +519,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         max_num_tokens: int = 1024,
         query_rank: int = 8,
         strict_sample_size: bool = True,
+        diffusion_rope_theta: float | None = None,
     ):
         super().__init__()
         _check_kinds(self.config)
@@ -525,6 +527,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             tokens_per_group=num_tokens // num_groups if tokens_per_group is None else tokens_per_group,
             num_inference_steps=num_groups if num_inference_steps is None else num_inference_steps,
             condition_dim=decoder_dim if condition_dim is None else condition_dim,
+            diffusion_rope_theta=rope_theta if diffusion_rope_theta is None else diffusion_rope_theta,
         )
         config = self.config
         _check_config(config)
@@ -626,7 +629,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         return self._tables[key]
 
     def _rotary(self, height: int, width: int, device: torch.device) -> torch.Tensor:
-        head_dim, theta = self.config.attention_head_dim, self.config.rope_theta
+        """Rotary table of the denoiser."""
+        head_dim, theta = self.config.attention_head_dim, self.config.diffusion_rope_theta
         return self._cached(("rotary", height, width, device), lambda: rotary_table(height, width, head_dim, theta))
 
     def _encoder_tables(self, height: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -1215,7 +1219,7 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"tokens_per_group={config.tokens_per_group} does not fit num_tokens={config.num_tokens}.")
     if config.condition_dim != config.decoder_dim:
         raise ValueError(f"condition_dim={config.condition_dim} must equal decoder_dim={config.decoder_dim}.")
-    for name in ("data_std", "time_shift", "rope_theta"):
+    for name in ("data_std", "time_shift", "rope_theta", "diffusion_rope_theta"):
         if not 0 < config[name] < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {config[name]}.")
     if config.adaptive_head and not config.share_time_embedding:
