@@ -142,6 +142,16 @@ def ending_with(code: int, *, keep: tuple[type[BaseException], ...] = ()) -> Ite
 
 
 @contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Inside, a file that cannot be read ends a command with the name of ``path``; libraries often leave it out."""
+    try:
+        yield
+    except Exception as error:
+        text = explain(error) or f"{type(error).__name__}: {error}"  # bytes from anywhere: libraries raise all kinds
+        raise CommandError(text if str(path) in text else f"cannot read {path}: {text}") from error
+
+
+@contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Inside, what cannot be written ends a command with code 1 and the name of ``path``.
 
@@ -183,7 +193,7 @@ def check_output(path: str | Path, *, folder: bool = True) -> None:
             file.flush()
 
 
-def device(name: str) -> torch.device:
+def device_option(name: str) -> torch.device:
     """A device by name, as the ``type`` of an option.
 
     Raises:
@@ -204,17 +214,17 @@ def device(name: str) -> torch.device:
     return found
 
 
-def positive(value: str) -> int:
+def positive_option(value: str) -> int:
     """A whole number from 1 on, as the ``type`` of an option."""
     return _whole(value, 1, 2**31 - 1)
 
 
-def seed(value: str) -> int:
+def seed_option(value: str) -> int:
     """A seed that torch's generators take, as the ``type`` of an option."""
     return _whole(value, -(2**62), 2**62)
 
 
-def port(value: str) -> int:
+def port_option(value: str) -> int:
     """A port to listen on, as the ``type`` of an option."""
     return _whole(value, 1, 65_535)
 

@@ -75,18 +75,25 @@ def _check_configs(folder: Path) -> None:
     """Refuse configurations that are no JSON: of some the libraries would take the defaults, and say nothing."""
     for part in _PARTS:
         for path in (folder / part / name for name in _CONFIGS):
-            if path.is_file() and (problem := _config_problem(path)):
-                raise LoadError(f"{path} {problem}")
+            if path.is_file():
+                read_config(path)
 
 
-def _config_problem(path: Path) -> str | None:
+def read_config(path: Path) -> dict[str, Any]:
+    """A configuration in JSON, by option.
+
+    Raises:
+        LoadError: if the file holds none.
+    """
     if is_pointer(path):
-        return POINTER_ADVICE
+        raise LoadError(f"{path} {POINTER_ADVICE}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        return f"is damaged: it holds no JSON ({error})."
-    return None if isinstance(content, dict) else "is damaged: it holds no options by name."
+        raise LoadError(f"{path} is damaged: it holds no JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise LoadError(f"{path} is damaged: it holds no options by name.")
+    return content
 
 
 POINTER_ADVICE = "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder."

@@ -95,7 +95,9 @@ def test_new_classes_take_the_seed_of_the_run(make_transformer):
 @pytest.mark.parametrize("count", [3, 14])
 def test_ids_and_names_follow_the_data(tmp_path, tokenizer, pipeline, count):
     data = images(tmp_path / "data", count)
-    stage, args = tuned(tmp_path / "run", tokenizer, pipeline, dataset_name=data, new_classes="mean", max_train_steps=2)
+    stage, args = tuned(
+        tmp_path / "run", tokenizer, pipeline, dataset_name=data, new_classes="mean", max_train_steps=2
+    )
     assert stage.model.training and stage.model.config.num_classes == count
     train(stage, args, make_accelerator(args))
     loaded = DARPipeline.from_pretrained(tmp_path / "run")
