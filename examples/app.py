@@ -30,8 +30,10 @@ import torch
 from PIL import Image
 
 from dar_hf import DARPipeline, sample_pipeline
+from dar_hf.commands import command, device_option, port_option
 from dar_hf.data import center_crop, convert_channels, to_tensor
 from dar_hf.hub import describe
+from dar_hf.loading import load_pipeline
 from dar_hf.metrics import psnr
 from dar_hf.pictures import image_grid
 from dar_hf.threads import limit_threads
@@ -590,18 +592,18 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
     return page.launch(theme=theme, css=CSS, footer_links=[], max_file_size=MAX_FILE, **options)
 
 
-def main() -> None:
+@command("app.py")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="pipeline folder or Hub id; default the one that comes with the package")
     parser.add_argument("--host", help="address to listen on; default GRADIO_SERVER_NAME, else this machine only")
-    parser.add_argument("--port", type=int, help="default GRADIO_SERVER_PORT, else the first free one from 7860 on")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    try:
-        artist = Artist(DARPipeline.from_pretrained(args.model or sample_pipeline()).to(args.device))
-        limit_threads(artist.pipe.tokenizer, artist.pipe.transformer)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    parser.add_argument(
+        "--port", type=port_option, help="default GRADIO_SERVER_PORT, else the first free one from 7860 on"
+    )
+    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    artist = Artist(load_pipeline(args.model or sample_pipeline(), device=args.device))
+    limit_threads(artist.pipe.tokenizer, artist.pipe.transformer)
     warm_up(artist)
     launch(build(artist), server_name=args.host, server_port=args.port)
 

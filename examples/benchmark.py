@@ -18,7 +18,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
 from dar_hf.acceleration_dar import accelerated, has_fast_bf16
+from dar_hf.commands import check_output, command, device_option, positive_option, writing
 from dar_hf.conversion import to_original
 from dar_hf.evaluation import versions
 from dar_hf.files import write_json
@@ -590,16 +591,19 @@ def format_row(row: dict, unit: str, scale: float) -> str:
 HEAD = "| | plain / ours | stock / ours | ours / limit | ours | |\n|---|---|---|---|---|---|"
 
 
-def main() -> None:
+@command("benchmark.py")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", default=["B", "L"], choices=PAPER_SIZES, help="language models")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--slow_repeats", type=int, default=2, help="repeats of the yardsticks")
+    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch_sizes", nargs="+", type=positive_option, default=[1, 4])
+    parser.add_argument("--repeats", type=positive_option, default=5)
+    parser.add_argument("--slow_repeats", type=positive_option, default=2, help="repeats of the yardsticks")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS + OPTIONAL_PARTS)
     parser.add_argument("--json", type=Path, help="write every figure there")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.json:
+        check_output(args.json, folder=False)
 
     figures: dict = {"versions": versions(), "machine": platform.processor() or platform.machine()}
     figures |= {"device": str(args.device), "threads": torch.get_num_threads()}
@@ -629,7 +633,8 @@ def main() -> None:
         sizes = [("digits", 64)] + ([("v1", 16), ("L", 16)] if args.device.type == "cuda" else [])
         figures["training"] = [row for size, batch in sizes for row in training_rows(args, size, batch)]
     if args.json:
-        write_json(args.json, figures)
+        with writing(args.json):
+            write_json(args.json, figures)
         print(json.dumps(figures["versions"]))
 
 

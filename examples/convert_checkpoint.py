@@ -8,13 +8,16 @@ Nothing in the files is executed. What a file does not say comes from --config o
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dar_hf import DARPipeline, FlowMatchAdamsBashforthScheduler
+from dar_hf.commands import FAILURE, check_output, command, writing
 from dar_hf.conversion import convert_tokenizer, convert_transformer
 from dar_hf.files import new_folder
 from dar_hf.hub import model_card
 from dar_hf.labels import imagenet_labels, read_labels
+from dar_hf.loading import check_weights
 from dar_hf.presets import parse_options
 
 # options and the models without which they would say nothing
@@ -56,7 +59,8 @@ def build(args: argparse.Namespace):
     return DARPipeline(tokenizer, transformer, scheduler, id2label=labels)
 
 
-def main() -> None:
+@command("convert_checkpoint.py", FAILURE)
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="tokenizer checkpoint (.pt)")
     parser.add_argument("--transformer", help="language model checkpoint (.pt)")
@@ -66,7 +70,7 @@ def main() -> None:
     parser.add_argument("--sampling", help="take the sampling of this preset (L, XL) instead of the model's own")
     parser.add_argument("--tokenizer_options", nargs="*", metavar="NAME=VALUE", help="options of DARTokenizer")
     parser.add_argument("--transformer_options", nargs="*", metavar="NAME=VALUE", help="options of DARConfig")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not (args.tokenizer or args.transformer):
         parser.error("give --tokenizer, --transformer or both")
     for option, models in NEEDED.items():
@@ -74,20 +78,21 @@ def main() -> None:
             parser.error(f"--{option} needs --{' and --'.join(models)}")
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING)
     logging.getLogger("dar_hf").setLevel(logging.INFO)  # says what was dropped
-    try:
-        with new_folder(args.output_dir) as folder:
-            model = build(args)
+    for path in filter(None, (args.tokenizer, args.transformer)):
+        check_weights(path)
+    check_output(args.output_dir)
+    with new_folder(args.output_dir) as folder:
+        model = build(args)
+        sources = ", ".join(f"`{Path(path).name}`" for path in (args.tokenizer, args.transformer) if path)
+        card = model_card(
+            model,
+            args.output_dir,
+            summary="Converted from a checkpoint of the original D-AR code (showlab/D-AR).",
+            facts={"converted from": sources},
+        )
+        with writing(args.output_dir):
             model.save_pretrained(folder)
-            sources = ", ".join(f"`{Path(path).name}`" for path in (args.tokenizer, args.transformer) if path)
-            card = model_card(
-                model,
-                args.output_dir,
-                summary="Converted from a checkpoint of the original D-AR code (showlab/D-AR).",
-                facts={"converted from": sources},
-            )
             card.save(folder / "README.md")
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_checkpoint.py: {error}")
     print(f"saved {args.output_dir}")
 
 

@@ -5,14 +5,17 @@ python examples/convert_metric_weights.py lpips vgg16-397923af.pth vgg.pth lpips
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 
+from dar_hf.commands import check_output, command, writing
+from dar_hf.loading import check_weights
 from dar_hf.metrics.inception import convert_inception
 from dar_hf.metrics.lpips import convert_lpips
 from dar_hf.metrics.weights import read_original, write_weights
 
 
-def main() -> None:
+@command("convert_metric_weights.py")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="network", required=True)
     inception = commands.add_parser("inception", help="FID's Inception, of pytorch-fid or torch-fidelity")
@@ -22,16 +25,16 @@ def main() -> None:
     lpips.add_argument("vgg16")
     lpips.add_argument("heads")
     lpips.add_argument("target")
-    args = parser.parse_args()
-    try:
-        if args.network == "inception":
-            state = convert_inception(read_original(args.source))
-        else:
-            state = convert_lpips(read_original(args.vgg16), read_original(args.heads))
-        print(f"{args.target}: {len(state)} tensors, hash {write_weights(state, args.target)}")
-    except (ValueError, OSError) as error:
-        print(f"convert_metric_weights.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    args = parser.parse_args(argv)
+    check_output(args.target, folder=False)
+    sources = [args.source] if args.network == "inception" else [args.vgg16, args.heads]
+    for source in sources:
+        check_weights(source)
+    convert = convert_inception if args.network == "inception" else convert_lpips
+    state = convert(*map(read_original, sources))
+    with writing(args.target):
+        digest = write_weights(state, args.target)
+    print(f"{args.target}: {len(state)} tensors, hash {digest}")
 
 
 if __name__ == "__main__":

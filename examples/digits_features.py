@@ -6,12 +6,14 @@
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dar_hf.commands import check_output, command, positive_option, seed_option, writing
 from dar_hf.data import ImageSamples, ImageTransform, load_images
 from dar_hf.metrics import ImageFeatures, label_agreement
 from dar_hf.metrics.weights import load_exactly, read_weights, write_weights
@@ -72,15 +74,19 @@ def train(steps: int, seed: int) -> tuple[DigitsClassifier, float]:
         return network, label_agreement(network(test_images).logits, test_labels)
 
 
-def main() -> None:
+@command("digits_features.py")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="outputs/digits/features")
-    parser.add_argument("--steps", type=int, default=1_500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--steps", type=positive_option, default=1_500)
+    parser.add_argument("--seed", type=seed_option, default=0)
+    args = parser.parse_args(argv)
+    check_output(args.output_dir)
     network, accuracy = train(args.steps, args.seed)
     path = Path(args.output_dir) / "model.safetensors"
-    print(f"{path}: accuracy on the test digits {accuracy:.3f}, hash {write_weights(network.state_dict(), path)}")
+    with writing(path):
+        digest = write_weights(network.state_dict(), path)
+    print(f"{path}: accuracy on the test digits {accuracy:.3f}, hash {digest}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ again. --help after the mode lists all options.
 """
 
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import NoReturn
 
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import HfArgumentParser
 
+from dar_hf.commands import CommandError, check_output, command
 from dar_hf.evaluation import (
     GenerationArguments,
     ReconstructionArguments,
@@ -31,27 +32,21 @@ MODES = {
 }
 
 
-def fail(error: BaseException | str) -> NoReturn:
-    """End with one line on stderr."""
-    print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main() -> None:
-    mode, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+@command("evaluate.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else list(argv)
+    mode = words[0] if words else ""
     if mode in ("-h", "--help"):
         print(__doc__)
         return
     if mode not in MODES:
-        fail(f"usage: evaluate.py {{{','.join(MODES)}}} [options]; --help after the mode lists them")
+        raise CommandError(f"usage: evaluate.py {{{','.join(MODES)}}} [options]; --help after the mode lists them")
     arguments_class, evaluate = MODES[mode]
-    try:
-        args = HfArgumentParser(arguments_class, prog=f"evaluate.py {mode}").parse_args_into_dataclasses(argv)[0]
-        # a process that has done its shards waits for the others, as long as they take
-        accelerator = join_processes(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-        report = evaluate(args, accelerator)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
+    args = HfArgumentParser(arguments_class, prog=f"evaluate.py {mode}").parse_args_into_dataclasses(words[1:])[0]
+    check_output(args.output_dir)
+    # a process that has done its shards waits for the others, as long as they take
+    accelerator = join_processes(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    report = evaluate(args, accelerator)
     if report is not None:
         print(table(report["metrics"]))
         for warning in report["warnings"]:

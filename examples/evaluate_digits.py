@@ -14,6 +14,7 @@ a generated one.
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +22,12 @@ import torch.nn.functional as F
 from sklearn.svm import SVC
 
 from dar_hf import DARPipeline
+from dar_hf.commands import CommandError, check_output, command, seed_option, writing
 from dar_hf.data import ImageSamples, ImageTransform, load_images, normal_noise
 from dar_hf.evaluation import metric, versions, write_report
 from dar_hf.evaluation.measure import table
 from dar_hf.evaluation.report import public_name
+from dar_hf.loading import load_pipeline
 from dar_hf.metrics import codebook_statistics, psnr
 from dar_hf.pictures import image_grid, interleave_rows, plot_history, read_history, save_picture
 
@@ -106,36 +109,39 @@ def draw(folder: Path, images: torch.Tensor, reconstructions: torch.Tensor, step
     save_picture(image_grid(torch.cat([step[:, 0] for step in by_class]), 10), folder / "preview_strip.png")
 
 
-def main() -> None:
+@command("evaluate_digits.py")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", default="outputs/digits/pipeline")
     parser.add_argument("--dataset_name", default="digits", help="digits, a folder, a parquet file or a Hub id")
     parser.add_argument("--output_dir", default="outputs/digits")
     parser.add_argument("--num_images", type=int, default=500, help="digits to generate")
     parser.add_argument("--guidance_scale", type=float, default=None, help="default: the pipeline's own")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--seed", type=seed_option, default=0)
+    args = parser.parse_args(argv)
     if args.num_images < 10:
         parser.error(f"--num_images must be at least 10, one of each class, got {args.num_images}")
     started, folder = time.perf_counter(), Path(args.output_dir)
 
-    try:
-        pipe = DARPipeline.from_pretrained(args.pipeline)
-        train_images, train_labels = load_split(args.dataset_name, "train", pipe)
-        images, labels = load_split(args.dataset_name, "test", pipe)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    check_output(folder)
+    pipe = load_pipeline(args.pipeline)
+    if (count := pipe.transformer.config.num_classes) != 10:
+        raise CommandError(f"{args.pipeline} has {count} classes; digits have 10 classes.")
+    train_images, train_labels = load_split(args.dataset_name, "train", pipe)
+    images, labels = load_split(args.dataset_name, "test", pipe)
     pipe.set_progress_bar_config(disable=True)
     judge = Judge(train_images, train_labels)
     reconstruction, reconstructed = measure_reconstruction(pipe, images, labels, judge)
     generation, steps = measure_generation(pipe, args.num_images, judge, args.guidance_scale, args.seed)
-    draw(folder, images, reconstructed, steps)
+    with writing(folder):
+        draw(folder, images, reconstructed, steps)
     histories = {
         "tokenizer": read_history(folder / "tokenizer" / "history.jsonl"),
         "language model": read_history(folder / "pipeline" / "history.jsonl"),
     }
     if histories := {title: history for title, history in histories.items() if history}:
-        plot_history(histories, folder / "loss.png")
+        with writing(folder):
+            plot_history(histories, folder / "loss.png")
     report = {
         "mode": "generation",
         "model": {"name": args.pipeline, "revision": None},
@@ -157,7 +163,8 @@ def main() -> None:
         "versions": versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    write_report(folder, report)
+    with writing(folder):
+        write_report(folder, report)
     print(json.dumps(report["settings"], indent=2), table(report["metrics"]), sep="\n")
 
 

@@ -8,12 +8,14 @@ pipeline that has names); the answer is the image's codes, <c12><c7>..., whose i
 
 import argparse
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dar_hf import DARForCausalLM, DARPipeline
+from dar_hf.commands import FAILURE, check_output, command, writing
 from dar_hf.conversion import save_llama
 from dar_hf.files import new_folder
+from dar_hf.loading import load
 
 
 def class_names(model: str, subfolder: str) -> dict[int, str]:
@@ -33,18 +35,18 @@ def class_names(model: str, subfolder: str) -> dict[int, str]:
     return {int(label): name for label, name in names.items()}
 
 
-def main() -> None:
+@command("export_llama.py", FAILURE)
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of the language model")
     parser.add_argument("--subfolder", default="", help="where it is in there; transformer for a pipeline")
     parser.add_argument("--output_dir", required=True, help="folder to make; must not exist or be empty")
-    args = parser.parse_args()
-    try:
-        with new_folder(args.output_dir) as folder:
-            model = DARForCausalLM.from_pretrained(args.model, subfolder=args.subfolder)
+    args = parser.parse_args(argv)
+    check_output(args.output_dir)
+    with new_folder(args.output_dir) as folder:
+        model = load(DARForCausalLM, args.model, "language model", subfolder=args.subfolder)
+        with writing(args.output_dir):
             save_llama(model, folder, class_names(args.model, args.subfolder))
-    except (ValueError, OSError) as error:
-        sys.exit(f"export_llama.py: {error}")
     print(f"saved {args.output_dir}")
 
 

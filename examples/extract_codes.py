@@ -8,35 +8,29 @@
 Processes share the work; the same command again goes on where it was interrupted. --push_to_hub uploads the set.
 """
 
-import sys
-from typing import NoReturn
+from collections.abc import Sequence
 
 from transformers import HfArgumentParser
 
+from dar_hf.commands import FAILURE, CommandError, check_output, command
 from dar_hf.hub import one_line
 from dar_hf.processes import join_processes
 from dar_hf.training.codes import ExtractArguments, extract_codes, push_codes
 
 
-def fail(error: BaseException, code: int) -> NoReturn:
-    """End with one line on stderr."""
-    print(f"extract_codes.py: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-def main() -> None:
-    try:
-        args = HfArgumentParser(ExtractArguments).parse_args_into_dataclasses()[0]
-        accelerator = join_processes()
-        stamp = extract_codes(args, accelerator)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error, 2)
+@command("extract_codes.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = HfArgumentParser(ExtractArguments, prog="extract_codes.py").parse_args_into_dataclasses(argv)[0]
+    check_output(args.output_dir)
+    accelerator = join_processes()
+    stamp = extract_codes(args, accelerator)
     accelerator.print(f"{stamp['num_images']} images, {stamp['variants']} codes each: {args.output_dir}")
     if args.push_to_hub and accelerator.is_main_process:
         try:
             print(f"pushed to {push_codes(args)}")
         except Exception as error:  # also what the transport raises
-            fail(ValueError(f"the set is in {args.output_dir}, but not on the Hub: {one_line(error)}"), 1)
+            text = f"the set is in {args.output_dir}, but not on the Hub: {one_line(error)}"
+            raise CommandError(text, FAILURE) from error
     accelerator.end_training()
 
 

@@ -13,20 +13,23 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dar_hf import DARPipeline
+from dar_hf.commands import check_output, command, device_option, seed_option, writing
 from dar_hf.data import read_image
+from dar_hf.loading import load_pipeline
 from dar_hf.pictures import image_grid, save_animation, save_picture
 
 MAX_COLUMNS = 10
 TIMED_RUNS = 20
 
 
-def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", required=True, help="folder or Hub id")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/samples"))
@@ -43,11 +46,11 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--image", type=Path, help="image-to-image: the image to start from")
     parser.add_argument("--strength", type=float, help="share of the steps generated anew, in [0, 1]")
     parser.add_argument("--previews", nargs="+", choices=["strip", "gif"], default=[])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_option, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--timing", action="store_true", help="also print the time to the first preview and in all")
-    return parser, parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def call_options(args: argparse.Namespace, pipe: DARPipeline) -> dict[str, Any]:
@@ -105,18 +108,18 @@ def measure(pipe: DARPipeline, options: dict[str, Any], generators: list[torch.G
     return report | {"share": round(report["first_preview_seconds"] / report["whole_call_seconds"], 3)}
 
 
-def main() -> None:
-    parser, args = parse()
-    try:
-        pipe = DARPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype)).to(args.device)
-        pipe.set_progress_bar_config(disable=True)
-        options = call_options(args, pipe)
-        count = len(options["class_labels"]) * max(args.num_images_per_prompt, 1)
-        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
-        steps = [o.images.cpu() * 2 - 1 for o in pipe.stream(**options, generator=generators, output_type="pt")]
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    write(args, pipe, options, steps)
+@command("generate.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    check_output(args.output_dir)
+    pipe = load_pipeline(args.pipeline, getattr(torch, args.dtype), args.device)
+    pipe.set_progress_bar_config(disable=True)
+    options = call_options(args, pipe)
+    count = len(options["class_labels"]) * max(args.num_images_per_prompt, 1)
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
+    steps = [o.images.cpu() * 2 - 1 for o in pipe.stream(**options, generator=generators, output_type="pt")]
+    with writing(args.output_dir):
+        write(args, pipe, options, steps)
     print(f"{len(steps[-1])} images in {args.output_dir}")
     if args.timing:
         print(json.dumps(measure(pipe, options, generators)))

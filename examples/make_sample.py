@@ -6,18 +6,18 @@ Replaces the folder of `dar_hf.sample_pipeline`, at once and only when the new o
 """
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dar_hf import DARPipeline
+from dar_hf.commands import check_output, command
 from dar_hf.files import new_folder, write_json
+from dar_hf.loading import check_weights, load_pipeline, read_config
 from dar_hf.sample import FOLDER
 
 MAX_BYTES = 12_000_000
@@ -33,7 +33,7 @@ WEIGHTS = ("tokenizer/diffusion_pytorch_model.safetensors", "transformer/model.s
 
 def write_config(source: Path, target: Path) -> None:
     """Copy a configuration without the path of the folder it was trained in."""
-    config = json.loads(source.read_text(encoding="utf-8"))
+    config = read_config(source)
     config.pop("_name_or_path", None)
     target.parent.mkdir(exist_ok=True)
     write_json(target, config)
@@ -45,6 +45,7 @@ def write_half(source: Path, target: Path) -> None:
     Raises:
         ValueError: if one of them is not.
     """
+    check_weights(source)
     weights = {}
     for name, tensor in load_file(source).items():
         weights[name] = tensor.half() if tensor.is_floating_point() else tensor
@@ -68,7 +69,7 @@ def convert(source: Path, target: Path) -> int:
     if size > MAX_BYTES:
         limit = f"at most {MAX_BYTES / 1e6:.0f} are shipped"
         raise ValueError(f"{source} takes {size / 1e6:.1f} MB in half precision; {limit}.")
-    DARPipeline.from_pretrained(target)
+    load_pipeline(target)
     return size
 
 
@@ -89,15 +90,14 @@ def replace(source: Path, target: Path) -> int:
     return size
 
 
-def main() -> None:
+@command("make_sample.py")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", type=Path, required=True, help="folder that stage 2 left")
     parser.add_argument("--output_dir", type=Path, default=FOLDER, help="default the package's own sample")
-    args = parser.parse_args()
-    try:
-        size = replace(args.pipeline, args.output_dir)
-    except (OSError, ValueError, SafetensorError) as error:
-        parser.error(str(error))
+    args = parser.parse_args(argv)
+    check_output(args.output_dir)
+    size = replace(args.pipeline, args.output_dir)
     print(f"{args.output_dir}: {size / 1e6:.2f} MB")
 
 

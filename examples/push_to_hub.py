@@ -9,15 +9,17 @@ Log in first with `hf auth login`.
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from dar_hf.commands import FAILURE, command
 from dar_hf.evaluation import read_report
-from dar_hf.hub import empty_model, export_remote_code, model_files, one_line, prepare_repository, push_folder
+from dar_hf.hub import empty_model, export_remote_code, model_files, prepare_repository, push_folder
 from dar_hf.training.cards import take_report, write_run_card
 
 
-def main() -> None:
+@command("push_to_hub.py", FAILURE)
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="the saved model or the output folder of a run")
     parser.add_argument("repo_id", help="name or owner/name; created if missing")
@@ -29,24 +31,20 @@ def main() -> None:
     parser.add_argument("--revision", help="branch to push to, created if missing; default main")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--commit_message")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     options = {"private": args.private or None, "revision": args.revision}
-    try:
-        model_files(args.folder)  # refuses links that lead out of the folder before anything is read through them
-        class_name = type(empty_model(args.folder)).__name__
-        for report in args.report:
-            read_report(report)
-        prepare_repository(args.repo_id, class_name, **options)  # a Hub that refuses leaves the folder as it is
-        for report in args.report:
-            take_report(report, args.folder)
-        if args.self_contained:
-            export_remote_code(args.folder)
-        if args.report or Path(args.folder, "training.json").is_file():
-            write_run_card(args.folder, args.repo_id)
-        commit = push_folder(args.folder, args.repo_id, args.commit_message, create_pr=args.create_pr, **options)
-    except Exception as error:  # one line, whoever raised it
-        print(f"push_to_hub.py: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+    model_files(args.folder)  # refuses links that lead out of the folder before anything is read through them
+    class_name = type(empty_model(args.folder)).__name__
+    for report in args.report:
+        read_report(report)
+    prepare_repository(args.repo_id, class_name, **options)  # a Hub that refuses leaves the folder as it is
+    for report in args.report:
+        take_report(report, args.folder)
+    if args.self_contained:
+        export_remote_code(args.folder)
+    if args.report or Path(args.folder, "training.json").is_file():
+        write_run_card(args.folder, args.repo_id)
+    commit = push_folder(args.folder, args.repo_id, args.commit_message, create_pr=args.create_pr, **options)
     print(commit.pr_url or commit.repo_url)
 
 

@@ -7,11 +7,14 @@ reference, then every class with its layout). `generate.py` has all options; thi
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from dar_hf import DARPipeline, sample_pipeline
+from dar_hf.commands import check_output, command, positive_option, seed_option, writing
+from dar_hf.loading import load_pipeline
 from dar_hf.pictures import image_grid, save_picture
 from dar_hf.threads import limit_threads
 
@@ -47,26 +50,26 @@ def layouts(pipe: DARPipeline, seed: int, layout_tokens: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def main() -> None:
+@command("quickstart.py")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="pipeline folder or Hub id with ten classes; default the package's own")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--layout_tokens", type=int, default=1, help="tokens that the references hand on")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    try:
-        pipe = DARPipeline.from_pretrained(args.model or sample_pipeline())
-        pipe.set_progress_bar_config(disable=True)
-        limit_threads(pipe.tokenizer, pipe.transformer)
-        pictures = {
-            "samples": (samples(pipe, args.seed), len(CLASSES)),
-            "previews": (previews(pipe, args.seed), pipe.tokenizer.config.num_inference_steps),
-            "layout": (layouts(pipe, args.seed, args.layout_tokens), len(CLASSES) + 2),
-        }
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    parser.add_argument("--layout_tokens", type=positive_option, default=1, help="tokens that the references hand on")
+    parser.add_argument("--seed", type=seed_option, default=0)
+    args = parser.parse_args(argv)
+    check_output(args.output_dir)
+    pipe = load_pipeline(args.model or sample_pipeline())
+    pipe.set_progress_bar_config(disable=True)
+    limit_threads(pipe.tokenizer, pipe.transformer)
+    pictures = {
+        "samples": (samples(pipe, args.seed), len(CLASSES)),
+        "previews": (previews(pipe, args.seed), pipe.tokenizer.config.num_inference_steps),
+        "layout": (layouts(pipe, args.seed, args.layout_tokens), len(CLASSES) + 2),
+    }
     for name, (images, columns) in pictures.items():
-        save_picture(image_grid(images * 2 - 1, columns), args.output_dir / f"{name}.png")
+        with writing(args.output_dir):
+            save_picture(image_grid(images * 2 - 1, columns), args.output_dir / f"{name}.png")
     print(f"{', '.join(pictures)} in {args.output_dir}")
 
 

@@ -8,20 +8,22 @@ after every step) and prints the mean PSNR of every step in dB.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from dar_hf import DARPipeline
+from dar_hf.commands import check_output, command, device_option, positive_option, seed_option, writing
 from dar_hf.data import ImageSamples, ImageTransform, load_images, read_image
+from dar_hf.loading import load_pipeline
 from dar_hf.metrics import psnr
 from dar_hf.pictures import image_grid, interleave_rows, save_picture
 
 MAX_COLUMNS = 8
 
 
-def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", required=True, help="folder or Hub id")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -33,12 +35,12 @@ def parse() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--previews", action="store_true", help="a row a step")
     parser.add_argument("--num_tokens", type=int, help="decode only the first tokens")
     parser.add_argument("--num_inference_steps", type=int)
-    parser.add_argument("--height", type=int, help="where the tokenizer takes other sizes than its own")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--seed", type=int, default=0, help="of the start noise")
+    parser.add_argument("--height", type=positive_option, help="where the tokenizer takes other sizes than its own")
+    parser.add_argument("--width", type=positive_option)
+    parser.add_argument("--seed", type=seed_option, default=0, help="of the start noise")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser, parser.parse_args()
+    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
 
 
 def load_inputs(args: argparse.Namespace, crop: ImageTransform) -> list[Image.Image]:
@@ -60,32 +62,32 @@ def load_inputs(args: argparse.Namespace, crop: ImageTransform) -> list[Image.Im
     return images
 
 
-def main() -> None:
-    parser, args = parse()
-    try:
-        pipe = DARPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype)).to(args.device)
-        height, width = pipe.tokenizer.image_size
-        size = args.height or height, args.width or width
-        crop = ImageTransform(size, channels=pipe.tokenizer.config.in_channels)
-        images = load_inputs(args, crop)
-        output = pipe.reconstruct(
-            images,
-            height=size[0],
-            width=size[1],
-            num_inference_steps=args.num_inference_steps,
-            num_tokens=args.num_tokens,
-            generator=torch.Generator().manual_seed(args.seed),
-            output_type="pt",
-            previews=True,
-        )
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+@command("reconstruct.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    check_output(args.output, folder=False)
+    pipe = load_pipeline(args.pipeline, getattr(torch, args.dtype), args.device)
+    height, width = pipe.tokenizer.image_size
+    size = args.height or height, args.width or width
+    crop = ImageTransform(size, channels=pipe.tokenizer.config.in_channels)
+    images = load_inputs(args, crop)
+    output = pipe.reconstruct(
+        images,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=args.num_inference_steps,
+        num_tokens=args.num_tokens,
+        generator=torch.Generator().manual_seed(args.seed),
+        output_type="pt",
+        previews=True,
+    )
     inputs = torch.stack([crop(image) for image in images])
     steps = [step.cpu() * 2 - 1 for step in output.previews]
     print("PSNR of every step in dB: " + ", ".join(f"{float(psnr(step, inputs).mean()):.2f}" for step in steps))
     columns = min(len(inputs), MAX_COLUMNS)
     rows = [inputs, *(steps if args.previews else steps[-1:])]
-    save_picture(image_grid(interleave_rows(*rows, columns=columns), columns), args.output)
+    with writing(args.output):
+        save_picture(image_grid(interleave_rows(*rows, columns=columns), columns), args.output)
     print(args.output)
 
 

@@ -12,7 +12,9 @@ import torch
 import transformers
 
 from . import DARPipeline, __version__, sample_pipeline
+from .commands import check_output, command, seed_option, writing
 from .hub import describe
+from .loading import load_pipeline
 from .pictures import image_grid, save_picture
 from .threads import limit_threads
 
@@ -33,32 +35,33 @@ def draw(pipe: DARPipeline, seed: int, path: Path) -> int:
     labels = list(range(min(pipe.transformer.config.num_classes, MAX_CLASSES)))
     generators = [torch.Generator().manual_seed(seed + label) for label in labels]
     images = torch.as_tensor(pipe(labels, generator=generators, output_type="pt", return_dict=False)[0])
-    save_picture(image_grid(images * 2 - 1, COLUMNS), path)
+    with writing(path):
+        save_picture(image_grid(images * 2 - 1, COLUMNS), path)
     return len(labels)
 
 
+@command("dar-hf: error")  # as argparse begins its own
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dar-hf", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="pipeline folder or Hub id; default the one that comes with the package")
     parser.add_argument("--output", type=Path, default=Path("samples.png"), help="picture to write (PNG)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
+    check_output(args.output, folder=False)
     print(", ".join([f"dar_hf {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]))
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        model = args.model or sample_pipeline()
-        pipe = DARPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
-        pipe.set_progress_bar_config(disable=True)
-        limit_threads(pipe.tokenizer, pipe.transformer)
-        print(f"device: {device_name()}")
-        print("model:", model)
-        for name, fact in describe(pipe).items():
-            print(f"  {name}: {fact}")
-        started = time.perf_counter()
-        count = draw(pipe, args.seed, args.output)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    model = args.model or sample_pipeline()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = load_pipeline(model, device=device)
+    pipe.set_progress_bar_config(disable=True)
+    limit_threads(pipe.tokenizer, pipe.transformer)
+    print(f"device: {device_name()}")
+    print("model:", model)
+    for name, fact in describe(pipe).items():
+        print(f"  {name}: {fact}")
+    started = time.perf_counter()
+    count = draw(pipe, args.seed, args.output)
     print(f"{args.output}: {count} images in {time.perf_counter() - started:.1f} s")
 
 

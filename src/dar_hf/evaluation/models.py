@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from ..loading import load, load_pipeline
 from ..metrics.weights import weights_hash
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
@@ -57,13 +58,13 @@ def load_model(args: EvaluationArguments, device: torch.device) -> EvaluatedMode
     dtype = getattr(torch, args.dtype)
     description: dict[str, Any] = {"name": args.pipeline, "revision": revision, "dtype": args.dtype}
     if (folder / "model_index.json").is_file():
-        pipeline = DARPipeline.from_pretrained(folder, dtype=dtype)
+        pipeline = load_pipeline(folder, dtype)
         pipeline.set_progress_bar_config(disable=True)
         description["transformer_hash"] = weights_hash(pipeline.transformer.state_dict())
         tokenizer, scheduler = pipeline.tokenizer, pipeline.scheduler
         pipeline.to(device)
     elif (folder / "config.json").is_file():  # of another model: loading refuses it
-        pipeline, tokenizer = None, DARTokenizer.from_pretrained(folder, dtype=dtype).to(device)
+        pipeline, tokenizer = None, load(DARTokenizer, folder, "tokenizer", dtype=dtype).to(device)
         scheduler = FlowMatchAdamsBashforthScheduler(shift=tokenizer.config.time_shift)
     else:
         raise ValueError(f"{folder} holds neither a pipeline (model_index.json) nor a DARTokenizer (config.json).")

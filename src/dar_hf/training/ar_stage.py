@@ -2,6 +2,7 @@
 
 import copy
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ class ARArguments(LoopArguments):
     tokenizer: str = option("", "folder or Hub id of the trained tokenizer")
     codes: str | None = option(None, "codes made by extract_codes.py, a folder or Hub id, instead of training images")
     cache_codes: bool = option(False, "encode the whole set once, before training: for small sets")
+    new_classes: str | None = option(
+        None, "with --init_from, choose its classes anew, starting from: null (the null class), mean (of all) or fresh"
+    )
     lora_rank: int = option(0, "train only low-rank adapters of this rank, which are merged at the end; 0 for all")
     lora_alpha: int | None = option(None, "scale of the adapters times their rank; default the rank")
     guidance_scale: list[float] | None = option(None, "default guidance saved with the model: one scale, or two ends")
@@ -49,6 +53,10 @@ class ARArguments(LoopArguments):
             raise ValueError(f"solver_order must be 1 or 2, got {self.solver_order}.")
         if self.lora_rank < 0 or (self.lora_alpha is not None and not self.lora_alpha > 0):
             raise ValueError("lora_rank must not be negative, and lora_alpha must be positive.")
+        if self.new_classes not in (None, "null", "mean", "fresh"):
+            raise ValueError(f"new_classes must be null, mean or fresh, got {self.new_classes!r}.")
+        if self.new_classes and not self.init_from:
+            raise ValueError("new_classes are those of a saved model: give --init_from beside --new_classes.")
         if self.lora_rank and not self.init_from:
             raise ValueError("adapters need a model to adapt: give --init_from beside --lora_rank.")
         if self.codes and self.cache_codes:
@@ -57,8 +65,12 @@ class ARArguments(LoopArguments):
             raise ValueError("--streaming reads images: it excludes --codes and --cache_codes.")
 
 
-def add_adapters(model: DARForCausalLM, rank: int, alpha: int) -> nn.Module:
+def add_adapters(model: DARForCausalLM, rank: int, alpha: int, train_classes: bool = False) -> nn.Module:
     """The model with trainable low-rank adapters on every linear layer but the head, and all else frozen (peft).
+
+    Args:
+        rank, alpha: of the adapters.
+        train_classes: train the embeddings of the classes, too; new ones would else stay as they start.
 
     Raises:
         ImportError: without peft.
@@ -67,7 +79,11 @@ def add_adapters(model: DARForCausalLM, rank: int, alpha: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError('adapters come with peft: pip install "dar-hf[peft]".') from error
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=ADAPTED))
+    classes = list(range(model.config.codebook_size, model.config.vocab_size))
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=ADAPTED)
+    if train_classes:
+        config.trainable_token_indices = {"embed_tokens": classes}
+    return get_peft_model(model, config)
 
 
 class ARStage(Stage):
@@ -97,7 +113,9 @@ class ARStage(Stage):
         self.model: Any = model
         self.args, self.id2label = args, id2label
         if args.lora_rank:
-            self.model = add_adapters(model, args.lora_rank, args.lora_alpha or args.lora_rank)
+            self.model = add_adapters(
+                model, args.lora_rank, args.lora_alpha or args.lora_rank, train_classes=bool(args.new_classes)
+            )
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.samples: Any = samples
         if args.cache_codes and isinstance(samples, ImageSamples):
@@ -110,6 +128,7 @@ class ARStage(Stage):
             scale = args.guidance_scale
             model.generation_config.guidance_scale = scale[0] if len(scale) == 1 else scale
         model.generation_config.update(do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
+        self._check(model)
 
     def parameter_groups(self) -> list[dict]:
         matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
@@ -162,13 +181,28 @@ class ARStage(Stage):
         return figures, {"samples": image_grid(images, SAMPLE_COLUMNS)}
 
     def save(self, folder: Path) -> None:
-        scheduler = FlowMatchAdamsBashforthScheduler(
-            shift=self.tokenizer.config.time_shift, solver_order=self.args.solver_order
-        )
         model: Any = self.model
         if self.args.lora_rank:
             model = copy.deepcopy(model).merge_and_unload()
-        DARPipeline(self.tokenizer, model, scheduler, self.id2label).save_pretrained(folder)
+        self._pipeline(model).save_pretrained(folder)
+
+    def _pipeline(self, model: DARForCausalLM) -> DARPipeline:
+        scheduler = FlowMatchAdamsBashforthScheduler(
+            shift=self.tokenizer.config.time_shift, solver_order=self.args.solver_order
+        )
+        return DARPipeline(self.tokenizer, model, scheduler, self.id2label)
+
+    def _check(self, model: DARForCausalLM) -> None:
+        """Refuse now what saving would refuse after the whole training.
+
+        Raises:
+            ValueError: for parts that make no pipeline, or configurations that cannot be written.
+        """
+        pipeline = self._pipeline(model)
+        with tempfile.TemporaryDirectory() as folder:
+            pipeline.save_config(folder)
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
 
     def describe(self) -> dict:
         adapters = {"lora_rank": self.args.lora_rank} if self.args.lora_rank else {}

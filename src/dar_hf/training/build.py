@@ -3,27 +3,30 @@
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from accelerate.utils import set_seed
-from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaConfig
 
 from ..configuration_dar import DARConfig
 from ..data import ImageSamples, ImageTransform, StreamedImages, available_splits, load_images, stream_images
+from ..loading import load
 from ..modeling_dar import DARForCausalLM
 from ..presets import get_preset, parse_options
 from ..tokenizer_dar import SHORT_SEQUENCE, DARTokenizer
 from .ar_stage import ARArguments, ARStage
 from .arguments import LoopArguments
 from .codes import CodeSamples, load_codes, stored_samples
+from .fine_tuning import option_named, part, saved_transformer
 from .tokenizer_stage import TokenizerArguments, TokenizerStage
 
 logger = logging.getLogger(__name__)
 
 NO_DATASET = "dataset_name is missing: digits, a folder, a parquet or tar file or a Hub id."
+# of the language model's options, those that neither follow from others nor are about transformers' bookkeeping
+MODEL_OPTIONS = {*DARConfig.__annotations__, *LlamaConfig.__annotations__} - {"vocab_size", "max_position_embeddings"}
 HELD_OUT_PART = 20  # one in so many images is held out for validation where there is no split for it
 
 
@@ -192,10 +195,8 @@ def _saved_tokenizer(source: str, overrides: dict[str, Any]) -> DARTokenizer:
     Raises:
         ValueError: if there is none, or its weights do not fit the options.
     """
-    try:
-        saved = DARTokenizer.from_pretrained(_part(source, "tokenizer"))
-    except OSError as error:
-        raise ValueError(f"init_from: no tokenizer at {source!r}, neither as a folder nor on the Hub.") from error
+    with option_named("init_from"):
+        saved = load(DARTokenizer, part(source, "tokenizer"), "tokenizer")
     config = {name: value for name, value in dict(saved.config).items() if not name.startswith("_")}
     if "num_groups" in overrides:  # what follows from it, follows it
         config |= {"tokens_per_group": None, "num_inference_steps": None}
@@ -210,42 +211,14 @@ def _saved_tokenizer(source: str, overrides: dict[str, Any]) -> DARTokenizer:
     return model.train()
 
 
-def _saved_transformer(source: str, overrides: dict[str, Any], wanted: dict[str, Any], seed: int) -> DARForCausalLM:
-    """A saved language model to fine-tune, in float32; options may change its dropouts.
-
-    Raises:
-        ValueError: if there is none, or it is of other codes or fewer classes.
-    """
-    fixed = [name for name in overrides if not name.endswith("_dropout")]
-    if fixed:
-        raise ValueError(f"init_from: of a saved language model only dropouts can change, not {', '.join(fixed)}.")
-    part = _part(source, "transformer")
-    try:
-        config = DARConfig.from_pretrained(part)
-        for name, value in overrides.items():
-            setattr(config, name, value)
-        model = DARForCausalLM.from_pretrained(part, config=config, dtype=torch.float32)
-    except OSError as error:
-        raise ValueError(f"init_from: no language model at {source!r}, neither as a folder nor on the Hub.") from error
-    for name, value in wanted.items():
-        found = getattr(config, name)
-        if found < value if name == "num_classes" else found != value:
-            raise ValueError(f"init_from: {source} has {name}={found}, the tokenizer and data have {value}.")
-    set_seed(seed)  # of adapters
-    return model.train()
-
-
-def _part(source: str, name: str) -> str:
-    """A component's folder, where ``source`` is a pipeline's."""
-    part = Path(source).expanduser() / name
-    return str(part) if part.is_dir() else source
-
-
 def _make(model_class: type, options: dict[str, Any]) -> Any:
+    """A model or configuration from the options of a preset and of ``--model_overrides``."""
     try:
         return model_class(**options)
-    except (TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{model_class.__name__}: {error.__cause__ or error}") from error
+    except Exception as error:  # options from anywhere: the libraries raise all kinds for impossible ones
+        reason = error.__cause__ or error
+        text = reason if isinstance(reason, (TypeError, ValueError)) else f"{type(reason).__name__}: {reason}"
+        raise ValueError(f"--model_overrides make no {model_class.__name__}: {text}") from error
 
 
 def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARStage:
@@ -259,10 +232,9 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
         raise ValueError(f"preset {args.preset!r} has no language model; use B, L, XL, XXL, 3B or digits.")
     if not args.tokenizer:
         raise ValueError("stage 2 needs --tokenizer: the folder or Hub id of a trained tokenizer.")
-    try:
-        tokenizer = DARTokenizer.from_pretrained(args.tokenizer).to(device)
-    except OSError as error:
-        raise ValueError(f"no tokenizer at {args.tokenizer!r}, neither as a folder nor on the Hub.") from error
+    tokenizer = load(DARTokenizer, args.tokenizer, "tokenizer").to(device)
+    overrides = parse_options(args.model_overrides)
+    sizes = _sizes(tokenizer, overrides)
     train: ImageSamples | StreamedImages | CodeSamples
     if args.codes:
         train, validation, label_feature = _code_samples(args, tokenizer)
@@ -272,28 +244,36 @@ def build_ar_stage(args: ARArguments, device: torch.device | str = "cpu") -> ARS
         if isinstance(train, StreamedImages):
             label_feature = _stream_classes(args, train.dataset)
     assert isinstance(label_feature, datasets.ClassLabel)  # load_images makes it one
-    overrides = parse_options(args.model_overrides)
-    unknown = set(overrides) - set(DARConfig().to_dict())
-    if unknown:
-        raise ValueError(f"DARConfig has no options {', '.join(sorted(unknown))}.")
-    wanted = dict(
-        codebook_size=tokenizer.config.codebook_size,
-        num_image_tokens=tokenizer.config.num_tokens,
-        tokens_per_group=tokenizer.config.tokens_per_group,
-        num_classes=label_feature.num_classes,
-    )
     if args.init_from:
-        model = _saved_transformer(args.init_from, overrides, wanted, args.seed)
+        model = saved_transformer(args, overrides, sizes, label_feature.names)
     else:
-        model = _new_transformer(args, options | wanted | overrides, label_feature.num_classes)
+        model = _new_transformer(args, options | sizes, overrides, label_feature.num_classes)
     if torch.device(device).type == "cpu" and model.config.num_image_tokens <= SHORT_SEQUENCE:
         model.set_attn_implementation("eager")  # for training only: it is not saved
     return ARStage(model, tokenizer, train, args, validation, dict(enumerate(label_feature.names)))
 
 
-def _new_transformer(args: ARArguments, options: dict[str, Any], num_classes: int) -> DARForCausalLM:
-    config = _make(DARConfig, options)
+def _sizes(tokenizer: DARTokenizer, overrides: dict[str, Any]) -> dict[str, int]:
+    """Options of the language model that follow from the tokenizer.
+
+    Raises:
+        ValueError: for overrides that are no options, or that the pipeline would refuse at the end.
+    """
+    if unknown := set(overrides) - MODEL_OPTIONS:
+        raise ValueError(f"DARConfig has no options {', '.join(sorted(unknown))}.")
+    config = tokenizer.config
+    sizes = {"codebook_size": config.codebook_size, "num_image_tokens": config.num_tokens}
+    for name, value in sizes.items():
+        if (given := overrides.get(name, value)) != value:
+            raise ValueError(f"--model_overrides {name}={given}, but the tokenizer has {value}: leave it out.")
+    return sizes | {"tokens_per_group": config.tokens_per_group}
+
+
+def _new_transformer(
+    args: ARArguments, options: dict[str, Any], overrides: dict[str, Any], num_classes: int
+) -> DARForCausalLM:
+    config = _make(DARConfig, options | {"num_classes": num_classes} | overrides)
     if config.num_classes < num_classes:
         raise ValueError(f"num_classes={config.num_classes}, but the data set has {num_classes} classes.")
     set_seed(args.seed)
-    return DARForCausalLM(config)
+    return _make(DARForCausalLM, {"config": config})

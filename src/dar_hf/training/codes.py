@@ -25,6 +25,7 @@ from ..data import ImageSamples, ImageTransform, load_images
 from ..files import write_json, write_text
 from ..hub import advice, matching_files, prepare_repository, push_card
 from ..hub.blocks import stamp as stamp_card
+from ..loading import load
 from ..options import option
 from ..tokenizer_dar import DARTokenizer
 
@@ -242,10 +243,7 @@ def extract_codes(args: ExtractArguments, accelerator: Accelerator) -> dict[str,
     Raises:
         ValueError: for a missing tokenizer or data set, or a folder that holds other codes.
     """
-    try:
-        tokenizer = DARTokenizer.from_pretrained(args.tokenizer).to(accelerator.device).eval()
-    except OSError as error:
-        raise ValueError(f"no tokenizer at {args.tokenizer!r}, neither as a folder nor on the Hub.") from error
+    tokenizer = load(DARTokenizer, args.tokenizer, "tokenizer").to(accelerator.device).eval()
     transform = ImageTransform(tokenizer.image_size, tokenizer.config.in_channels, args.crop, args.flip)
     with accelerator.main_process_first():
         dataset = load_images(
