@@ -1177,7 +1177,7 @@ def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
 
 
 _FLAGS = ("low_rank_queries", "share_time_embedding", "adaptive_head", "strict_sample_size")
-_NUMBERS = ("data_std", "time_shift", "rope_theta")
+_NUMBERS = ("data_std", "time_shift", "rope_theta", "diffusion_rope_theta")
 _OPTIONAL = ("tokens_per_group", "num_inference_steps", "condition_dim", "repa_layer")
 # what an option must be; sizes, all others, are integers
 _KINDS: dict[str, tuple[Any, str]] = {
@@ -1219,7 +1219,7 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"tokens_per_group={config.tokens_per_group} does not fit num_tokens={config.num_tokens}.")
     if config.condition_dim != config.decoder_dim:
         raise ValueError(f"condition_dim={config.condition_dim} must equal decoder_dim={config.decoder_dim}.")
-    for name in ("data_std", "time_shift", "rope_theta", "diffusion_rope_theta"):
+    for name in _NUMBERS:
         if not 0 < config[name] < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {config[name]}.")
     if config.adaptive_head and not config.share_time_embedding:
