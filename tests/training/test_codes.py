@@ -156,7 +156,7 @@ def test_processes_share_the_encoding_in_memory(tmp_path, small_digits, tokenize
     alone = codes_module.encode_all(stage.samples, model)
     parts = []
     monkeypatch.setattr(codes_module, "ENCODE_BATCH", 16)
-    monkeypatch.setattr(codes_module, "gather_object", lambda own: parts.extend(own) or own)
+    monkeypatch.setattr(codes_module, "gather_object", lambda own: parts.extend(own) or parts)
     for rank in range(3):  # one more than there are batches
         monkeypatch.setattr(PartialState(), "num_processes", 3)
         monkeypatch.setattr(PartialState(), "process_index", rank)
