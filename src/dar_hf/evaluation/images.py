@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..data import ImageSamples, ImageTransform, load_images
+from ..data.batches import image_path
 from .arguments import EvaluationArguments
 
 CROP = "center: halved by boxes while twice too large, bicubic to the shorter side, middle cut out (ADM)"
@@ -112,7 +113,11 @@ def _left_out(samples: ImageSamples, kept: list[int], checked: int, limit: int) 
     Raises:
         ValueError: for more than ``limit`` of them, or none that is kept.
     """
-    names = [samples.name(index) for index in sorted(set(range(checked)) - set(kept))]
+    names = []
+    for index in sorted(set(range(checked)) - set(kept)):
+        path = image_path(samples.dataset[index]["image"])
+        # of a path only the last part: reports are published
+        names.append(f"{index} ({Path(path).name})" if path else str(index))
     if not kept:
         raise ValueError(f"none of the {len(samples)} images can be read.")
     if len(names) > limit:
