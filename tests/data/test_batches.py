@@ -199,6 +199,14 @@ def test_stack_renders_one_variant():
     assert plain.shape == (2, 1, 8, 8) and torch.equal(mirrored, plain.flip(-1))
 
 
+def test_a_stack_names_the_image_that_cannot_be_read(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"junk")
+    data = datasets.Dataset.from_dict({"image": [str(tmp_path / "broken.png")]})
+    samples = ImageSamples(data.cast_column("image", datasets.Image()), ImageTransform((8, 8), 1))
+    with pytest.raises(ValueError, match="image 0 .*broken.png. cannot be read"):
+        samples.stack([0])
+
+
 def test_rows_without_an_image_are_left_out_and_named(caplog):
     source = load_images("digits").select(range(4)).cast_column("image", datasets.Image(decode=False))
     rows = source.to_list()

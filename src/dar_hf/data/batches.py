@@ -195,8 +195,18 @@ class ImageSamples(torch.utils.data.Dataset):
         return f"{index} ({path})" if path else str(index)
 
     def stack(self, indices: Sequence[int], variant: int = 0) -> torch.Tensor:
-        """``(len(indices), C, H, W)``: one countable variant of several images."""
-        return torch.stack([self.transform.render(self.image(index), variant) for index in indices])
+        """``(len(indices), C, H, W)``: one countable variant of several images.
+
+        Raises:
+            ValueError: if one cannot be read, with its name.
+        """
+        pixels = []
+        for index in indices:
+            try:
+                pixels.append(self.transform.render(self.image(index), variant))
+            except UNREADABLE as error:
+                raise ValueError(f"image {self.name(index)} cannot be read: {error}") from error
+        return torch.stack(pixels)
 
 
 def open_image(source: dict) -> Image.Image:
