@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from dar_hf.data import (
+    DataError,
     GlobalBatchSampler,
     ImageSamples,
     ImageTransform,
@@ -210,6 +211,39 @@ def test_stack_renders_one_variant():
     samples = ImageSamples(load_images("digits").select(range(4)), ImageTransform((8, 8), 1, flip=True))
     plain, mirrored = samples.stack([2, 0], 0), samples.stack([2, 0], 1)
     assert plain.shape == (2, 1, 8, 8) and torch.equal(mirrored, plain.flip(-1))
+
+
+def test_a_stack_names_the_image_that_cannot_be_read(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"junk")
+    data = datasets.Dataset.from_dict({"image": [str(tmp_path / "broken.png")]})
+    samples = ImageSamples(data.cast_column("image", datasets.Image()), ImageTransform((8, 8), 1))
+    with pytest.raises(ValueError, match="image 0 .*broken.png. cannot be read"):
+        samples.stack([0])
+
+
+def test_rows_without_an_image_are_left_out_and_named(caplog):
+    source = load_images("digits").select(range(4)).cast_column("image", datasets.Image(decode=False))
+    rows = source.to_list()
+    rows[1]["image"] = rows[2]["image"] = None
+    data = datasets.Dataset.from_list(rows, features=load_images("digits").features)
+    samples = ImageSamples(data, ImageTransform((8, 8), 1))
+    sample = samples[1, 0]
+    assert sample["index"] == 3 and sample["skipped"] == [1, 2]
+    assert "leaving out image 1, which cannot be read: the row holds no image" in caplog.text
+    assert samples.readable() == [0, 3] and samples.readable(1) == [0]
+
+
+def test_images_that_cannot_be_converted_are_left_out(caplog):
+    class Picky(ImageTransform):
+        def __call__(self, image, seed=0):
+            if seed == 7:
+                raise ValueError("no such image")
+            return super().__call__(image, seed)
+
+    samples = ImageSamples(load_images("digits").select(range(3)), Picky((8, 8), 1))
+    with pytest.raises(DataError, match="none of the 3 images can be read"):
+        samples[0, 7]
+    assert caplog.text.count("no such image") == 3
 
 
 def test_workers_change_nothing():

@@ -1,13 +1,14 @@
 """Data sets: the digits, folders of images, parquet files, and what is said when something is missing."""
 
 import io
+import tarfile
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
-from dar_hf.data import available_splits, load_images
+from dar_hf.data import available_splits, load_images, stream_images
 
 
 @pytest.fixture(autouse=True)
@@ -214,3 +215,114 @@ def test_a_file_that_is_no_parquet(tmp_path):
     Image.new("RGB", (4, 4)).save(path)
     with pytest.raises(ValueError, match="photo.png"):
         load_images(str(path))
+
+
+# Single files, and damage
+
+
+def write_tar(path, count=8, ending="png"):
+    with tarfile.open(path, "w") as tar:
+        for index in range(count):
+            for name, content in ((ending, encoded(index)["bytes"]), ("cls", b"1")):
+                entry = tarfile.TarInfo(f"{index}.{name}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("load", [load_images, stream_images])
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_single_file_is_the_split_train_alone(tmp_path, load, kind):
+    path = tmp_path / f"test.{kind.upper()}"
+    write_parquet(path, [1, 2], [0, 1]) if kind == "parquet" else write_tar(path)
+    assert list(load(str(path))) and available_splits(str(path)) == ["train"]
+    for split in ("test", "validation", "anything"):
+        with pytest.raises(ValueError, match=f"is a single file, .*split train; it has no split '{split}'"):
+            load(str(path), split)
+
+
+def test_parts_of_a_file_and_of_the_digits(tmp_path):
+    path = write_parquet(tmp_path / "data.parquet", [1, 2, 3, 4], [0, 1, 0, 1])
+    assert reds(load_images(path, "train[1:3]")) == [2, 3]
+    assert load_images("digits", "train[:3]+test[:2]")["label"][3] == load_images("digits", "test")["label"][0]
+
+
+@pytest.mark.parametrize("split", ["train[:50%]", "train+test"])
+@pytest.mark.parametrize("name", ["digits", "file", "somebody/something"])
+def test_streams_refuse_parts_of_splits(tmp_path, split, name):
+    path = write_parquet(tmp_path / "data.parquet", [1, 2, 3], [0, 1, 0])
+    with pytest.raises(ValueError, match="a stream takes a whole split"):
+        stream_images(path if name == "file" else name, split)
+
+
+def test_avif_images_in_tars(tmp_path):
+    data = load_images(str(write_tar(tmp_path / "data.tar", ending="avif")))
+    assert len(data) == 8 and isinstance(data.features["image"], datasets.Image)
+
+
+@pytest.mark.parametrize("load", [load_images, stream_images])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("zero.parquet", b"", "damaged or no parquet file"),
+        ("junk.parquet", b"junk" * 100, "damaged or no parquet file"),
+        ("zero.tar", b"", "damaged or no tar file"),
+        ("junk.tar", b"junk" * 1000, "damaged or no tar file"),
+        ("blank.tar", bytes(10240), "no data, it is empty"),
+    ],
+)
+def test_files_that_are_none(tmp_path, load, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        load(str(tmp_path / name))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / f"train-{name}").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        load(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("load", [load_images, stream_images])
+def test_a_tar_cut_off_anywhere(tmp_path, load):
+    whole = write_tar(tmp_path / "whole.tar").read_bytes()
+    for length in (600, 3 * 512, 3000, 5000, 10 * 512):
+        (tmp_path / "cut.tar").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cut.tar (is not complete: the end of the tar|is damaged)"):
+            load(str(tmp_path / "cut.tar"))
+
+
+@pytest.mark.parametrize("load", [load_images, stream_images])
+def test_a_parquet_cut_off_or_empty(tmp_path, load):
+    path = tmp_path / "data.parquet"
+    write_parquet(path, [1, 2], [0, 1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="data.parquet is damaged or no parquet file"):
+        load(str(path))
+    datasets.Dataset.from_dict({"image": [], "label": []}).to_parquet(path)
+    with pytest.raises(ValueError, match="data.parquet: no data"):
+        load(str(path))
+
+
+@pytest.mark.parametrize("load", [load_images, stream_images])
+def test_a_column_that_holds_no_images(tmp_path, load):
+    datasets.Dataset.from_dict({"image": [1, 2], "label": [0, 1]}).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match="the column 'image' of .*holds no images"):
+        load(str(tmp_path / "data.parquet"))
+
+
+def test_what_the_hub_raises_is_one_clear_error(monkeypatch):
+    def script(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found something.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", script)
+    with pytest.raises(ValueError, match="cannot load split 'train' of nobody/nothing: Dataset scripts"):
+        load_images("nobody/nothing")
+
+
+@pytest.mark.parametrize("labels", [[1.0, 0.0], ["1", "0"], [True, False]])
+def test_streams_take_labels_that_are_numbers(tmp_path, labels):
+    path = write_parquet(tmp_path / "data.parquet", [1, 2], labels)
+    assert [row["label"] for row in stream_images(path)] == labels
+    names = write_parquet(tmp_path / "names.parquet", [1, 2], ["cat", "1"])
+    with pytest.raises(ValueError, match="labels of a stream must be integers"):
+        stream_images(names)

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import zlib
 from itertools import islice
 
 import datasets
@@ -155,6 +156,38 @@ def test_broken_images_are_left_out_and_named(caplog):
     assert not {3, 17} & set(seen) and set(seen) == set(range(NUM)) - {3, 17}
     assert "leaving out image 3.png" in caplog.text and "leaving out image 17.png" in caplog.text
     assert len({index for batch in batches for index in batch.get("skipped", [])}) == 2
+
+
+def test_rows_without_an_image_are_told_apart(caplog):
+    rows = {"image": [encoded(0), None, encoded(1), None], "label": [0, 0, 0, 0]}
+    data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_iterable_dataset()
+    images = StreamedImages(data, ImageTransform((4, 4), 1), 4, 1)
+    batches = list(islice(iter(BatchStream(images, 2)), 10))  # ten epochs
+    assert {value for batch in batches for value in values(batch)} == {0, 1}
+    assert len({key for batch in batches for key in batch.get("skipped", [])}) == 2  # of all epochs
+    assert "leaving out image without a name" in caplog.text
+
+
+@pytest.mark.parametrize("labels", [[0.0, 1.0, 2.0], ["0", "1", "2"]])
+def test_labels_that_can_be_read_as_integers(labels):
+    rows = {"image": [encoded(i) for i in range(3)], "label": labels}
+    data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_iterable_dataset()
+    batch = next(iter(BatchStream(StreamedImages(data, ImageTransform((4, 4), 1), 4, 3), 3)))
+    assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == values(batch)
+    with pytest.raises(DataError, match="has the label 2.*the model has 2 classes"):
+        next(iter(BatchStream(StreamedImages(data, ImageTransform((4, 4), 1), 4, 2), 3)))
+
+
+def test_damage_in_the_middle_of_a_stream():
+    def rows():
+        yield {"image": encoded(1), "label": 0}
+        raise zlib.error("invalid block type")
+
+    data = datasets.IterableDataset.from_generator(rows, features=source().features)
+    for workers in (0, 1):
+        batches = iter(BatchStream(StreamedImages(data, ImageTransform((4, 4), 1), 4, 1), 1, num_workers=workers))
+        with pytest.raises(DataError, match="^the streamed data set cannot be read: invalid block type"):
+            next(batches)
 
 
 def test_what_ends_a_stream():

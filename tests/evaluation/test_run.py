@@ -53,6 +53,67 @@ def load(path, name="arr_0"):
         return file[name]
 
 
+# Images that cannot be read
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with the split test: nine images, of which 2 and 6 are damaged, and a class."""
+    folder = tmp_path / "photos" / "test" / "cat"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for index in range(9):
+        pixels = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    for index in (2, 6):
+        (folder / f"{index}.png").write_bytes((folder / f"{index}.png").read_bytes()[:60])
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["generation", "reconstruction"])
+def test_images_that_cannot_be_read_are_left_out_and_named(mode, request, process, photos, tmp_path):
+    evaluate = evaluate_generation if mode == "generation" else evaluate_reconstruction
+    options = {"dataset_name": str(photos.parents[1]), "num_images": None, "shard_size": 2, "label_column": "label"}
+    if mode == "generation":
+        options["num_images"] = 7
+    args = request.getfixturevalue(mode)(**options)
+    report = evaluate(args, process())
+    assert report["data"]["count"] == 7 and report["data"]["left_out"] == ["2 (2.png)", "6 (6.png)"]
+    assert "2 images cannot be read and are left out: 2 (2.png), 6 (6.png)." in report["warnings"]
+    assert str(tmp_path) not in json.dumps(report["warnings"])
+    for path in (photos / "2.png", photos / "6.png"):
+        path.unlink()
+    clean = evaluate(request.getfixturevalue(mode)(**options, output_dir=str(tmp_path / "clean")), process())
+    assert figures(clean) == figures(report) and "left_out" not in clean["data"]
+
+
+def test_the_next_image_takes_the_place_of_one_that_cannot_be_read(reconstruction, process, photos):
+    report = evaluate_reconstruction(reconstruction(dataset_name=str(photos.parents[1]), num_images=5), process())
+    assert report["data"]["count"] == 5 and report["data"]["left_out"] == ["2 (2.png)"]
+
+
+def test_too_many_images_that_cannot_be_read(reconstruction, generation, process, photos):
+    name = str(photos.parents[1])
+    for make, evaluate in ((reconstruction, evaluate_reconstruction), (generation, evaluate_generation)):
+        args = make(dataset_name=name, num_images=None, max_corrupt_images=1)
+        with pytest.raises(ValueError, match=r"2 images cannot be read, more than max_corrupt_images=1: 2 .2.png"):
+            evaluate(args, process())
+    with pytest.raises(ValueError, match="num_images=8, but only 7 images of split test can be read"):
+        evaluate_reconstruction(reconstruction(dataset_name=name, num_images=8), process())
+    for path in photos.iterdir():
+        path.write_bytes(b"junk")
+    with pytest.raises(ValueError, match="none of the 9 images can be read"):
+        evaluate_reconstruction(reconstruction(dataset_name=name, num_images=None), process())
+
+
+def test_a_single_file_is_compared_with_as_a_whole(reconstruction, process, image_sets):
+    name = str(image_sets["parquet"] / "train.parquet")
+    report = evaluate_reconstruction(reconstruction(dataset_name=name, num_images=4), process())
+    assert report["data"]["split"] == "train"
+    with pytest.raises(ValueError, match="is a single file"):
+        evaluate_reconstruction(reconstruction(dataset_name=name, split="test"), process())
+
+
 # Reconstruction
 
 

@@ -156,7 +156,7 @@ def test_processes_share_the_encoding_in_memory(tmp_path, small_digits, tokenize
     alone = codes_module.encode_all(stage.samples, model)
     parts = []
     monkeypatch.setattr(codes_module, "ENCODE_BATCH", 16)
-    monkeypatch.setattr(codes_module, "gather_object", lambda own: parts.extend(own) or own)
+    monkeypatch.setattr(codes_module, "gather_object", lambda own: parts.extend(own) or parts)
     for rank in range(3):  # one more than there are batches
         monkeypatch.setattr(PartialState(), "num_processes", 3)
         monkeypatch.setattr(PartialState(), "process_index", rank)
@@ -233,6 +233,39 @@ def test_broken_images_are_left_out_with_their_labels(tmp_path, tokenizer):
     for index in range(5):
         one, other = (samples[index, 7] for samples in (stage.samples, memory.samples))
         assert torch.equal(one["codes"], other["codes"]) and one["label"] == other["label"]
+
+
+def test_nothing_that_can_be_read_finishes_no_set(tmp_path, tokenizer):
+    from PIL import Image
+
+    files = [tmp_path / "images" / "0" / f"{index}.png" for index in range(5)]
+    files[0].parent.mkdir(parents=True)
+    for path in files:
+        path.write_bytes(b"junk")
+    args = arguments(tmp_path / "codes", tokenizer, str(tmp_path / "images"), shard_size=3)
+    with pytest.raises(ValueError, match="none of the 5 images can be read: there are no codes"):
+        extract_codes(args, Accelerator(cpu=True))
+    assert not list((tmp_path / "codes").iterdir())  # the same command may be tried again
+    options = SUBSET | {"crop": "ten", "dataset_name": str(tmp_path / "images"), "cache_codes": True}
+    with pytest.raises(ValueError, match="none of the 5 images can be read"):
+        ar_stage(tmp_path / "run", tokenizer, **options)
+    for path in files:
+        Image.new("L", (8, 8)).save(path)
+    extract_codes(args, Accelerator(cpu=True))
+    assert json.loads((tmp_path / "codes" / "codes.json").read_text())["num_rows"] == 5
+
+
+def test_a_shard_without_any_image_that_can_be_read(tmp_path, tokenizer, caplog):
+    from PIL import Image
+
+    (tmp_path / "images" / "0").mkdir(parents=True)
+    for index in range(3):
+        Image.new("L", (8, 8)).save(tmp_path / "images" / "0" / f"{index}.png")
+    (tmp_path / "images" / "0" / "3.png").write_bytes(b"junk")
+    args = arguments(tmp_path / "codes", tokenizer, str(tmp_path / "images"), shard_size=3)
+    extract_codes(args, Accelerator(cpu=True))
+    assert len(datasets.load_dataset(str(tmp_path / "codes"), split="train")) == 3
+    assert "1 of 4 images cannot be read, and have no codes" in caplog.text
 
 
 def test_a_folder_of_other_codes_is_left_alone(tmp_path, tokenizer, small_digits, stored):

@@ -1,5 +1,7 @@
 """Any data: folders, parquet and tars train alike, mapped or streamed; streams resume; broken images are left out."""
 
+import io
+
 import datasets
 import pytest
 import torch
@@ -149,6 +151,89 @@ def test_nothing_but_broken_images(tmp_path):
         (name / f"{index}.png").write_bytes(b"junk")
     with pytest.raises(DataError, match="none of the 3 images can be read"):
         run("tokenizer", tmp_path / "run", None, **OPTIONS | {"dataset_name": str(tmp_path / "images")})
+
+
+def parquet_with_rows_without_an_image(path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    image = {"bytes": buffer.getvalue(), "path": None}
+    rows = {"image": [image, None, image, None, image, image], "label": [0] * 6}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_an_image_are_counted_and_left_out(tmp_path, streaming):
+    name = parquet_with_rows_without_an_image(tmp_path / "data.parquet")
+    _, lines = run("tokenizer", tmp_path / "run", None, **OPTIONS | {"dataset_name": name, "streaming": streaming})
+    assert max(line.get("data/corrupt_images", 0) for line in lines) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_validation_leaves_out_rows_without_an_image(tmp_path, streaming, caplog):
+    for split in ("train", "test"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        parquet_with_rows_without_an_image(tmp_path / "set" / split / "a.parquet")
+    options = {"dataset_name": str(tmp_path / "set"), "streaming": streaming, "max_validation_samples": 10}
+    stage, _ = tokenizer_stage(tmp_path / "run", **OPTIONS | options)
+    assert len(stage.validation) == 4  # of six
+    assert "leaving out image 1, which cannot be read: the row holds no image" in caplog.text
+
+
+def test_no_image_to_validate_on(tmp_path, caplog):
+    for split in ("train", "test"):
+        folder_with_broken_images(tmp_path / split, good=2, broken=0)
+    for path in (tmp_path / "test" / "0").iterdir():
+        path.write_bytes(b"junk")
+    stage, _ = tokenizer_stage(tmp_path / "run", **OPTIONS | {"dataset_name": str(tmp_path)})
+    assert stage.validation is None and "none of the 2 images to validate on can be read" in caplog.text
+
+
+# Splits and classes
+
+
+def write_images(root, *names):
+    for index, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(path)
+    return str(root)
+
+
+def test_a_single_file_is_not_validated_on_itself(tmp_path, image_sets):
+    name = str(image_sets["parquet"] / "train.parquet")
+    with pytest.raises(ValueError, match="is a single file, all of it the split train; it has no split 'test'"):
+        tokenizer_stage(tmp_path, **OPTIONS | {"dataset_name": name, "validation_split": "test"})
+    stage, _ = tokenizer_stage(tmp_path, **OPTIONS | {"dataset_name": name})
+    assert len(stage.samples) == 196 and len(stage.validation) == 4
+    parts = {"train_split": "train[:90%]", "validation_split": "train[90%:]", "max_validation_samples": 100}
+    stage, _ = tokenizer_stage(tmp_path, **OPTIONS | {"dataset_name": name} | parts)
+    assert len(stage.samples) == 180 and len(stage.validation) == 20
+    with pytest.raises(ValueError, match="a stream takes a whole split"):
+        tokenizer_stage(tmp_path, **OPTIONS | {"dataset_name": name, "streaming": True} | parts)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_class_trains_the_language_model(tmp_path, tokenizer, streaming):
+    name = write_images(tmp_path / "images", *[f"face/{index}.png" for index in range(8)])
+    options = OPTIONS | {"dataset_name": name, "streaming": streaming, "max_train_steps": 2}
+    stage, _ = run("ar", tmp_path / "run", tokenizer, **options)
+    assert stage.id2label == {0: "face"} and stage.model.config.num_classes == 1
+
+
+def test_classes_of_a_streamed_split_to_validate_on_are_those_of_training(tmp_path, tokenizer):
+    files = [
+        f"{split}/{name}/{i}.png" for split, name in (("train", "a"), ("train", "b"), ("val", "b")) for i in (0, 1)
+    ]
+    options = OPTIONS | {"dataset_name": write_images(tmp_path / "images", *files), "cache_codes": False}
+    for streaming in (False, True):
+        stage, _ = ar_stage(tmp_path / "run", tokenizer, **options | {"streaming": streaming})
+        assert stage.validation.labels == [1, 1]
+    write_images(tmp_path / "images", "val/c/0.png")
+    stage, _ = ar_stage(tmp_path / "run", tokenizer, **options | {"streaming": True})
+    assert stage.validation is None
+    with pytest.raises(ValueError, match="which is none of the 2 classes of training"):
+        ar_stage(tmp_path / "run", tokenizer, **options | {"streaming": True, "validation_split": "validation"})
 
 
 # Every kind of image file

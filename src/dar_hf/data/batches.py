@@ -6,21 +6,26 @@ processes and accumulation steps, and a resumed run needs no more than its step 
 """
 
 import logging
+import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
+from typing import Any
 
 import datasets
 import torch
 from PIL import Image
 
 from ..images_dar import read_image
-from .transforms import ImageTransform
+from .transforms import ImageTransform, convert_channels
 
 logger = logging.getLogger(__name__)
 
 # what pillow raises for damaged files, and what a missing one raises
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+READ_AT_ONCE = 256  # images that are checked at a time
+MAX_THREADS = 16
 _MASK = (1 << 64) - 1
 
 
@@ -147,30 +152,61 @@ class ImageSamples(torch.utils.data.Dataset):
             DataError: if no image can be read.
         """
         (index, seed), skipped = key, []
-        while (image := self.readable_image(index)) is None:
+        while (pixels := self._attempt(index, lambda image: self.transform(image, seed))) is None:
             skipped.append(index)
             if len(skipped) == len(self):
                 raise DataError(f"none of the {len(self)} images can be read.")
             index = (index + 1) % len(self)
-        sample = {"pixel_values": self.transform(image, seed), "index": index, "seed": seed}
+        sample = {"pixel_values": pixels, "index": index, "seed": seed}
         if self.labels:
             sample["label"] = self.labels[index]
         return sample | ({"skipped": skipped} if skipped else {})
 
     def readable_image(self, index: int) -> Image.Image | None:
-        """The decoded image, or None if it cannot be decoded; the first time, a warning says why."""
+        """The image, upright and in the transform's channels, or None if it cannot be read."""
+        return self._attempt(index, lambda image: convert_channels(image, self.transform.channels))
+
+    def readable(self, count: int | None = None) -> list[int]:
+        """The first ``count`` images that can be read, or all of them; several threads read."""
+        found: list[int] = []
+        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
+            for start in range(0, len(self), READ_AT_ONCE):
+                indices = range(start, min(start + READ_AT_ONCE, len(self)))
+                flags = threads.map(lambda index: self.readable_image(index) is not None, indices)
+                found += [index for index, flag in zip(indices, flags, strict=True) if flag]
+                if count is not None and len(found) >= count:
+                    return found[:count]
+        return found
+
+    def _attempt(self, index: int, make: Callable[[Image.Image], Any]) -> Any:
+        """What ``make`` makes of an image; None if it cannot be read, and the first time a warning says why."""
         if index in self._unreadable:
             return None
         try:
-            return self.image(index)
+            return make(self.image(index))
         except UNREADABLE as error:
             self._unreadable.add(index)
-            warn_unreadable(f"{index} ({self.dataset[index]['image']['path']})", error)
+            warn_unreadable(self.name(index), error)
             return None
 
+    def name(self, index: int) -> str:
+        """The number of an image in the data set and, where it has one, its file."""
+        path = image_path(self.dataset[index]["image"])
+        return f"{index} ({path})" if path else str(index)
+
     def stack(self, indices: Sequence[int], variant: int = 0) -> torch.Tensor:
-        """``(len(indices), C, H, W)``: one countable variant of several images."""
-        return torch.stack([self.transform.render(self.image(index), variant) for index in indices])
+        """``(len(indices), C, H, W)``: one countable variant of several images.
+
+        Raises:
+            ValueError: if one cannot be read, with its name.
+        """
+        pixels = []
+        for index in indices:
+            try:
+                pixels.append(self.transform.render(self.image(index), variant))
+            except UNREADABLE as error:
+                raise ValueError(f"image {self.name(index)} cannot be read: {error}") from error
+        return torch.stack(pixels)
 
 
 def open_image(source: dict) -> Image.Image:
@@ -182,6 +218,11 @@ def open_image(source: dict) -> Image.Image:
     if source is None or (source["bytes"] is None and source["path"] is None):
         raise ValueError("the row holds no image.")
     return read_image(source["path"] if source["bytes"] is None else source["bytes"])
+
+
+def image_path(source: dict | None) -> str:
+    """Path of the image in a data set's row, empty where there is none."""
+    return (source or {}).get("path") or ""
 
 
 def warn_unreadable(name: str, error: BaseException) -> None:

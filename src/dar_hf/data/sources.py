@@ -6,6 +6,7 @@ found, `classes` how labels are numbered.
 
 import os
 import tarfile
+import zlib
 from typing import Any
 
 import datasets
@@ -112,7 +113,7 @@ def _are_numbers(stream: datasets.IterableDataset, name: str) -> bool:
 
 
 def first_rows(stream: datasets.IterableDataset, count: int, name: str) -> list[dict]:
-    """The first rows of a stream, images not decoded.
+    """The first rows of a stream; images are not decoded.
 
     Raises:
         ValueError: if they cannot be read.
@@ -247,8 +248,8 @@ def _check_tar(path: str) -> None:
     try:
         with tarfile.open(path) as tar:
             first = tar.next()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no tar file: {error}") from error
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or no tar file.") from error
     if first is None:
         raise ValueError(f"{path}: no data, it is empty.")
     with open(path, "rb") as file:

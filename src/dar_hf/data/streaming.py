@@ -15,7 +15,8 @@ import datasets
 import torch
 from datasets.distributed import split_dataset_by_node
 
-from .batches import UNREADABLE, DataError, SeedFor, collate, draw_seed, open_image, warn_unreadable
+from .batches import UNREADABLE, DataError, SeedFor, collate, draw_seed, image_path, open_image, warn_unreadable
+from .classes import whole_number
 from .transforms import ImageTransform
 
 MAX_UNREADABLE_IN_A_ROW = 1000
@@ -49,15 +50,18 @@ class StreamedImages:
         """
         sample = {"pixel_values": self.transform(open_image(row["image"]), seed), "index": _key(row), "seed": seed}
         if self.num_classes is not None:
-            label = row["label"]
+            label = whole_number(row["label"])
             if label is None or not 0 <= label < self.num_classes:
-                raise DataError(f"a streamed image has the label {label}; the model has {self.num_classes} classes.")
+                raise DataError(
+                    f"a streamed image has the label {row['label']}; the model has {self.num_classes} classes."
+                )
             sample["label"] = label
         return sample
 
 
 def _key(row: dict) -> int:
-    image = row["image"]
+    """A checksum of an image's name or, where it has none, of its bytes; 0 for rows without an image."""
+    image = row["image"] or {"path": None, "bytes": None}
     return zlib.crc32((image["path"] or "").encode() or image["bytes"] or b"")
 
 
@@ -101,13 +105,32 @@ class _Reader(torch.utils.data.IterableDataset):
             try:
                 sample = self.images.sample(row, seed)
             except UNREADABLE as error:
-                skipped.append(_key(row))
-                warn_unreadable(row["image"]["path"] or "without a name", error)
+                skipped.append(self._key_of_unreadable(row, state, worker))
+                warn_unreadable(image_path(row["image"]) or "without a name", error)
                 if len(skipped) > MAX_UNREADABLE_IN_A_ROW:
                     raise DataError(f"{len(skipped)} images in a row cannot be read: {error}") from error
                 continue
             yield sample | ({"skipped": skipped} if skipped else {})
             skipped = []
+
+    def _key_of_unreadable(self, row: dict, state: dict, worker: int) -> int:
+        """Tells images apart that cannot be read; rows without any image are numbered, from 0 in each epoch."""
+        key = _key(row)
+        if key:
+            return key
+        state["nameless"] = state.get("nameless", 0) + 1
+        return draw_seed(self.process_index, worker, state["nameless"])
+
+    def _block(self, rows: Iterator[dict]) -> list[dict]:
+        """The next rows that are shuffled together.
+
+        Raises:
+            DataError: if the files they come from are damaged.
+        """
+        try:
+            return list(islice(rows, self.images.block_size))
+        except Exception as error:  # tarfile, zlib, pyarrow, pillow and the network have their own
+            raise DataError(f"the streamed data set cannot be read: {str(error) or type(error).__name__}") from error
 
     def _rows(self, state: dict, worker: int) -> Iterator[tuple[dict, int]]:
         """Rows of this process and their place in the worker's stream."""
@@ -117,7 +140,7 @@ class _Reader(torch.utils.data.IterableDataset):
             if state.get("source"):
                 self.dataset.load_state_dict(state["source"])
             rows, found = iter(self.dataset), state["block"] > 0
-            while block := list(islice(rows, self.images.block_size)):
+            while block := self._block(rows):
                 found = True
                 seed = draw_seed(self.seed, SeedFor.ORDER, state["epoch"], state["block"], worker)
                 order = torch.randperm(len(block), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -129,7 +152,7 @@ class _Reader(torch.utils.data.IterableDataset):
                 state |= {"block": state["block"] + 1, "row": 0, "source": self.dataset.state_dict()}
             if not found:
                 raise DataError("the streamed data set holds no images.")
-            state |= {"epoch": state["epoch"] + 1, "block": 0, "row": 0, "source": None}
+            state |= {"epoch": state["epoch"] + 1, "block": 0, "row": 0, "source": None, "nameless": 0}
 
 
 class BatchStream:

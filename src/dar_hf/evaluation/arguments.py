@@ -17,9 +17,10 @@ class EvaluationArguments:
     overwrite_output_dir: bool = option(False, "start over in a folder that holds another evaluation")
     dataset_name: str | None = option(None, "reference images: digits, a folder, a parquet file or a Hub id")
     dataset_config_name: str | None = option(None, "configuration of a Hub data set")
-    split: str = option("test", "split of the reference images")
+    split: str | None = option(None, "split of the reference images; default test, or all of a single file")
     image_column: str = option("image", "column with the images")
     label_column: str | None = option(None, "column with the classes, for label agreement of the references")
+    max_corrupt_images: int = option(100, "stop when more images than these cannot be read; fewer are left out")
     num_images: int | None = option(None, "how many images; default all references, or 50,000 generated ones")
     features: str = option("inception", "inception, path/to/file.py:name, package.module:name or a transformers id")
     features_weights: str | None = option(None, "safetensors file, folder or Hub repository for these features")
@@ -44,8 +45,9 @@ class EvaluationArguments:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.solver_order not in (None, 1, 2):
             raise ValueError(f"solver_order must be 1 or 2, got {self.solver_order}.")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}.")
+        for name in ("seed", "max_corrupt_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
 

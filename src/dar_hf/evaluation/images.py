@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..data import ImageSamples, ImageTransform, load_images
+from ..data.batches import image_path
 from .arguments import EvaluationArguments
 
 CROP = "center: halved by boxes while twice too large, bicubic to the shorter side, middle cut out (ADM)"
@@ -40,37 +41,57 @@ def to_float(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.
 class DatasetImages:
     """Centre crops of a data set, as the tokenizer sees them.
 
+    All images are read once at the start, so that one that cannot be read ends nothing later: it is left out, and the
+    next one takes its place where only some are asked for.
+
     Args:
         args: names the data set.
         size: (height, width) in pixels.
         channels: 1 or 3.
+        count: how many images; None for all.
+
+    Attributes:
+        left_out: names of the images that cannot be read.
 
     Raises:
-        ValueError: for a data set that cannot be loaded or holds fewer images than asked for.
+        ValueError: for a data set that cannot be loaded, holds fewer images than asked for, or more than
+            ``args.max_corrupt_images`` that cannot be read.
     """
 
     def __init__(self, args: EvaluationArguments, size: tuple[int, int], channels: int, count: int | None):
+        name = args.dataset_name or ""
+        split = args.split or default_split(name)
         dataset = load_images(
-            args.dataset_name or "",
-            args.split,
+            name,
+            split,
             config_name=args.dataset_config_name,
             image_column=args.image_column,
             label_column=args.label_column,
         )
-        self.samples = ImageSamples(dataset, ImageTransform(size, channels))
         if count is not None and count > len(dataset):
-            raise ValueError(f"num_images={count}, but split {args.split} has {len(dataset)} images.")
-        self.count, self.size = count or len(dataset), size
+            raise ValueError(f"num_images={count}, but split {split} has {len(dataset)} images.")
+        samples = ImageSamples(dataset, ImageTransform(size, channels))
+        kept = samples.readable(count)
+        checked = kept[-1] + 1 if len(kept) == count else len(samples)
+        self.left_out = _left_out(samples, kept, checked, args.max_corrupt_images)
+        if count is not None and count > len(kept):
+            raise ValueError(f"num_images={count}, but only {len(kept)} images of split {split} can be read.")
+        if self.left_out:
+            samples = ImageSamples(dataset.select(kept), samples.transform)
+        self.samples = samples
+        self.count, self.size = len(kept), size
         self.num_classes = dataset.features["label"].num_classes if args.label_column else None
-        self.description = {
+        self.description: dict[str, Any] = {
             "dataset": args.dataset_name,
             "config": args.dataset_config_name,
-            "split": args.split,
+            "split": split,
             "image_column": args.image_column,
             "labels": args.label_column,
             "crop": CROP,
             "size": list(size),
         }
+        if self.left_out:
+            self.description["left_out"] = self.left_out
 
     def read(self, indices: range) -> torch.Tensor:
         """uint8 ``(n, 3, H, W)``."""
@@ -79,6 +100,31 @@ class DatasetImages:
     def labels(self, indices: range) -> torch.Tensor | None:
         """Classes ``(n,)``, where the data set has them."""
         return torch.tensor([self.samples.labels[i] for i in indices]) if self.samples.labels else None
+
+
+def default_split(name: str) -> str:
+    """The split that is compared with where none is named: test, or of a single file all there is."""
+    return "train" if Path(name).expanduser().is_file() else "test"
+
+
+def _left_out(samples: ImageSamples, kept: list[int], checked: int, limit: int) -> list[str]:
+    """Names of the first ``checked`` images that are not kept.
+
+    Raises:
+        ValueError: for more than ``limit`` of them, or none that is kept.
+    """
+    names = []
+    for index in sorted(set(range(checked)) - set(kept)):
+        path = image_path(samples.dataset[index]["image"])
+        # of a path only the last part: reports are published
+        names.append(f"{index} ({Path(path).name})" if path else str(index))
+    if not kept:
+        raise ValueError(f"none of the {len(samples)} images can be read.")
+    if len(names) > limit:
+        raise ValueError(
+            f"{len(names)} images cannot be read, more than max_corrupt_images={limit}: {', '.join(names[:3])}, …"
+        )
+    return names
 
 
 class NpzImages:

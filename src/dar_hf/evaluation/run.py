@@ -87,6 +87,9 @@ class _Evaluation:
 
     def reference_shards(self, images: ReferenceImages) -> ShardFolder:
         """Features of the reference images."""
+        if isinstance(images, DatasetImages) and images.left_out:
+            names = ", ".join(images.left_out)
+            self.findings.warn(f"{len(images.left_out)} images cannot be read and are left out: {names}.")
         settings = {"data": images.description, "features": self.extractor.identity}
         shards = self.shards("references", settings, images.count)
 

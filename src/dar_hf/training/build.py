@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 
 from ..configuration_dar import DARConfig
 from ..data import ImageSamples, ImageTransform, StreamedImages, available_splits, load_images, stream_images
+from ..data.classes import whole_number
+from ..data.sources import first_rows
 from ..loading import load
 from ..modeling_dar import DARForCausalLM
 from ..presets import get_preset, parse_options
@@ -53,10 +55,11 @@ def _validation_samples(
     validation = _subset(validation, args.max_validation_samples, args.seed)
     transform = ImageTransform(tokenizer.image_size, tokenizer.config.in_channels)
     samples = ImageSamples(validation, transform)
-    readable = [index for index in range(len(samples)) if samples.readable_image(index) is not None]
-    if len(readable) == len(samples):
-        return samples
-    return ImageSamples(validation.select(readable), transform) if readable else None
+    readable = samples.readable()
+    if not readable:
+        logger.warning("not validating: none of the %d images to validate on can be read", len(samples))
+        return None
+    return samples if len(readable) == len(samples) else ImageSamples(validation.select(readable), transform)
 
 
 def _streamed_images(
@@ -73,11 +76,16 @@ def _streamed_images(
 
     def load_first(split: str, class_names: list[str] | None = None) -> datasets.Dataset:
         part = load(split)
-        features = datasets.Features(part.features | ({"label": classes} if classes else {}))
-        rows = list(part.cast_column("image", datasets.Image(decode=False)).take(args.max_validation_samples))
-        if not rows or (classes and any(not 0 <= row["label"] < classes.num_classes for row in rows)):
-            raise ValueError("it is empty, or has labels outside the classes.")
-        return datasets.Dataset.from_list(rows, features=features)
+        rows = first_rows(part, args.max_validation_samples, args.dataset_name)
+        if not rows:
+            raise ValueError(f"split {split!r} of {args.dataset_name} holds no images.")
+        features = {"image": datasets.Image()}
+        if classes:
+            features["label"] = classes
+            names = part.features["label"].names if isinstance(part.features["label"], datasets.ClassLabel) else None
+            for row in rows:
+                row["label"] = _streamed_label(row["label"], names, classes)
+        return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
     samples = StreamedImages(
         stream, _train_transform(args, tokenizer), args.stream_block_size, classes.num_classes if classes else None
@@ -86,6 +94,20 @@ def _streamed_images(
     if validation is None:
         logger.warning("no split to validate on: images of a stream cannot be held out")
     return samples, _validation_samples(args, tokenizer, validation)
+
+
+def _streamed_label(label: Any, names: list[str] | None, classes: datasets.ClassLabel) -> int:
+    """A label of the split to validate on, whose classes have these names, among the classes of training.
+
+    Raises:
+        ValueError: if it is none of them.
+    """
+    number = whole_number(label)
+    if names is not None and number is not None and 0 <= number < len(names):
+        number = classes.names.index(names[number]) if names[number] in classes.names else None
+    if number is None or not 0 <= number < classes.num_classes:
+        raise ValueError(f"it has the label {label}, which is none of the {classes.num_classes} classes of training.")
+    return number
 
 
 def _stream_classes(args: LoopArguments, stream: datasets.IterableDataset) -> datasets.ClassLabel:

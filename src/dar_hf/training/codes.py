@@ -7,6 +7,7 @@ and size the codes are of. `dar_hf.training` reads no set whose stamp does not f
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from ..hub.blocks import stamp as stamp_card
 from ..loading import load
 from ..options import option
 from ..tokenizer_dar import DARTokenizer
+
+logger = logging.getLogger(__name__)
 
 STAMP_FILE = "codes.json"
 SHARDS = "train-*.parquet"
@@ -125,13 +128,15 @@ def encode_all(samples: ImageSamples, tokenizer: DARTokenizer) -> CodeSamples:
     """Every image's codes in the memory of each process; all processes together make them, in the same batches as one.
 
     Raises:
-        ValueError: if the transform's variants cannot be counted (random crops, noise).
+        ValueError: if the transform's variants cannot be counted (random crops, noise), or no image can be read.
     """
     num_variants(samples.transform)
     state = PartialState()
     with state.split_between_processes(_batches(range(len(samples)), ENCODE_BATCH)) as mine:
         parts = gather_object([_encode(samples, mine, tokenizer, progress=state.is_main_process)])
     codes, labels = torch.cat([codes for codes, _ in parts]), [label for _, labels in parts for label in labels]
+    if not labels:
+        raise ValueError(f"none of the {len(samples)} images can be read.")
     return CodeSamples(codes, labels, samples.transform)
 
 
@@ -241,7 +246,7 @@ def extract_codes(args: ExtractArguments, accelerator: Accelerator) -> dict[str,
         The stamp of the finished set.
 
     Raises:
-        ValueError: for a missing tokenizer or data set, or a folder that holds other codes.
+        ValueError: for a missing tokenizer or data set, a folder that holds other codes, or no image that can be read.
     """
     tokenizer = load(DARTokenizer, args.tokenizer, "tokenizer").to(accelerator.device).eval()
     transform = ImageTransform(tokenizer.image_size, tokenizer.config.in_channels, args.crop, args.flip)
@@ -266,13 +271,33 @@ def extract_codes(args: ExtractArguments, accelerator: Accelerator) -> dict[str,
     if not finished:
         _write_shards(samples, tokenizer, stamp, folder, args.batch_size, accelerator)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_text(folder / "README.md", stamp_card(CARD.format(**stamp)))
-            rows = sum(read_metadata(path).num_rows for path in folder.glob(SHARDS))
-            write_json(folder / STAMP_FILE, stamp | {"num_rows": rows})
-            (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+        _finish(folder, stamp, accelerator)
     accelerator.wait_for_everyone()
     return stamp
+
+
+def _finish(folder: Path, stamp: dict[str, Any], accelerator: Accelerator) -> None:
+    """Write card and stamp of a set whose shards are there; all processes call this together.
+
+    Raises:
+        ValueError: if no image could be read. The folder then is as it was before.
+    """
+    shards = sorted(folder.glob(SHARDS))
+    rows = sum(read_metadata(path).num_rows for path in shards)
+    accelerator.wait_for_everyone()  # until each has counted
+    if rows == 0:
+        if accelerator.is_main_process:
+            for path in (*shards, folder / UNFINISHED_FILE):
+                path.unlink(missing_ok=True)
+        raise ValueError(f"none of the {stamp['num_images']} images can be read: there are no codes.")
+    if not accelerator.is_main_process:
+        return
+    if rows < stamp["num_images"]:
+        left_out = stamp["num_images"] - rows
+        logger.warning("%d of %d images cannot be read, and have no codes", left_out, stamp["num_images"])
+    write_text(folder / "README.md", stamp_card(CARD.format(**stamp)))
+    write_json(folder / STAMP_FILE, stamp | {"num_rows": rows})
+    (folder / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
 def push_codes(args: ExtractArguments) -> str:
