@@ -318,7 +318,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("evaluate_digits --pipeline {w}/none --output_dir {w}/new", "there is no such folder"),
         ("evaluate_digits --pipeline {w}/pipe --output_dir {w}/new", "10 classes"),
         ("evaluate_digits --pipeline {w}/pipe --num_images 3 --output_dir {w}/new", "--num_images"),
-        ("evaluate_digits --pipeline {w}/pipe --dataset_name {w}/none --output_dir {w}/new", "classes"),
+        ("evaluate_digits --pipeline {w}/pipe --dataset_name {w}/none --output_dir {w}/new", "no such file"),
         ("evaluate_digits --pipeline {w}/pipe --output_dir {w}/file", "not a folder"),
         ("digits_features --steps 0", "--steps"),
         ("digits_features --seed x", "--seed"),
