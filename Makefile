@@ -8,7 +8,7 @@ DEMO_TOKENIZER_OPTIONS ?=
 DEMO_AR_OPTIONS ?=
 BENCH_OPTIONS ?=
 
-.PHONY: install demo test test-fast check bench clean
+.PHONY: install demo test test-fast test-versions check bench clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,11 @@ test: install
 test-fast: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup -m "not slow"
 
+# a few tests with the newest releases that setup.py allows, and with its lower bounds
+test-versions: install
+	PYTHON=$(PYTHON) PIP_OPTIONS="$(PIP_OPTIONS)" bash .ci/versions newest
+	PYTHON=$(PYTHON) PIP_OPTIONS="$(PIP_OPTIONS)" bash .ci/versions lowest
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +48,4 @@ bench: install
 	$(BIN)/python examples/benchmark.py $(BENCH_OPTIONS)
 
 clean:
-	rm -rf $(VENV) outputs build
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest outputs build

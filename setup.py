@@ -1,4 +1,10 @@
-"""Package definition. Bounds: the major versions tested together; constraints.txt holds the exact ones."""
+"""Package definition.
+
+Every lower bound and the newest releases are tested (`make test-versions`); constraints.txt holds the versions that
+everything else is tested with.
+"""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -6,11 +12,29 @@ setup(
     name="dar-hf",
     version="0.1.0",
     description="D-AR (Diffusion via Autoregressive Models) as a Hugging Face package",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="MIT",
+    license_files=["LICENSE"],
+    keywords=["image generation", "autoregressive", "diffusion", "flow matching", "tokenizer", "diffusers"],
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2505.23660",
+        "Original code": "https://github.com/showlab/D-AR",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    # class names, the template of cards, a small trained pipeline
-    package_data={"dar_hf": ["assets/*", "assets/sample/*", "assets/sample/*/*"]},
+    # the mark of a typed package, class names, the template of cards, a small trained pipeline
+    package_data={"dar_hf": ["py.typed", "assets/*", "assets/sample/*", "assets/sample/*/*"]},
     entry_points={"console_scripts": ["dar-hf = dar_hf.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
@@ -19,8 +43,8 @@ setup(
         "diffusers>=0.42,<0.43",  # registers with the loader's own tables, which change between minor versions
         "datasets>=5.0",
         "accelerate>=1.10",
-        "huggingface-hub>=2.0",
-        "safetensors>=0.5",
+        "huggingface-hub>=1.32",  # transformers 5.17 takes none of 2.x
+        "safetensors>=0.8",
         "evaluate>=0.4.5",
         "pillow>=11",
     ],

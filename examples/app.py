@@ -14,12 +14,16 @@ import contextlib
 import html
 import io
 import math
+import os
 import random
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import gradio as gr
 import torch
@@ -27,7 +31,7 @@ from PIL import Image
 
 from dar_hf import DARPipeline, sample_pipeline
 from dar_hf.commands import command, device_option, port_option
-from dar_hf.data import UNREADABLE, center_crop, convert_channels
+from dar_hf.data import center_crop, convert_channels, to_tensor
 from dar_hf.hub import describe
 from dar_hf.loading import load_pipeline
 from dar_hf.metrics import psnr
@@ -42,8 +46,17 @@ SMALL = 128  # pixels a side; smaller images are shown pixel by pixel
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 20.0
 PAUSE, MAX_PAUSE = "Seconds between previews", 2.0
+NEW_SEED = "Another seed each time"
 VISITORS = 4  # who draw at once; others wait
 WAITING = 32  # at most; more are told so
+# one upload is decoded at a time, since a large one takes hundreds of megabytes, and by one thread, whose memory the
+# next one uses again
+READER = ThreadPoolExecutor(1, "reader")
+TOO_LARGE = f"This picture is too large: at most {MAX_PIXELS // 10**6} million pixels are taken."
+NO_UPLOAD = "This file was not uploaded here."
+
+# blocks of images above 32 MiB go back to the system when they are freed, and smaller ones may not
+Image.core.set_block_size(64 * 2**20)
 
 TITLE = "D-AR draws"
 INTRO = (
@@ -174,6 +187,59 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     return int(value) if whole else float(value)
 
 
+class UploadError(ValueError):
+    """What is wrong with an upload, as its visitor is told."""
+
+
+def uploaded(path: Any, folder: str | Path) -> str:
+    """The path of an upload, links resolved. Nothing is opened.
+
+    Raises:
+        ValueError: for anything but a regular file below ``folder``, and without a word about what it is instead.
+    """
+    try:
+        resolved = Path(os.path.realpath(path, strict=True))
+        inside = resolved.is_relative_to(os.path.realpath(folder))
+        if inside and stat.S_ISREG(resolved.lstat().st_mode):
+            return str(resolved)
+    except (OSError, ValueError, TypeError) as error:
+        raise UploadError(NO_UPLOAD) from error
+    raise UploadError(NO_UPLOAD)
+
+
+def only_uploads(value: Any, folder: str | Path) -> Any:
+    """A value of a request in which every file is an upload, and named as gradio names one; no file becomes None.
+
+    Gradio looks only at files that carry a mark, which a request can leave out, and fetches addresses.
+
+    Raises:
+        ValueError: if it names another file.
+    """
+    if isinstance(value, list):
+        return [only_uploads(item, folder) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("path") is None:
+        return None
+    return {"path": uploaded(value["path"], folder), "meta": {"_type": "gradio.FileData"}}
+
+
+class Page(gr.Blocks):
+    """Blocks in which no request opens anything but uploads, whichever of its inputs names it."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            inputs = only_uploads(inputs, gr.utils.get_upload_folder())
+        except (ValueError, RecursionError) as error:
+            raise gr.Error(NO_UPLOAD, print_exception=False) from error
+        try:
+            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:  # too few inputs, or others than gradio's components take
+            raise gr.Error("These are not the inputs that this button takes.", print_exception=False) from error
+
+
 def read_upload(path: str | None, height: int, width: int, channels: int) -> tuple[Image.Image, str]:
     """An uploaded picture, its middle cut out and scaled to the model's size, and a remark or "".
 
@@ -184,32 +250,50 @@ def read_upload(path: str | None, height: int, width: int, channels: int) -> tup
     """
     if not path:
         raise ValueError("Choose a picture first: upload one, or use the last drawing.")
+
+    def read() -> tuple[Image.Image, str]:
+        image, remark = _decode(path, channels)
+        return center_crop(image, height, width), remark
+
+    return READER.submit(read).result()
+
+
+def _decode(path: str, channels: int) -> tuple[Image.Image, str]:
+    """The upright image and a remark; what it was decoded to is given up here, before anything else is made."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            columns, rows = image.size
-            too_large = max(image.size) > MAX_SIDE or columns * rows > MAX_PIXELS
-            too_small = min(image.size) < MIN_SIDE
-            if not too_large and not too_small:
-                remark = "the first frame of an animation" if getattr(image, "is_animated", False) else ""
-                image = convert_channels(_middle(image, height / width), channels)
-                return center_crop(image, height, width), remark
-    except Image.DecompressionBombError:
-        too_large, too_small = True, False
-        columns = rows = 0
-    except UNREADABLE as error:
-        raise ValueError(f"This file is no picture that can be read here ({', '.join(FORMATS)}).") from error
-    if too_small:
-        raise ValueError(f"This picture is too small: {columns}x{rows} pixels, at least {MIN_SIDE} a side are needed.")
-    raise ValueError(f"This picture is too large: at most {MAX_PIXELS // 10**6} million pixels are taken.")
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+            _check_size(*image.size)
+            remark = "the first frame of an animation" if getattr(image, "is_animated", False) else ""
+            return convert_channels(image, channels), remark
+    except (UploadError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise UploadError(TOO_LARGE) from error
+    except Exception as error:  # pillow's readers raise nearly any type for damaged files
+        raise UploadError(f"This file is no picture that can be read here ({', '.join(FORMATS)}).") from error
 
 
-def _middle(image: Image.Image, shape: float) -> Image.Image:
-    """The largest middle part whose height is ``shape`` times its width, upright or not: nothing long is enlarged."""
-    columns, rows = image.size
-    width, height = min(columns, round(rows / shape)), min(rows, round(columns * shape))
-    width, height = max(width, 1), max(height, 1)
-    left, top = (columns - width) // 2, (rows - height) // 2
-    return image.crop((left, top, left + width, top + height))
+def _check_size(columns: int, rows: int) -> None:
+    if max(columns, rows) > MAX_SIDE or columns * rows > MAX_PIXELS:
+        raise UploadError(TOO_LARGE)
+    if min(columns, rows) < MIN_SIDE:
+        raise UploadError(
+            f"This picture is too small: {columns}x{rows} pixels, at least {MIN_SIDE} a side are needed."
+        )
+
+
+def open_regular(path: str) -> IO[bytes]:
+    """Open a file, if it is a regular one of at most ``MAX_FILE`` bytes; pipes and devices do not block.
+
+    Raises:
+        OSError: if it is not, or cannot be opened.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
+        file.close()
+        raise OSError("no regular file, or too large")
+    return file
 
 
 # What a visitor sees: one piece of HTML, in which pictures are embedded, so that no file is written for a preview
@@ -324,7 +408,7 @@ def lay_out(artist: Artist, sampling: Sampling, path: str | None, keep: float, l
     image, remark = artist.read(path)
     names = ", ".join(artist.names[label].split(",")[0] for label in labels)
     title = f"{names}: {keep} token{'s' * (keep != 1)} of the reference"
-    view = View(title, artist.num_tokens, keep, _pixels(artist, image), remark or "reference")
+    view = View(title, artist.num_tokens, keep, _pixels(image), remark or "reference")
     return show(artist, view, sampling, labels, layout_image=image, layout_tokens=keep)
 
 
@@ -332,14 +416,14 @@ def vary(artist: Artist, sampling: Sampling, path: str | None, label: Any, stren
     """Image-to-image."""
     label, strength = _label(artist, label), number("Strength", strength, 0.0, 1.0)
     image, remark = artist.read(path)
-    view = View(artist.names[label], artist.num_tokens, 0, _pixels(artist, image), remark or "start")
+    view = View(artist.names[label], artist.num_tokens, 0, _pixels(image), remark or "start")
     return show(artist, view, sampling, [label], image=image, strength=strength)
 
 
 def reconstruct(artist: Artist, sampling: Sampling, path: str | None) -> Shown:
     """What the tokens of a picture keep of it: image-to-image of strength 0, which generates nothing."""
     image, remark = artist.read(path)
-    pixels = _pixels(artist, image)
+    pixels = _pixels(image)
     view = View("reconstruction", artist.num_tokens, 0, pixels, remark or "upload", compare=True)
     return show(artist, view, sampling, [0], image=image, strength=0.0)
 
@@ -350,8 +434,8 @@ def _label(artist: Artist, label: Any) -> int:
     return int(number("The class", label, 0, len(artist.names) - 1))
 
 
-def _pixels(artist: Artist, image: Image.Image) -> torch.Tensor:
-    return artist.pipe.image_processor.preprocess(image) / 2 + 0.5
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return to_tensor(image)[None] / 2 + 0.5
 
 
 def handler(action: Callable[..., Shown], artist: Artist) -> Callable[..., Shown]:
@@ -359,7 +443,9 @@ def handler(action: Callable[..., Shown], artist: Artist) -> Callable[..., Shown
 
     def handle(guidance: float, seed: float, new_seed: bool, pause: float, *inputs: Any) -> Shown:
         try:
-            yield from action(artist, Sampling(guidance, seed, bool(new_seed), pause), *inputs)
+            if not isinstance(new_seed, bool):
+                raise ValueError(f"{NEW_SEED} must be true or false, not {repr(new_seed)[:40]}.")
+            yield from action(artist, Sampling(guidance, seed, new_seed, pause), *inputs)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -396,7 +482,16 @@ def choose_class(artist: Artist) -> Any:
 def choose_picture(label: str, last: gr.State) -> gr.Image:
     """An upload, given to the handlers as a path: `read_upload` opens the file with its limits, not gradio."""
     upload = gr.Image(label=label, sources=["upload", "clipboard"], format="png", height=200, elem_classes="upload")
-    upload.preprocess = lambda payload: None if payload is None else payload.path
+
+    def path_of(payload: Any) -> str | None:
+        if payload is None or payload.path is None:
+            return None
+        try:
+            return uploaded(payload.path, upload.GRADIO_CACHE)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    upload.preprocess = path_of
 
     def use(drawing: Any) -> Any:
         if drawing is None:
@@ -441,7 +536,7 @@ def tabs(artist: Artist, last: gr.State) -> list[Tab]:
 
 def build(artist: Artist) -> gr.Blocks:
     """The page."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with Page(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# {TITLE}\n{INTRO}")
         last = gr.State(time_to_live=3600)
         with gr.Row(elem_classes="page"):
@@ -454,7 +549,7 @@ def build(artist: Artist) -> gr.Blocks:
                 guidance = gr.Slider(1.0, artist.max_guidance, artist.guidance, step=0.1, label="Guidance")
                 with gr.Group():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-                    new_seed = gr.Checkbox(True, label="Another seed each time")
+                    new_seed = gr.Checkbox(True, label=NEW_SEED)
                 pause = gr.Slider(0.0, MAX_PAUSE, 0.2, step=0.1, label=PAUSE)
         facts = " · ".join(f"{name}: {fact}" for name, fact in describe(artist.pipe).items())
         gr.Markdown(f"<small>{html.escape(facts)}</small>")

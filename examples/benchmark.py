@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
+from dar_hf.acceleration_dar import accelerated, has_fast_bf16
 from dar_hf.commands import check_output, command, device_option, positive_option, writing
 from dar_hf.conversion import to_original
 from dar_hf.evaluation import versions
 from dar_hf.files import write_json
-from dar_hf.linear_dar import Linear, has_fast_bf16, pack
 from dar_hf.presets import PAPER_SIZES, get_preset
 
 POSITION, STEPS = 128, 32  # codes measured: from the middle of the sequence, where a growing cache is half full
@@ -65,10 +65,10 @@ def probe(device: torch.device, repeats: int) -> dict[str, float]:
     data = torch.ones(2**28 // 4, device=device)  # 256 MB: more than a cache holds
     result = {"bytes": data.numel() * 4 / seconds(data.sum, repeats, device)}
     for dtype in (torch.float32, torch.bfloat16):
-        layer = Linear(1024, 4096, bias=False).to(device, dtype).eval()
-        pack(layer, 4096)
+        layer = torch.nn.Linear(1024, 4096, bias=False).to(device, dtype).eval()
         x = torch.randn(4096, 1024, device=device, dtype=dtype)
         with torch.no_grad():
+            layer = accelerated(layer)
             result[name(dtype)] = 2 * 4096 * 1024 * 4096 / seconds(lambda m=layer, x=x: m(x), repeats, device)
     return result
 

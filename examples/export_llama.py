@@ -2,17 +2,37 @@
 
     python examples/export_llama.py --model outputs/digits/pipeline/transformer --output_dir outputs/llama
 
-A prompt is one token, codebook_size + class; the answer is the image's codes, for `DARTokenizer.decode`.
+A prompt is one token, codebook_size + class, as text <class_3> (or the class's name, where the model is part of a
+pipeline that has names); the answer is the image's codes, <c12><c7>..., whose ids `DARTokenizer.decode` takes.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
-from dar_hf import DARForCausalLM
+from dar_hf import DARForCausalLM, DARPipeline
 from dar_hf.commands import FAILURE, check_output, command, writing
-from dar_hf.conversion import to_llama
+from dar_hf.conversion import save_llama
 from dar_hf.files import new_folder
 from dar_hf.loading import load
+
+
+def class_names(model: str, subfolder: str) -> dict[int, str]:
+    """Class names of the pipeline that the language model is part of; none where it is alone."""
+    folder = Path(model, subfolder)
+    if folder.is_dir():
+        model = os.path.dirname(os.path.abspath(folder))
+        if not Path(model, "model_index.json").is_file():
+            return {}
+    elif not subfolder:
+        return {}
+    try:
+        names = DARPipeline.load_config(model).get("id2label") or {}
+    except OSError as error:
+        print(f"no class names: {error}")
+        return {}
+    return {int(label): name for label, name in names.items()}
 
 
 @command("export_llama.py", FAILURE)
@@ -24,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_output(args.output_dir)
     with new_folder(args.output_dir) as folder:
-        model = to_llama(load(DARForCausalLM, args.model, "language model", subfolder=args.subfolder))
+        model = load(DARForCausalLM, args.model, "language model", subfolder=args.subfolder)
         with writing(args.output_dir):
-            model.save_pretrained(folder)
+            save_llama(model, folder, class_names(args.model, args.subfolder))
     print(f"saved {args.output_dir}")
 
 

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from dar_hf import DARPipeline
-from dar_hf.commands import check_output, command, device_option, reading, seed_option, writing
-from dar_hf.data import convert_channels
+from dar_hf.commands import check_output, command, device_option, seed_option, writing
+from dar_hf.data import read_image
 from dar_hf.loading import load_pipeline
 from dar_hf.pictures import image_grid, save_animation, save_picture
 
@@ -59,12 +58,10 @@ def call_options(args: argparse.Namespace, pipe: DARPipeline) -> dict[str, Any]:
     known, count = pipe.labels, pipe.transformer.config.num_classes
     names = args.class_labels or range(min(count, MAX_COLUMNS))
     labels = [name if name in known or not str(name).isdecimal() else int(name) for name in names]
-    channels = pipe.tokenizer.config.in_channels
-    pictures: dict[str, Image.Image | None] = {"layout_image": None, "image": None}
-    for name in pictures:
-        if path := getattr(args, name):
-            with reading(path):
-                pictures[name] = convert_channels(Image.open(path), channels)
+    pictures = {
+        name: None if path is None else read_image(path)
+        for name, path in (("layout_image", args.layout_image), ("image", args.image))
+    }
     guidance = args.guidance_scale
     plain = ("num_images_per_prompt", "temperature", "top_k", "top_p", "num_inference_steps", "num_tokens")
     return {

@@ -3,7 +3,8 @@
     python examples/push_to_hub.py outputs/digits/pipeline user/digits --report outputs/digits/report.json
 
 The card is made from the run's options, validation figures and reports; what people wrote into the card, here or on
-the Hub, stays. --self_contained adds the code, so that the repository also loads where dar_hf is not installed.
+the Hub, stays. Only what belongs to a model goes up, and nothing that a link in the folder leads out to.
+--self_contained adds the code, so that the repository also loads where dar_hf is not installed.
 Log in first with `hf auth login`.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from dar_hf.commands import FAILURE, command
 from dar_hf.evaluation import read_report
-from dar_hf.hub import empty_model, export_remote_code, prepare_repository, push_folder
+from dar_hf.hub import empty_model, export_remote_code, model_files, prepare_repository, push_folder
 from dar_hf.training.cards import take_report, write_run_card
 
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit_message")
     args = parser.parse_args(argv)
     options = {"private": args.private or None, "revision": args.revision}
+    model_files(args.folder)  # refuses links that lead out of the folder before anything is read through them
     class_name = type(empty_model(args.folder)).__name__
     for report in args.report:
         read_report(report)

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dar_hf import DARPipeline
-from dar_hf.commands import check_output, command, device_option, positive_option, reading, seed_option, writing
-from dar_hf.data import ImageTransform, load_images
+from dar_hf.commands import check_output, command, device_option, positive_option, seed_option, writing
+from dar_hf.data import ImageSamples, ImageTransform, load_images, read_image
 from dar_hf.loading import load_pipeline
 from dar_hf.metrics import psnr
 from dar_hf.pictures import image_grid, interleave_rows, save_picture
@@ -44,25 +43,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def open_file(path: Path) -> Image.Image:
-    with reading(path):
-        image = Image.open(path)
-        image.load()
-        return image
+def load_inputs(args: argparse.Namespace, crop: ImageTransform) -> list[Image.Image]:
+    """The images, as they are stored.
 
-
-def load_inputs(args: argparse.Namespace, pipe: DARPipeline) -> torch.Tensor:
-    """Pixels ``(B, C, H, W)`` in [-1, 1]."""
+    Raises:
+        ValueError: for a file that cannot be read, or a data set of which no image can be.
+    """
     if args.images:
-        images = [open_file(path) for path in args.images]
-    else:
-        if args.num_images < 1:
-            raise ValueError(f"--num_images must be at least 1, got {args.num_images}.")
-        dataset = load_images(args.dataset_name, args.split, label_column=None)
-        images = dataset.select(range(min(args.num_images, len(dataset))))["image"]
-    height, width = pipe.tokenizer.image_size
-    crop = ImageTransform((args.height or height, args.width or width), channels=pipe.tokenizer.config.in_channels)
-    return torch.stack([crop(image) for image in images])
+        return [read_image(path) for path in args.images]
+    if args.num_images < 1:
+        raise ValueError(f"--num_images must be at least 1, got {args.num_images}.")
+    dataset = load_images(args.dataset_name, args.split, label_column=None)
+    samples = ImageSamples(dataset, crop)
+    count = min(args.num_images, len(dataset))
+    images = [image for index in range(count) if (image := samples.readable_image(index)) is not None]
+    if not images:
+        raise ValueError(f"none of the first {count} images of {args.dataset_name} can be read.")
+    return images
 
 
 @command("reconstruct.py")
@@ -70,16 +67,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     check_output(args.output, folder=False)
     pipe = load_pipeline(args.pipeline, getattr(torch, args.dtype), args.device)
-    inputs = load_inputs(args, pipe)
+    height, width = pipe.tokenizer.image_size
+    size = args.height or height, args.width or width
+    crop = ImageTransform(size, channels=pipe.tokenizer.config.in_channels)
+    images = load_inputs(args, crop)
     output = pipe.reconstruct(
-        inputs / 2 + 0.5,
+        images,
+        height=size[0],
+        width=size[1],
         num_inference_steps=args.num_inference_steps,
         num_tokens=args.num_tokens,
         generator=torch.Generator().manual_seed(args.seed),
         output_type="pt",
         previews=True,
     )
-    steps = [images.cpu() * 2 - 1 for images in output.previews]
+    inputs = torch.stack([crop(image) for image in images])
+    steps = [step.cpu() * 2 - 1 for step in output.previews]
     print("PSNR of every step in dB: " + ", ".join(f"{float(psnr(step, inputs).mean()):.2f}" for step in steps))
     columns = min(len(inputs), MAX_COLUMNS)
     rows = [inputs, *(steps if args.previews else steps[-1:])]

@@ -120,3 +120,39 @@ def test_reconstruct_a_data_set(folder, run, capsys):
     assert Image.open(folder / "out.png").size == (3 * TILE + 2, 2 * TILE + 2)
     assert "image size 16x16" in refusal(run, capsys, "reconstruct.py", *options, "--height", 16, "--width", 16)
     assert "--num_images must be at least 1" in refusal(run, capsys, "reconstruct.py", *options, "--num_images", 0)
+
+
+DAMAGED_EXIF = b"Exif\0\0\x00\x08\x00\x02\x01\x12\x00\x03"
+
+
+def test_commands_read_images_as_the_pipeline_does(folder, run, tiny_pipeline):
+    """A transparent image, a damaged EXIF block and a photograph on its side, from files and in memory."""
+    logo = picture(size=(20, 30)).convert("RGBA")
+    logo.putalpha(Image.linear_gradient("L").resize(logo.size))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    logo.save(folder / "0.png")
+    picture(1, size=(30, 20)).save(folder / "1.png", exif=DAMAGED_EXIF)
+    picture(2, size=(20, 30)).save(folder / "2.jpg", exif=exif)
+    for name in ("0.png", "1.png", "2.jpg"):
+        image, options = Image.open(folder / name), ("--seed", 3, "--class_labels", 1)
+        run("generate.py", "--image", folder / name, "--strength", 0.5, "--output_dir", folder / "out", *options)
+        expected = tiny_pipeline(1, image=image, strength=0.5, generator=[seeded(3)]).images[0]
+        assert np.array_equal(np.asarray(Image.open(folder / "out" / "0000.png")), np.asarray(expected))
+        printed = run("reconstruct.py", "--images", folder / name, "--output", folder / "out.png")
+        result = tiny_pipeline.reconstruct(image, generator=seeded(), output_type="pt").images * 2 - 1
+        error = (result - tiny_pipeline._pixels("image", image, None, None)).square().mean() / 4
+        assert printed.splitlines()[0].endswith(f"{float(-10 * error.log10()):.2f}")
+
+
+def test_a_data_set_is_reconstructed_without_what_cannot_be_read(folder, run, capsys):
+    (folder / "images").mkdir()
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(folder / "images" / "0.tiff")
+    options = ("--dataset_name", folder / "images", "--num_images", 3, "--output", folder / "out.png")
+    assert "none of the first 1 images" in refusal(run, capsys, "reconstruct.py", *options)
+    picture().save(folder / "images" / "1.png", exif=DAMAGED_EXIF)
+    run("reconstruct.py", *options)
+    assert Image.open(folder / "out.png").size == (TILE + 2, 2 * TILE + 2)
+    assert "0.tiff: an image must have pixels" in refusal(
+        run, capsys, "reconstruct.py", "--images", folder / "images" / "0.tiff"
+    )

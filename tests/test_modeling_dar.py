@@ -371,12 +371,12 @@ def test_casting_keeps_the_rotary_frequencies(tiny_transformer, make_transformer
         assert torch.equal(cast(classes(0, 3)).logits, loaded(classes(0, 3)).logits)
 
 
-def test_rotary_embedding_has_the_shapes_of_llamas(tiny_transformer):
+def test_rotary_embedding_is_llamas(tiny_transformer):
     embedding, positions = tiny_transformer.model.rotary_emb, torch.arange(7)[None].expand(2, -1)
     ours = embedding(torch.zeros(1), positions)
     theirs = LlamaRotaryEmbedding(tiny_transformer.config)(torch.zeros(1), positions)
     assert [tuple(table.shape) for table in ours] == [(2, 7, 32)] * 2
-    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1].abs(), theirs[1].abs())
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_attentions_and_hidden_states(tiny_transformer):

@@ -108,8 +108,8 @@ def forwards(tiny_pipeline):
         (0, {"layout_image": PIL.Image.new("RGB", (0, 8)), "layout_tokens": 4}, "must have pixels, of 8 bits"),
         (
             0,
-            {"layout_image": PIL.Image.new("I;16", (8, 8)), "layout_tokens": 4},
-            "of 8 bits a channel, got mode 'I;16'",
+            {"layout_image": PIL.Image.new("I", (8, 8), 255), "layout_tokens": 4},
+            "of 8 bits a channel, got mode 'I'",
         ),
         (0, {"layout_image": PIL.Image.new("F", (8, 8)), "layout_tokens": 4}, "of 8 bits a channel, got mode 'F'"),
         (

@@ -150,6 +150,11 @@ def test_model_offloading_hooks(tiny_pipeline):
     assert set(brought) == {"DARForCausalLM", "DARTokenizer"} and brought[0] == "DARForCausalLM"
 
 
+def assert_same_but_for_rounding(images, expected):
+    """Offloaded models run as they are, without oneDNN; and MKL rounds by where in memory weights lie."""
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
 def test_offloading_layer_by_layer(tiny_pipeline):
     """Every weight is on no device until its layer is called."""
     layout = {"layout_image": picture(), "layout_tokens": 5, "output_type": "pt"}
@@ -157,8 +162,8 @@ def test_offloading_layer_by_layer(tiny_pipeline):
     for module in (tiny_pipeline.transformer, tiny_pipeline.tokenizer):
         accelerate.cpu_offload(module, torch.device("cpu"))
         assert module.device.type == "meta"
-    assert torch.equal(images_of(tiny_pipeline), expected[0])
-    assert torch.equal(tiny_pipeline(1, generator=seeded(), **layout).images, expected[1])
+    assert_same_but_for_rounding(images_of(tiny_pipeline), expected[0])
+    assert_same_but_for_rounding(tiny_pipeline(1, generator=seeded(), **layout).images, expected[1])
     assert tiny_pipeline.tokenizer(torch.zeros(1, 3, 8, 8)).velocity.shape == (1, 3, 8, 8)
 
 
@@ -172,7 +177,8 @@ def test_group_offloading_of_the_tokenizer(tiny_pipeline, tmp_path, options):
     tiny_pipeline.tokenizer.enable_group_offload(cpu, cpu, offload_to_disk_path=str(tmp_path), **options)
     for _ in range(2):
         call = {"generator": seeded(), "output_type": "pt"}
-        assert torch.equal(tiny_pipeline(1, layout_image=picture(), layout_tokens=5, **call).images, expected)
+        images = tiny_pipeline(1, layout_image=picture(), layout_tokens=5, **call).images
+        assert_same_but_for_rounding(images, expected)
 
 
 def test_group_offloading_of_a_tokenizer_with_a_repa_head(make_tokenizer):

@@ -25,6 +25,7 @@ OPTIONS = {
     "not square": {"sample_size": (8, 12)},
     "one channel": {"in_channels": 1},
     "other times": {"time_shift": 1.0, "data_std": 0.5, "rope_theta": 100.0},
+    "two rotary bases": {"rope_theta": 100.0, "diffusion_rope_theta": 1000.0},
     "overlapping groups": {"tokens_per_group": 6},
     "short groups": {"tokens_per_group": 2},
     "repa": {"repa_layer": 1, "repa_dim": 24},
@@ -156,7 +157,8 @@ class Reference:
     def velocity(self, sample, timestep, condition):
         config, patch = self.config, self.config.diffusion_patch_size
         channels, height, width = sample.shape[1:]
-        factors = rotation(height // patch, width // patch, config.attention_head_dim, config.rope_theta)
+        theta = config.rope_theta if config.diffusion_rope_theta is None else config.diffusion_rope_theta
+        factors = rotation(height // patch, width // patch, config.attention_head_dim, theta)
         x = self.linear("denoiser.proj_in", patchify(sample.double(), patch))
         condition = self.norm(self.linear("denoiser.condition_proj", condition))
         for block in (f"denoiser.blocks.{i}" for i in range(config.diffusion_depth)):
@@ -207,6 +209,7 @@ def test_defaults_follow_the_other_options(make_tokenizer):
     assert (config.tokens_per_group, config.num_inference_steps, config.condition_dim) == (4, 4, 64)
     config = make_tokenizer(tokens_per_group=2, num_inference_steps=7, condition_dim=64).config
     assert (config.tokens_per_group, config.num_inference_steps, config.condition_dim) == (2, 7, 64)
+    assert make_tokenizer(rope_theta=100.0).config.diffusion_rope_theta == 100.0
 
 
 @pytest.mark.parametrize(
@@ -632,10 +635,11 @@ def test_decoding_in_another_dtype_follows_the_weights(tiny_tokenizer):
 def test_wide_models_decode_in_what_the_processor_is_fast_in(make_tokenizer, monkeypatch, dtype, fast):
     monkeypatch.setattr(tokenizer_dar, "has_fast_bf16", lambda device: fast)
     model, codes = make_tokenizer().to(dtype), random_codes()
-    assert model._decoding_denoiser(16) is model.denoiser  # narrow
+    assert model._decoding_denoiser().proj_in.weight.dtype == dtype  # narrow
     own = model.decode(codes, generator=seeded()).sample
     monkeypatch.setattr(tokenizer_dar, "HALF_FROM", model.config.diffusion_dim)
-    used = model._decoding_denoiser(16).proj_in.weight.dtype
+    with torch.no_grad():
+        used = model._decoding_denoiser().proj_in.weight.dtype
     assert used == {torch.float32: torch.bfloat16}.get(dtype, dtype) if fast else used == torch.float32
     difference = (model.decode(codes, generator=seeded()).sample - own).norm() / own.norm()
     assert (0 < difference < 0.03) if used != dtype else difference == 0
@@ -648,7 +652,7 @@ def test_offloaded_models_are_not_copied(make_tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer_dar, "HALF_FROM", 1)
     model = make_tokenizer()
     model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    assert model._decoding_denoiser(16) is model.denoiser
+    assert model._decoding_denoiser() is model.denoiser
     assert model.decode(random_codes(), generator=seeded()).sample.isfinite().all()
 
 

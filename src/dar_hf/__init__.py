@@ -4,10 +4,10 @@ Two generators, composed: `DARForCausalLM.stream_codes` yields groups of codes, 
 group into one denoising step and a preview, and `DARPipeline.stream` is their composition.
 
 The five model files (``configuration_dar``, ``modeling_dar``, ``tokenizer_dar``, ``scheduling_dar``, ``pipeline_dar``)
-and ``linear_dar``, which two of them share, stand flat and import nothing but their siblings, because a Hub repository
-that carries its own code needs each component as one file; what needs the rest of the package is given to their
-classes here (`dar_hf.hub.connect`). Importing this package registers the classes with transformers' Auto classes and
-diffusers' pipeline loader; without that neither finds them.
+and the files they share (``acceleration_dar``, ``images_dar``, ``weights_dar``) stand flat and import only siblings,
+because a Hub repository that carries its own code needs each component as one file; what needs the rest of the package
+is given to their classes here (`dar_hf.hub.connect`). Importing this package registers the classes with transformers'
+Auto classes and diffusers' pipeline loader; without that neither finds them.
 """
 
 __version__ = "0.1.0"

@@ -142,16 +142,6 @@ def ending_with(code: int, *, keep: tuple[type[BaseException], ...] = ()) -> Ite
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Inside, a file that cannot be read ends a command with the name of ``path``; libraries often leave it out."""
-    try:
-        yield
-    except Exception as error:
-        text = explain(error) or f"{type(error).__name__}: {error}"  # bytes from anywhere: libraries raise all kinds
-        raise CommandError(text if str(path) in text else f"cannot read {path}: {text}") from error
-
-
-@contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Inside, what cannot be written ends a command with code 1 and the name of ``path``.
 

@@ -21,32 +21,81 @@ def write_json(path: Path, content: dict | list) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+LEFTOVER = ".unfinished-"  # begins the name of the hidden folder that `new_folder` writes into
+EMPTY_ENTRIES = ("lost+found",)  # mkfs leaves it at the root of a volume
+INDICES = ("model_index.json", "config.json", "scheduler_config.json")  # say what a model's folder holds
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``path`` when the block ends and vanishes when it fails.
+    """A folder to write into, whose content is at ``path`` when the block ends and vanishes when the block fails.
+
+    A folder that is missing appears at once. One that is there and empty stays the folder it is (a mounted volume or
+    the shell's own cannot be replaced), and the content moves into it.
 
     Raises:
         FileExistsError: if ``path`` is a file or a folder that is not empty, before the block and after it.
+        OSError: if what the block wrote cannot be put there.
+
+    Whatever is raised after the block, what it wrote is kept, and the message says where.
     """
     path = Path(path).resolve()  # a link stays, and becomes a link to the new folder
-
-    def check() -> None:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(f"{path} exists and is not an empty folder: choose another one.")
-
-    check()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _check_empty(path)
+    exists = path.is_dir()
+    place = path if exists else path.parent  # in both cases the file system that the content is to be on
+    place.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=LEFTOVER if exists else f".{path.name}.", dir=place))
+    content = temporary / "content"  # mkdtemp's folder is its owner's alone; this one gets the usual rights
     try:
-        inside = temporary / "content"  # mkdtemp's folder is its owner's alone; this one gets the usual rights
-        inside.mkdir()
-        yield inside
-        check()
-        if path.is_dir():
-            path.rmdir()
-        os.replace(inside, path)
-    finally:
+        content.mkdir()
+        yield content
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    try:
+        _check_empty(path)
+        if path.is_dir():
+            _move_entries(content, path)
+        else:
+            os.replace(content, path)
+    except OSError as error:
+        raise type(error)(
+            f"{error} The finished files are not lost: those that are not in {path} yet are in {content}."
+        ) from error
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_empty(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} exists and is not an empty folder: choose another one.")
+    entries = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    held = [name for name in entries if name not in EMPTY_ENTRIES and not name.startswith(LEFTOVER)]
+    if held:
+        raise FileExistsError(f"{path} exists and is not an empty folder: choose another one.")
+
+
+def _move_entries(source: Path, target: Path) -> None:
+    """Move what a folder holds; what says that the target holds a model comes last, so that half of one is none."""
+    for entry in sorted(source.iterdir(), key=lambda entry: entry.name in INDICES):
+        os.rename(entry, target / entry.name)
+
+
+def resolve_inside(path: Path, folder: Path) -> Path:
+    """The file or folder that ``path`` stands for, which must be in ``folder``, links and all.
+
+    Raises:
+        ValueError: if a link leads out of the folder, or to nothing.
+    """
+    target = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
+    if target.exists() and target.is_relative_to(folder.resolve()):
+        return target
+    where = "to nothing"
+    if target.exists():
+        where = f"out of the folder, to {target}"
+    raise ValueError(
+        f"{path} is a link that leads {where}, and is not followed. To publish what it stands for, copy the folder "
+        f"with its links resolved (cp -rL {folder} COPY) and take the copy."
+    )
 
 
 def saved_class(index: dict) -> str:

@@ -1,12 +1,15 @@
 """The D-AR language model: transformers' Llama over image codes, with batched classifier-free guidance.
 
-Body and numerics are Llama's own parts (the original is LlamaGen's Llama). Ours are three dropouts, the split
-vocabulary, guidance in one doubled forward pass, and `stream_codes`, which yields every group of codes as soon as it
-is there. Pure functions on tensors first, then the layers, then the models.
+The layers are Llama's own (the original is LlamaGen's Llama). Ours are three dropouts, the split vocabulary, guidance
+in one doubled forward pass, and `stream_codes`, which yields every group of codes as soon as it is there. Pure
+functions on tensors first, then the layer, then the models.
 """
 
+import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -16,27 +19,27 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicLayer, StaticCache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
     LlamaDecoderLayer,
     LlamaModel,
     LlamaPreTrainedModel,
-    LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    eager_attention_forward,
 )
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
+from .acceleration_dar import FilledCacheLayer, accelerated
 from .configuration_dar import DARConfig
-from .linear_dar import Linear, packed
 
 GuidanceScale: TypeAlias = float | tuple[float, float] | list[float] | None
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+NextLogits: TypeAlias = Callable[[torch.LongTensor], torch.Tensor]
 
+# what transformers calls the cache: past_key_values up to version 5.23
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 GREEDY_BELOW = 1e-30  # temperature: logits divided by less overflow in float32; the limit is the most probable code
 
 
@@ -138,6 +141,18 @@ class ClassifierFreeGuidance(LogitsProcessor):
         return apply_guidance(scores, self.scales[position][:, None])
 
 
+class FiniteLogits(LogitsProcessor):
+    """Refuses logits that are not finite, of which `generate` would make code 0; stands before all others."""
+
+    supports_continuous_batching = True
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        capturing = scores.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not capturing:  # CUDA graphs of continuous batching cannot wait
+            check_finite(scores.aminmax())
+        return scores
+
+
 class GeneratorSampling(LogitsProcessor):
     """Samples with the caller's generator; stands last, and `generate` then picks the only finite score."""
 
@@ -150,59 +165,8 @@ class GeneratorSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
-class FilledCacheLayer(DynamicLayer):
-    """Keys and values in one buffer of full length, of which attention sees the filled part.
-
-    A growing cache is copied whole at every token, and a static one is read whole. On CPUs half-precision keys and
-    values are held in float32, with which attention of a single query is several times faster there.
-    """
-
-    def __init__(self, max_length: int):
-        super().__init__()
-        self.max_length = max_length
-        self.buffers: list[torch.Tensor] = []
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.device = key_states.device
-        self.dtype = torch.float32 if self.device.type == "cpu" else key_states.dtype
-        batch_size, num_heads, _, head_dim = key_states.shape
-        shape = (batch_size, num_heads, self.max_length, head_dim)
-        with torch.inference_mode(False):  # a stream begun in inference mode may go on outside it
-            self.buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2)]
-        self.keys, self.values = (buffer[:, :, :0] for buffer in self.buffers)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.keys.shape[2]
-        stop = start + key_states.shape[2]
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:stop].copy_(new)
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
-        return self.keys, self.values
-
-
-class DARRMSNorm(LlamaRMSNorm):
-    """Llama's norm as torch's own operator, which is one kernel on GPUs."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-
-
 class DARRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's rotary embedding; the sines carry the sign of the half they meet.
-
-    Its frequencies stay float32 when the model is cast, as they do when it is loaded in half precision.
-    """
-
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines, both ``(B, L, head_dim)``."""
-        cos, sin = super().forward(x, position_ids)
-        first, second = sin.chunk(2, dim=-1)
-        return cos, torch.cat([-first, second], dim=-1)
+    """Llama's, with frequencies that stay float32 when the model is cast, as when it is loaded in half precision."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         def move_only(tensor: torch.Tensor) -> torch.Tensor:
@@ -212,85 +176,60 @@ class DARRotaryEmbedding(LlamaRotaryEmbedding):
         return super()._apply(move_only, recurse)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply `DARRotaryEmbedding` to ``x (B, heads, L, head_dim)``, whose two halves make the pairs."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
-
-
-class DARAttention(nn.Module):
-    """Llama's attention, with dropout after the output projection."""
-
-    is_causal = True
-
-    def __init__(self, config: DARConfig, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout, self.resid_dropout = config.attention_dropout, config.resid_dropout
-        queries, keys = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_bias)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-            query = query.to(key.dtype)  # FilledCacheLayer's
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        output = self.o_proj(output.flatten(2).to(hidden_states.dtype))
-        return F.dropout(output, self.resid_dropout, self.training), weights
-
-
-class DARMLP(nn.Module):
-    """Llama's mlp, with dropout after it."""
-
-    def __init__(self, config: DARConfig):
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.ffn_dropout = config.ffn_dropout
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        return F.dropout(x, self.ffn_dropout, self.training)
-
-
 class DARDecoderLayer(LlamaDecoderLayer):
+    """Llama's layer, with dropout after the attention's output projection and after the mlp."""
+
     def __init__(self, config: DARConfig, layer_idx: int):
-        super(LlamaDecoderLayer, self).__init__()  # not LlamaDecoderLayer's own: every part is ours
-        self.self_attn = DARAttention(config, layer_idx)
-        self.mlp = DARMLP(config)
-        self.input_layernorm = DARRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = DARRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        super().__init__(config, layer_idx)
+        self.resid_dropout = nn.Dropout(config.resid_dropout)
+        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.resid_dropout(attended)
+        return hidden_states + self.ffn_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
 class DARPreTrainedModel(LlamaPreTrainedModel):
     config: DARConfig
     config_class = DARConfig
     _no_split_modules = ["DARDecoderLayer"]
-    _can_record_outputs = {"hidden_states": DARDecoderLayer, "attentions": DARAttention}
+    _can_record_outputs = {"hidden_states": DARDecoderLayer, "attentions": LlamaAttention}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' own, which by itself starts missing weights anew and leaves out unknown ones, with a note.
+
+        Raises:
+            ValueError: for weights that are not those of the configuration, naming them.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
+        mismatched = [f"{name} {tuple(saved)} for {tuple(own)}" for name, saved, own in info["mismatched_keys"]]
+        problems = {
+            "they lack": info["missing_keys"],
+            "they hold unknown": info["unexpected_keys"],
+            "they have other shapes of": [] if ignore_mismatched_sizes else mismatched,
+        }
+        texts = [f"{verb} {_some_of(sorted(names))}" for verb, names in problems.items() if names]
+        if texts:
+            raise ValueError(
+                f"the weights in {pretrained_model_name_or_path} are not those of its configuration: "
+                f"{'; '.join(texts)}. They are incomplete, or of another model."
+            )
+        return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the vocabulary is laid out by the codebook and the classes."""
@@ -303,15 +242,12 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
 class DARModel(DARPreTrainedModel, LlamaModel):
     """The Llama body. Training mode drops classes (`class_dropout`) and input embeddings (`token_dropout`)."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: DARConfig):
-        super(LlamaModel, self).__init__(config)  # not LlamaModel's own: it would build every layer a second time
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        super().__init__(config)
         self.layers = nn.ModuleList([DARDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = DARRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DARRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
         self.post_init()
 
     def forward(
@@ -323,6 +259,7 @@ class DARModel(DARPreTrainedModel, LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         drop_class: torch.Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Llama's forward. ``drop_class (B,)`` bool says which rows lose their class; drawn in training if missing."""
@@ -336,11 +273,13 @@ class DARModel(DARPreTrainedModel, LlamaModel):
                 input_ids = None
         if inputs_embeds is not None:
             inputs_embeds = F.dropout(inputs_embeds, self.config.token_dropout, self.training)
+        # what the cache is called depends on transformers' version and on the way of generating
+        caches = {"past_key_values": past_key_values, "cache": cache}
+        kwargs.update({name: given for name, given in caches.items() if given is not None})
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -365,13 +304,17 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     """Run the steps of `stream_codes` through ``torch.compile`` (on GPUs as CUDA graphs), over a static cache that is
     kept between calls. Compiled once for each batch size. On CPUs packed weights are faster."""
 
+    pack_weights: bool = True
+    """Let `stream_codes` lay the weights of large models out for the processor, on CPUs: up to three times as fast,
+    with a second copy of them in memory while codes stream. Streams that run at once share it."""
+
     def __init__(self, config: DARConfig):
         super().__init__(config)
         self.model = DARModel(config)
         self.vocab_size = config.codebook_size
         self._compiled_forward: Callable | None = None
         self._static_caches: dict[tuple, StaticCache] = {}
-        self.lm_head = Linear(config.hidden_size, config.codebook_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
         self.post_init()
 
     @torch.no_grad()
@@ -392,9 +335,14 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         drop_class: torch.Tensor | None = None,
+        cache: Any = None,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits ``(B, L, codebook_size)`` of the code after each position, and the loss if labels are given."""
+        """Logits ``(B, L, codebook_size)`` of the code after each position, and the loss if labels are given.
+
+        ``shift_labels (B, L)`` are the codes after each position instead, as sequence parallelism gives them.
+        """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -403,21 +351,23 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             drop_class=drop_class,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept, :])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.codebook_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.codebook_size,
+                shift_labels=shift_labels,
+                **kwargs,
+            )
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
     # transformers' generate, with batched guidance and the caller's generator
 
@@ -455,9 +405,40 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             kwargs["max_length"] = self.config.num_image_tokens + 1
         if kwargs.get("do_sample", base.do_sample) and base.top_k is None:
             kwargs.setdefault("top_k", 0)
-        return super().generate(
-            inputs, generation_config, guidance=guidance, generator=generator, guidance_scale=1.0, **kwargs
+        # what a named cache may bring is kept with the model: compiled calls, buffers
+        named_cache = kwargs.get("cache_implementation", base.cache_implementation)
+        model = self if named_cache else accelerated(self)
+        return GenerationMixin.generate(
+            model, inputs, generation_config, guidance=guidance, generator=generator, guidance_scale=1.0, **kwargs
         )
+
+    def init_continuous_batching(
+        self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' own, of which `generate_batch` and servers make use.
+
+        Raises:
+            ValueError: for guidance, whose doubled rows it does not know.
+        """
+        base = self.generation_config if generation_config is None else generation_config
+        self._check_unguided(base.guidance_scale)
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> dict:
+        """transformers' own, by continuous batching.
+
+        Raises:
+            ValueError: for guidance, whose doubled rows it does not know.
+        """
+        self._check_unguided(kwargs.pop("guidance_scale", None))
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def _check_unguided(self, scale: GuidanceScale) -> None:
+        if guidance_schedule(scale, self.config.num_image_tokens) is not None:
+            raise ValueError(
+                f"continuous batching (generate_batch) does not support guidance, and guidance_scale is {scale}: use "
+                "generate or stream_codes, or give a GenerationConfig with guidance_scale=1.0."
+            )
 
     def compute_transition_scores(
         self, sequences: torch.Tensor, scores: tuple[torch.Tensor, ...], *args: Any, **kwargs: Any
@@ -486,9 +467,10 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict | None = None, **kwargs: Any
     ) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
+        processors.insert(0, FiniteLogits())
         options = model_kwargs or {}
         if options.get("guidance") is not None:
-            processors.insert(0, ClassifierFreeGuidance(options["guidance"], self.config.codebook_size))
+            processors.insert(1, ClassifierFreeGuidance(options["guidance"], self.config.codebook_size))
         if options.get("generator") is not None and generation_config.do_sample:
             processors.append(GeneratorSampling(options["generator"]))
             generation_config.do_sample = False  # sampled already; argmax draws nothing from the global generator
@@ -618,17 +600,15 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         """``tokens`` are the class tokens and the prefix; ``warpers`` None decodes greedily."""
         codes = tokens[:, 1:]
         rows = len(tokens) if schedule is None else 2 * len(tokens)
-        yielded, first = 0, True
-        with self._decoding(rows, num_tokens) as (forward, cache):
+        yielded = 0
+        extremes: list[torch.Tensor] = []
+        with self._decoding(rows, num_tokens) as (model, step):
             while yielded < num_tokens:
                 stop = min(yielded + group_size, num_tokens)
-                with evaluating(self):
+                with evaluating(model):
                     while codes.shape[1] < stop:
-                        inputs = tokens if schedule is None else self._with_null_rows(tokens)
-                        # the first pass, over the class and the prefix, has a length of its own: not worth compiling
-                        step = self if first else forward
-                        logits = step(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-                        logits, first = logits[:, -1].float(), False
+                        logits = step(tokens if schedule is None else self._with_null_rows(tokens))
+                        extremes.extend(logits.aminmax())
                         codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
                         if schedule is not None:
                             logits = apply_guidance(logits, schedule[codes.shape[1]])
@@ -637,15 +617,19 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
                         else:
                             tokens = draw(warpers(None, logits), generator)[:, None]
                         codes = torch.cat([codes, tokens], dim=1)
+                if codes.device.type == "cpu" or stop == num_tokens:  # a GPU is waited for at the end only
+                    check_finite(extremes)
+                    extremes.clear()
                 yield codes[:, yielded:stop]
                 yielded = stop
 
     @contextmanager
-    def _decoding(self, rows: int, num_tokens: int) -> Iterator[tuple[Callable, Cache]]:
-        """The forward pass of a step, and the cache it goes with."""
+    def _decoding(self, rows: int, num_tokens: int) -> Iterator[tuple[nn.Module, NextLogits]]:
+        """The model that decodes, and its step over a cache of its own."""
         if not self.compile_decoding:
-            with packed(self, rows):
-                yield self, Cache(layers=[FilledCacheLayer(num_tokens) for _ in self.model.layers])
+            model = accelerated(self, pack=self.pack_weights, float32_outputs=("q_proj", "k_proj", "v_proj"))
+            cache = Cache(layers=[FilledCacheLayer(num_tokens) for _ in self.model.layers])
+            yield model, lambda tokens: _next_logits(model, tokens, cache)
             return
         if self._compiled_forward is None:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -655,14 +639,38 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         if cache is None:
             cache = StaticCache(config=self.config, max_cache_len=self.config.num_image_tokens)
         cache.reset()
+        # the first pass, over the class and the prefix, has a length of its own: not worth compiling
+        forwards = itertools.chain([self], itertools.repeat(self._compiled_forward))
         try:
-            yield self._compiled_forward, cache
+            yield self, lambda tokens: _next_logits(next(forwards), tokens, cache)
         finally:
             self._static_caches = {key: cache}  # only the latest: every batch size has one of its own
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy must not call the forward pass of the model that it was copied from
         return {**vars(self), "_compiled_forward": None, "_static_caches": {}}
+
+
+def _next_logits(forward: Callable, tokens: torch.LongTensor, cache: Cache) -> torch.Tensor:
+    """float32 logits ``(rows, codebook_size)`` after ``tokens (rows, L)``, which follow those in the cache."""
+    logits = forward(tokens, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1].float()
+
+
+def _some_of(names: list[str], most: int = 4) -> str:
+    """The first few of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def check_finite(tensors: Iterable[torch.Tensor]) -> None:
+    """Raises ValueError if logits, or their extremes, hold NaN or infinity."""
+    tensors = list(tensors)
+    if tensors and not torch.stack(tensors).isfinite().all():
+        raise ValueError(
+            "the language model's logits are not finite (NaN or infinity): its weights are damaged, its training went "
+            "wrong, or values overflowed on the way (float16: load it with dtype=torch.float32 or torch.bfloat16)."
+        )
 
 
 def sampling_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList | None:

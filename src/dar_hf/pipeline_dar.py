@@ -23,8 +23,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .images_dar import image_to_pixels
 from .modeling_dar import DARForCausalLM, GuidanceScale, check_generators, guidance_schedule, sampling_warpers
-from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps
+from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, to_adams_bashforth
 from .tokenizer_dar import DARPreview, DARTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
@@ -125,7 +126,8 @@ class DARPipeline(DiffusionPipeline):
     Args:
         tokenizer: codes to images.
         transformer: class labels to codes; its generation configuration holds the default ``guidance_scale``.
-        scheduler: the tokenizer's solver.
+        scheduler: the tokenizer's solver. Diffusers' flow-matching Euler scheduler becomes ours with its shift and
+            ``solver_order=1``, here and where it is put in its place later; others are refused.
         id2label: class names by id; several names of one class are separated by commas.
 
     Attributes:
@@ -147,6 +149,10 @@ class DARPipeline(DiffusionPipeline):
         id2label: dict | None = None,
     ):
         super().__init__()
+        _check_components(tokenizer, transformer)
+        scheduler = to_adams_bashforth(scheduler)
+        if id2label is not None and not isinstance(id2label, dict):
+            raise ValueError(f"id2label must be a dictionary of names by class id, got {type(id2label).__name__}.")
         for name, ours, theirs in (
             ("codebook_size", tokenizer.config.codebook_size, transformer.config.codebook_size),
             ("number of tokens", tokenizer.config.num_tokens, transformer.config.num_image_tokens),
@@ -155,7 +161,7 @@ class DARPipeline(DiffusionPipeline):
                 raise ValueError(f"tokenizer and transformer disagree: {name} {ours} and {theirs}.")
         self.register_modules(tokenizer=tokenizer, transformer=transformer, scheduler=scheduler)
         self.register_to_config(id2label=None if id2label is None else {int(k): v for k, v in id2label.items()})
-        self.labels, self._shared_names = _index_names(id2label or {})
+        self.labels, self._shared_names = index_names(id2label or {})
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=1,
             resample="bicubic",
@@ -175,6 +181,8 @@ class DARPipeline(DiffusionPipeline):
         """
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32
+        if kwargs.get("scheduler") is not None:  # diffusers accepts none but the class that the folder names
+            kwargs["scheduler"] = to_adams_bashforth(kwargs["scheduler"])
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
@@ -262,9 +270,9 @@ class DARPipeline(DiffusionPipeline):
                 ``{"stop": True}`` ends the call with the current preview, ``{"latents": tensor}`` replaces the
                 solver's state.
 
-        Images are given as PIL images of any size, which are resized and cropped to their middle, or as arrays
-        ``(B, H, W, C)`` or tensors ``(B, C, H, W)`` of the model's size, in [0, 1], or in [-1, 1] if any value is
-        negative.
+        Images are given as PIL images of any size, which are turned upright, laid on white where they are transparent,
+        resized and cropped to their middle, as in training; or as arrays ``(B, H, W, C)`` or tensors
+        ``(B, C, H, W)`` of the model's size, in [0, 1], or in [-1, 1] if any value is negative.
 
         Raises:
             ValueError: for arguments out of range or that exclude each other, before any model runs.
@@ -276,6 +284,8 @@ class DARPipeline(DiffusionPipeline):
             last = side.last(self._generate(decoding, sampling, side))
         else:
             (last,) = deque(self._generate(decoding, sampling), maxlen=1)
+        if decoding.output_type != "codes":
+            self.tokenizer.check_finite(last.sample)
         output = self._output(decoding, last)  # only the last preview is converted
         return output if return_dict else (output.images,)
 
@@ -321,6 +331,7 @@ class DARPipeline(DiffusionPipeline):
             ValueError: for arguments out of range, before any model runs.
         """
         _check_output(output_type)
+        self._check_scheduler()
         num_steps = self._num_steps(num_inference_steps)
         num_tokens = self._num_tokens(num_tokens, num_steps, output_type)
         pixels = self._pixels("images", images, height, width)
@@ -340,6 +351,8 @@ class DARPipeline(DiffusionPipeline):
             state = step.sample if decoding.output_type == "codes" else step.latents
             images = state.clone()  # the stream goes on with its own
         else:
+            if decoding.output_type != "pt":  # the device is waited for anyway
+                self.tokenizer.check_finite(step.sample)
             images = self.image_processor.postprocess(step.sample, decoding.output_type)
         return DARPipelineOutput(images, step.step, step.num_steps, step.num_tokens)
 
@@ -468,6 +481,7 @@ class DARPipeline(DiffusionPipeline):
         _exclude(prefix_codes=prefix_codes, layout_image=layout_image, image=image)
         _exclude(image=image, latents=latents)  # the noise of image-to-image is drawn
         _check_output(output_type)
+        self._check_scheduler()
         callback_inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         repeats = _positive_int("num_images_per_prompt", num_images_per_prompt)
         labels = self._label_ids(class_labels, repeats)
@@ -496,6 +510,12 @@ class DARPipeline(DiffusionPipeline):
             _Decoding(num_steps, noise, output_type, start_step, callback_on_step_end, callback_inputs),
             _Sampling(labels, num_tokens, prefix_codes, generator=generator, **sampling),
         )
+
+    def _check_scheduler(self) -> None:
+        """Refuse a foreign scheduler that was put in the place of the constructor's, or put ours there."""
+        scheduler = to_adams_bashforth(self.scheduler)
+        if scheduler is not self.scheduler:
+            self.register_modules(scheduler=scheduler)
 
     def _callback_inputs(self, callback: Callable | None, names: list[str] | None) -> list[str]:
         if callback is not None and not callable(callback):
@@ -583,13 +603,7 @@ class DARPipeline(DiffusionPipeline):
             default = self.tokenizer.image_size
             height, width = height or default[0], width or default[1]
             self.tokenizer.check_size(height, width)
-            for image in images:
-                if 0 in image.size or image.mode[0] in "IF":  # pillow clips what has more than 8 bits
-                    given = f"mode {image.mode!r} and size {image.size}"
-                    raise ValueError(f"{name}: a PIL image must have pixels, of 8 bits a channel, got {given}.")
-            mode = "RGB" if self.tokenizer.config.in_channels == 3 else "L"  # before resizing: a palette has no means
-            images = [image.convert(mode) for image in images]
-            pixels = self.image_processor.preprocess(images, height, width, resize_mode="crop")
+            pixels = torch.stack([self._pixels_of_image(name, image, height, width) for image in images])
         else:
             pixels = self._pixels_of_arrays(name, images, height, width)
         if len(pixels) * repeats == batch_size:
@@ -598,6 +612,13 @@ class DARPipeline(DiffusionPipeline):
             labels = batch_size // repeats
             raise ValueError(f"got {len(pixels)} images for {labels} labels: give one image, or one for each.")
         return pixels.to(self._execution_device, torch.float32).expand(batch_size or -1, -1, -1, -1)
+
+    def _pixels_of_image(self, name: str, image: PIL.Image.Image, height: int, width: int) -> torch.Tensor:
+        """Pixels ``(C, H, W)`` in [-1, 1], as in training."""
+        try:
+            return image_to_pixels(image, height, width, self.tokenizer.config.in_channels)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def _pixels_of_arrays(self, name: str, images: list, height: int | None, width: int | None) -> torch.Tensor:
         shapes, channels = {tuple(image.shape[-3:]) for image in images}, self.tokenizer.config.in_channels
@@ -641,6 +662,16 @@ _STREAM_SIGNATURE = _SIGNATURE.replace(
 DARPipeline.stream.__signature__ = _STREAM_SIGNATURE  # type: ignore[attr-defined]  # for help() and editors
 
 
+def _check_components(tokenizer: Any, transformer: Any) -> None:
+    """Refuse what are no models of this package, None among them; by their methods, as adapters wrap them."""
+    for name, model, kind, method in (
+        ("tokenizer", tokenizer, "DARTokenizer", "decode_stream"),
+        ("transformer", transformer, "DARForCausalLM", "stream_codes"),
+    ):
+        if not hasattr(model, method):
+            raise ValueError(f"{name} must be a {kind}, got {type(model).__name__}.")
+
+
 def _exclude(**arguments: Any) -> None:
     """Refuse more than one of arguments that exclude each other."""
     given = [name for name, value in arguments.items() if value is not None]
@@ -648,7 +679,7 @@ def _exclude(**arguments: Any) -> None:
         raise ValueError(f"{' and '.join(given)} exclude each other.")
 
 
-def _index_names(id2label: dict) -> tuple[dict[str, int], dict[str, list[int]]]:
+def index_names(id2label: dict) -> tuple[dict[str, int], dict[str, list[int]]]:
     """Class ids by name, and the classes that share a name: ImageNet has two cranes, and a crayfish by two names.
 
     A whole entry wins over a first name, and that over any other.

@@ -62,7 +62,8 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
             and as released weights were evaluated; True takes the weights that are exact for unequal steps.
 
     Raises:
-        ValueError: for a shift that is not positive and finite or an order other than 1 and 2.
+        ValueError: for a shift that is not positive and finite, an order other than 1 and 2, or a ``variable_step``
+            that is not a bool.
     """
 
     order = 1
@@ -70,10 +71,12 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, shift: float = 2.0, solver_order: int = 2, variable_step: bool = False):
-        if not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
+        if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
             raise ValueError(f"shift must be positive and finite, got {shift!r}.")
-        if solver_order not in (1, 2):
-            raise ValueError(f"solver_order must be 1 (Euler) or 2 (Adams-Bashforth), got {solver_order}.")
+        if isinstance(solver_order, bool) or solver_order not in (1, 2):
+            raise ValueError(f"solver_order must be 1 (Euler) or 2 (Adams-Bashforth), got {solver_order!r}.")
+        if not isinstance(variable_step, bool):
+            raise ValueError(f"variable_step must be True or False, got {variable_step!r}.")
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
         self._times: list[float] = []
@@ -172,3 +175,42 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.num_inference_steps or 0
+
+
+# options of diffusers' scheduler that lay another grid or draw noise; at these defaults it is Euler over ours
+_OTHER_GRIDS = (
+    "use_dynamic_shifting",
+    "invert_sigmas",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)
+
+
+def to_adams_bashforth(scheduler: Any) -> FlowMatchAdamsBashforthScheduler:
+    """The scheduler itself, or for diffusers' `FlowMatchEulerDiscreteScheduler` ours of order 1 with its shift.
+
+    Diffusers' counts from data to noise, ``sigma = 1 - t``, and its velocity points to the noise; over the grid
+    ``sigma = 1, 1 - 1/S, ..., 1/S, 0``, which its pipelines lay, its steps are those of our Euler solver.
+
+    Raises:
+        ValueError: for any other scheduler, naming its class, and for options that ours does not have.
+    """
+    # by names: a self-contained repository has our class in two files, and diffusers' need not be imported for this
+    name, module = type(scheduler).__name__, type(scheduler).__module__
+    if FlowMatchAdamsBashforthScheduler.__name__ in (base.__name__ for base in type(scheduler).__mro__):
+        return scheduler
+    if name != "FlowMatchEulerDiscreteScheduler" or not module.startswith("diffusers."):
+        raise ValueError(
+            f"a {name} cannot solve this model's flow: take a FlowMatchAdamsBashforthScheduler, or "
+            "diffusers' FlowMatchEulerDiscreteScheduler."
+        )
+    others = [f"{option}={scheduler.config[option]!r}" for option in _OTHER_GRIDS if scheduler.config.get(option)]
+    if others:
+        raise ValueError(
+            f"a FlowMatchEulerDiscreteScheduler with {', '.join(others)} cannot be taken for a "
+            "FlowMatchAdamsBashforthScheduler: only its shift can."
+        )
+    return FlowMatchAdamsBashforthScheduler(shift=scheduler.shift, solver_order=1)

@@ -11,8 +11,10 @@ same.
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -27,8 +29,17 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from .linear_dar import Linear, has_fast_bf16, pack
-from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time
+from .acceleration_dar import accelerated, has_fast_bf16, is_plain, release
+from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time, to_adams_bashforth
+from .weights_dar import (
+    check_finite_weights,
+    check_weights,
+    not_finite,
+    replacing_earlier_save,
+    saved_tensors,
+    shapes_of,
+    some_of,
+)
 
 NORM_EPS = 1e-6  # every LayerNorm of the tokenizer
 SHORT_SEQUENCE = 128  # up to here the fused attention of CPUs is several times slower backwards than plain matmuls
@@ -166,12 +177,12 @@ class DARAttention(nn.Module, AttentionModuleMixin):
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.to_q = Linear(dim, dim)
-        self.to_k = Linear(dim, dim)
-        self.to_v = Linear(dim, dim)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
         self.norm_q = nn.LayerNorm(head_dim, eps=NORM_EPS)
         self.norm_k = nn.LayerNorm(head_dim, eps=NORM_EPS)
-        self.to_out = Linear(dim, dim)
+        self.to_out = nn.Linear(dim, dim)
         self.set_processor(DARAttnProcessor())
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -180,7 +191,7 @@ class DARAttention(nn.Module, AttentionModuleMixin):
 
 def feed_forward(dim: int) -> nn.Sequential:
     """Two linear layers around a SiLU, four times as wide inside."""
-    return nn.Sequential(Linear(dim, 4 * dim), nn.SiLU(), Linear(4 * dim, dim))
+    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
 
 
 class GatedBlock(nn.Module):
@@ -206,7 +217,7 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.dim = dim
-        self.mlp = nn.Sequential(Linear(dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         half = self.dim // 2
@@ -222,9 +233,9 @@ class DiffusionBlock(nn.Module):
     def __init__(self, dim: int, head_dim: int, own_time_embedding: bool):
         super().__init__()
         self.time_embed = TimestepEmbedding(dim) if own_time_embedding else None
-        self.condition_embed = nn.Sequential(Linear(dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.condition_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.cross_attn = DARAttention(dim, head_dim)
-        self.modulation = Linear(dim, 6 * dim)
+        self.modulation = nn.Linear(dim, 6 * dim)
         self.attn = DARAttention(dim, head_dim)
         self.mlp = feed_forward(dim)
 
@@ -256,8 +267,8 @@ class AdaptiveHead(nn.Module):
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
-        self.modulation = Linear(dim, 2 * dim)
-        self.linear = Linear(dim, out_dim)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.linear = nn.Linear(dim, out_dim)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         shift, scale = self.modulation(F.silu(time))[:, None].chunk(2, dim=-1)
@@ -269,7 +280,9 @@ def repa_head(dim: int, out_dim: int, hidden: int = 2048) -> nn.Sequential:
 
     A plain Sequential, as diffusers' offloading by blocks cuts those into pieces of their own class.
     """
-    return nn.Sequential(Linear(dim, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU(), Linear(hidden, out_dim))
+    return nn.Sequential(
+        nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_dim)
+    )
 
 
 class Denoiser(nn.Module):
@@ -281,14 +294,14 @@ class Denoiser(nn.Module):
         self.patch_size = config.diffusion_patch_size
         self.repa_layer = config.repa_layer
         patch_dim = config.in_channels * self.patch_size**2
-        self.proj_in = Linear(patch_dim, dim)
-        self.condition_proj = Linear(config.condition_dim, dim)
+        self.proj_in = nn.Linear(patch_dim, dim)
+        self.condition_proj = nn.Linear(config.condition_dim, dim)
         self.time_embed: Any = TimestepEmbedding(dim) if config.share_time_embedding else None
         self.blocks = nn.ModuleList(
             DiffusionBlock(dim, head_dim, not config.share_time_embedding) for _ in range(config.diffusion_depth)
         )
         self.adaptive_head: Any = AdaptiveHead(dim, patch_dim) if config.adaptive_head else None
-        self.proj_out: Any = None if config.adaptive_head else Linear(dim, patch_dim)
+        self.proj_out: Any = None if config.adaptive_head else nn.Linear(dim, patch_dim)
         self.repa_head: Any = None if config.repa_layer is None else repa_head(dim, config.repa_dim)
         self.gradient_checkpointing = False
 
@@ -354,8 +367,12 @@ class VectorQuantizer(KeepsFloat32):
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """Codes ``(...)`` of l2-normalised latents ``(..., codebook_dim)``."""
+        return self.similarities(latents).argmax(dim=-1)
+
+    def similarities(self, latents: torch.Tensor) -> torch.Tensor:
+        """Cosines ``(..., codebook_size)`` of latents ``(..., codebook_dim)`` and the codebook's rows."""
         every_code = torch.arange(self.codebook.num_embeddings, device=latents.device)
-        return (latents @ self.embed(every_code).T).argmax(dim=-1)
+        return latents @ self.embed(every_code).T
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """l2-normalised float32 code vectors ``(..., codebook_dim)``."""
@@ -437,7 +454,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         diffusion_dim, diffusion_patch_size, diffusion_depth: the denoiser.
         condition_dim: width of the conditions that enter the denoiser; must be ``decoder_dim`` (its default).
         attention_head_dim: width of one head; every width must be a multiple of it.
-        rope_theta: base of the rotary frequencies.
+        rope_theta: base of the encoder's rotary frequencies.
+        diffusion_rope_theta: base of the denoiser's; defaults to ``rope_theta``.
         low_rank_queries: learned queries through a bottleneck of ``query_rank`` instead of full width.
         share_time_embedding: one time embedding for all denoiser blocks instead of one each.
         adaptive_head: DiT-style final layer; needs ``share_time_embedding``.
@@ -455,6 +473,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     _no_split_modules = ["GatedBlock", "DiffusionBlock"]
     _repeated_blocks = ["GatedBlock", "DiffusionBlock"]
     _keep_in_fp32_modules = ["quant_proj", "quantizer"]  # when loading; `KeepsFloat32` sees to casting
+    _keys_to_ignore_on_load_unexpected = [r"^denoiser\.repa_head\."]  # of training
     # what offloading by blocks must bring in by itself, since encoding and decoding do not go through `forward`
     _group_offload_block_modules = [
         *("patch_embed", "query_embed", "query_proj", "quant_proj", "quantizer", "codebook"),
@@ -465,7 +484,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     decode_dtype: torch.dtype | None = None
     """dtype in which `decode` runs the denoiser. None: the model's, but of width 512 or more bf16 for float32 models
     where the hardware is faster with it, and float32 for models in half precision on CPUs that only emulate it; codes,
-    conditions, time, rotary positions and the solver stay as they are."""
+    conditions, time, rotary positions and the solver stay as they are. A denoiser that something else intervenes in
+    (hooks, offloading, quantised or compiled parts) runs as it is, in the model's dtype."""
 
     @register_to_config
     def __init__(
@@ -499,16 +519,15 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         max_num_tokens: int = 1024,
         query_rank: int = 8,
         strict_sample_size: bool = True,
+        diffusion_rope_theta: float | None = None,
     ):
         super().__init__()
-        for name, value in self.config.items():
-            flag_or_index = isinstance(value, bool) or name in ("repa_layer", "tokens_per_group")
-            if isinstance(value, int) and not flag_or_index and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        _check_kinds(self.config)
         self.register_to_config(
             tokens_per_group=num_tokens // num_groups if tokens_per_group is None else tokens_per_group,
             num_inference_steps=num_groups if num_inference_steps is None else num_inference_steps,
             condition_dim=decoder_dim if condition_dim is None else condition_dim,
+            diffusion_rope_theta=rope_theta if diffusion_rope_theta is None else diffusion_rope_theta,
         )
         config = self.config
         _check_config(config)
@@ -516,16 +535,15 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
 
         self.patch_embed = nn.Conv2d(in_channels, encoder_dim, encoder_patch_size, stride=encoder_patch_size)
         self.query_embed = nn.Embedding(max_num_tokens, query_rank if low_rank_queries else encoder_dim)
-        self.query_proj = Linear(query_rank, encoder_dim) if low_rank_queries else None
+        self.query_proj = nn.Linear(query_rank, encoder_dim) if low_rank_queries else None
         self.encoder_blocks = nn.ModuleList(GatedBlock(encoder_dim, head_dim) for _ in range(num_encoder_layers))
         self.quant_proj = Float32Linear(encoder_dim, codebook_dim, bias=False)
         self.quantizer = VectorQuantizer(codebook_size, codebook_dim)
-        self.post_quant_proj = Linear(codebook_dim, decoder_dim, bias=False)
+        self.post_quant_proj = nn.Linear(codebook_dim, decoder_dim, bias=False)
         self.token_embed = nn.Embedding(max_num_tokens, decoder_dim)
         self.causal_blocks = nn.ModuleList(GatedBlock(decoder_dim, head_dim) for _ in range(num_decoder_layers))
         self.denoiser = Denoiser(config)
         self.gradient_checkpointing = False
-        self._twin: tuple[list, Denoiser] | None = None  # see _decoding_denoiser
         self._tables: dict = {}  # rotary tables and masks by size, dtype and device; not parameters, not saved
         self.reset_parameters()
 
@@ -553,6 +571,50 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             nn.init.normal_(self.post_quant_proj.weight, std=post_quant_std)
         nn.init.normal_(self.token_embed.weight, std=0.02)  # positions must not drown the codes they are added to
 
+    # Saving and loading
+
+    save_pretrained = replacing_earlier_save(ModelMixin.save_pretrained)
+
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: "DARTokenizer",
+        state_dict: dict[str, torch.Tensor] | None,
+        resolved_model_file: list[str],
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple:
+        """diffusers' step of every way of loading that fills the model; by itself it only logs what does not fit.
+
+        The REPA head may be missing, since only training uses it; a new one takes its place then.
+
+        Raises:
+            OSError: for a file of weights that cannot be read.
+            ValueError: for weights that are not those of the model.
+        """
+        quantizer = kwargs.get("hf_quantizer")
+        source = pretrained_model_name_or_path
+        if os.path.isdir(source):
+            source = os.path.dirname(resolved_model_file[0])  # with the subfolder, if any
+        if quantizer is None:  # else tensors have other names, types and shapes
+            found = _saved_weights(state_dict, resolved_model_file)
+            expected = model.state_dict()
+            if model.denoiser.repa_head is None:
+                found = _without_repa_head(found)
+            elif found == _without_repa_head(found):
+                model.denoiser.repa_head = _new_repa_head(model.config, kwargs.get("dtype"))
+                expected = _without_repa_head(expected)
+            check_weights(source, expected, found, sizes=not kwargs.get("ignore_mismatched_sizes"))
+        loaded = super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, pretrained_model_name_or_path, *args, **kwargs
+        )
+        if quantizer is not None and loaded[1]:
+            raise ValueError(f"the quantised weights in {source} lack {some_of(sorted(loaded[1]))}.")
+        if quantizer is None:
+            check_finite_weights(source, model)
+        return loaded
+
     # Sizes, tables and checks
 
     @property
@@ -567,7 +629,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         return self._tables[key]
 
     def _rotary(self, height: int, width: int, device: torch.device) -> torch.Tensor:
-        head_dim, theta = self.config.attention_head_dim, self.config.rope_theta
+        """Rotary table of the denoiser."""
+        head_dim, theta = self.config.attention_head_dim, self.config.diffusion_rope_theta
         return self._cached(("rotary", height, width, device), lambda: rotary_table(height, width, head_dim, theta))
 
     def _encoder_tables(self, height: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -659,7 +722,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         queries = queries if self.query_proj is None else self.query_proj(queries)
         patches = layer_norm(patches.flatten(2).transpose(1, 2))
         x = torch.cat([patches, queries.to(patches.dtype).expand(len(patches), -1, -1)], dim=1)
-        x = self._run_blocks(self.encoder_blocks, x, tables)
+        x = self._run_blocks(accelerated(self.encoder_blocks), x, tables)
         return F.normalize(self.quant_proj(layer_norm(x[:, -num_tokens:].float())), dim=-1)
 
     def _run_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, attention: dict) -> torch.Tensor:
@@ -679,15 +742,21 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             pixel_values: ``(B, C, H, W)`` floating point in [-1, 1], of the model's size.
 
         Raises:
-            ValueError: for another shape, size or range.
+            ValueError: for another shape, size or range, or where latents are not finite.
         """
         self._check_images(pixel_values)
-        low, high = (float(x) for x in pixel_values.aminmax()) if pixel_values.numel() else (0.0, 0.0)
-        if not (low >= -1.001 and high <= 1.001):  # also catches NaN
-            raise ValueError(f"pixel_values must lie in [-1, 1], got values from {low:.4g} to {high:.4g}.")
         latents = self._encode(pixel_values)
         with torch.autocast(latents.device.type, enabled=False):
-            codes = self.quantizer.nearest(latents)
+            similarities = self.quantizer.similarities(latents)
+            codes = similarities.argmax(dim=-1)
+        # the device is waited for once, and at the end; argmax points to NaN wherever there is one
+        best = similarities.gather(-1, codes[..., None])
+        checks = (*pixel_values.aminmax(), best.sum()) if pixel_values.numel() else ()
+        low, high, total = torch.stack([x.to(best) for x in checks]).tolist() if checks else (0.0, 0.0, 0.0)
+        if not (low >= -1.001 and high <= 1.001):  # also catches NaN
+            raise ValueError(f"pixel_values must lie in [-1, 1], got values from {low:.4g} to {high:.4g}.")
+        if not math.isfinite(total):
+            raise not_finite("the latents of these images", self)
         return DARTokenizerEncoderOutput(codes, latents) if return_dict else (codes, latents)
 
     # Codes to conditions
@@ -803,11 +872,11 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
 
     def _decoding_dtype(self) -> torch.dtype:
         """What `decode_dtype` stands for on this device."""
+        if not is_plain(self.denoiser):
+            return self.dtype
         if self.decode_dtype is not None:
             return self.decode_dtype
-        hooks = ("_hf_hook", "_diffusers_hook")  # offloaded or stored in fewer bits: a copy would share them
-        hooked = any(hasattr(module, hook) for module in self.denoiser.modules() for hook in hooks)
-        if hooked or self.config.diffusion_dim < HALF_FROM:
+        if self.config.diffusion_dim < HALF_FROM:
             return self.dtype
         fast = has_fast_bf16(self.device)
         if self.dtype == torch.float32 and fast:
@@ -816,29 +885,16 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             return torch.float32
         return self.dtype
 
-    def _decoding_denoiser(self, rows: int) -> Denoiser:
-        """The denoiser in `decode_dtype`: the model's own, or a copy, made anew when the original has changed."""
+    def _decoding_denoiser(self) -> Denoiser:
+        """The denoiser in `decode_dtype`."""
         dtype = self._decoding_dtype()
         if dtype == self.dtype:
-            self._twin = None
-            return self.denoiser
-        parameters = list(self.denoiser.parameters())
-        state = [dtype] + [(parameter.data_ptr(), parameter._version) for parameter in parameters]
-        # some of the values too: writing through .data, as averages of weights are put in place, changes no version
-        probe = [parameter.detach().flatten()[:: parameter.numel() // 8 + 1].float() for parameter in parameters]
-        state += torch.cat(probe).tolist()
-        state += [m.processor._attention_backend for m in self.denoiser.modules() if isinstance(m, DARAttention)]
-        if self._twin is None or self._twin[0] != state:
-            memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in parameters}
-            memo[id(self.denoiser.repa_head)] = None
-            twin = copy.deepcopy(self.denoiser, memo).eval()
-            pack(twin, rows)
-            self._twin = (state, twin)
-        return self._twin[1]
+            return accelerated(self.denoiser)
+        return accelerated(self.denoiser, dtype=dtype, pack=True, keep=True, without=["repa_head"])
 
     def train(self, mode: bool = True) -> "DARTokenizer":
         if mode:
-            self._twin = None
+            release(self.denoiser)
         return super().train(mode)
 
     @apply_forward_hook
@@ -858,6 +914,9 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
 
         Returns:
             ``sample (B, C, H, W)`` float32, not clamped.
+
+        Raises:
+            ValueError: for wrong sizes, steps, codes or schedulers, or where the images are not finite.
         """
         sample = None
         for preview in self.decode_stream(
@@ -874,6 +933,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(
                 f"{codes.shape[1]} codes complete no group of {self.config.tokens_per_group}: nothing to decode."
             )
+        self.check_finite(sample)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_stream(
@@ -901,11 +961,13 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 groups. Defaults to the configuration's.
             height, width: size in pixels; default the configuration's, or that of ``noise``.
             scheduler: solver, copied and so left untouched; default one with the configuration's ``time_shift``.
+                diffusers' flow-matching Euler scheduler is taken for ours with its shift and ``solver_order=1``.
             start_step: steps to skip (image-to-image).
             check_codes: False for codes known to be in range: on GPUs the check waits for them.
 
         Raises:
-            ValueError: for wrong sizes, steps or codes.
+            ValueError: for wrong sizes, steps, codes or schedulers, or where images are not finite. On GPUs, which
+                this would keep waiting, only the last step's are looked at.
         """
         num_steps = check_num_steps(
             self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -926,7 +988,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         scheduler = (
             FlowMatchAdamsBashforthScheduler(shift=self.config.time_shift)
             if scheduler is None
-            else copy.deepcopy(scheduler)
+            else copy.deepcopy(to_adams_bashforth(scheduler))
         )
         scheduler.set_timesteps(num_steps)
         conditions = self._condition_stream(groups, check_codes)
@@ -960,8 +1022,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 raise ValueError(f"noise for {len(sample)} images does not fit codes of {batch_size}.")
             sample = sample.to(conditions.device)
             if denoiser is None:
-                rows = sample.numel() // self.config.in_channels // self.config.diffusion_patch_size**2
-                denoiser = self._decoding_denoiser(rows)
+                denoiser = self._decoding_denoiser()
             while step < num_steps and windows[step][1] <= conditions.shape[1]:
                 start, stop = windows[step]
                 timestep = scheduler.timesteps[step]
@@ -970,6 +1031,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 preview = scheduler.preview(velocity, timestep, sample)
                 sample = scheduler.step(velocity, timestep, sample)[0]
                 step += 1
+                if step == num_steps or preview.device.type == "cpu":
+                    self.check_finite(preview)
                 shown = DARPreview(
                     step=step,
                     num_steps=num_steps,
@@ -982,6 +1045,11 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 sample = shown.latents
             if step == num_steps:
                 return  # with fewer steps than groups the last codes change nothing: do not wait for them
+
+    def check_finite(self, images: torch.Tensor) -> None:
+        """Raises ValueError, which names the cause, for decoded images with NaN or infinity; waits for the device."""
+        if not images.isfinite().all():
+            raise not_finite("the decoded images", self)
 
     # Training
 
@@ -1069,6 +1137,34 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         return output if return_dict else output.to_tuple()
 
 
+def _saved_weights(state: dict | None, files: list[str]) -> dict[str, tuple[torch.Size, bool]]:
+    """Shapes of saved weights: one file's, which was read already, or those of shards.
+
+    Raises:
+        OSError: for a shard that cannot be read.
+        ValueError: for shards of which two hold the same tensor: they are of different saves.
+    """
+    if state is not None:
+        return shapes_of(state)
+    found: dict[str, tuple[torch.Size, bool]] = {}
+    for file in files:
+        shard = saved_tensors(file)
+        if twice := set(shard) & set(found):
+            raise ValueError(f"{file} and another shard both hold {some_of(sorted(twice))}.")
+        found |= shard
+    return found
+
+
+def _without_repa_head(weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in weights.items() if not name.startswith("denoiser.repa_head.")}
+
+
+def _new_repa_head(config: Any, dtype: torch.dtype | None) -> nn.Sequential:
+    """A fresh REPA head; the global generator stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        return repa_head(config.diffusion_dim, config.repa_dim).to(dtype or torch.float32)
+
+
 def rand_tensor(size: int, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
     """Uniform draws on the generator's device, moved to ``device``."""
     source = device if generator is None else generator.device
@@ -1078,6 +1174,28 @@ def rand_tensor(size: int, generator: torch.Generator | None, device: torch.devi
 def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
+
+
+_FLAGS = ("low_rank_queries", "share_time_embedding", "adaptive_head", "strict_sample_size")
+_NUMBERS = ("data_std", "time_shift", "rope_theta")
+_OPTIONAL = ("tokens_per_group", "num_inference_steps", "condition_dim", "repa_layer")
+# what an option must be; sizes, all others, are integers
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(_FLAGS, (bool, "True or False")),
+    **dict.fromkeys(_NUMBERS, (Real, "a number")),
+}
+
+
+def _check_kinds(config: Any) -> None:
+    """Refuse options of the wrong type, as damaged files hold them, and sizes below 1."""
+    for name, value in config.items():
+        if name.startswith("_") or name == "sample_size" or (name in _OPTIONAL and value is None):
+            continue
+        kind, words = _KINDS.get(name, (Integral, "an integer"))
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} must be {words}, got {value!r}.")
+        if kind is Integral and name not in ("repa_layer", "tokens_per_group") and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _check_config(config: Any) -> None:
@@ -1101,7 +1219,7 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"tokens_per_group={config.tokens_per_group} does not fit num_tokens={config.num_tokens}.")
     if config.condition_dim != config.decoder_dim:
         raise ValueError(f"condition_dim={config.condition_dim} must equal decoder_dim={config.decoder_dim}.")
-    for name in ("data_std", "time_shift", "rope_theta"):
+    for name in ("data_std", "time_shift", "rope_theta", "diffusion_rope_theta"):
         if not 0 < config[name] < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {config[name]}.")
     if config.adaptive_head and not config.share_time_embedding:

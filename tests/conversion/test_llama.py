@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 from dar_hf import DARForCausalLM
-from dar_hf.conversion import to_llama
+from dar_hf.conversion import codes_tokenizer, save_llama, to_llama
 from dar_hf.hub import export_remote_code
 
 STOCK = """
@@ -110,3 +110,88 @@ def test_it_is_a_copy(tiny_transformer):
         llama.model.norm.weight.zero_()
     assert tiny_transformer.model.norm.weight.abs().min() > 0
     assert llama.config.codebook_size == 32 and llama.config.num_image_tokens == 16
+
+
+# The tokenizer: what starts with AutoTokenizer opens the folder
+
+
+@pytest.fixture(scope="module")
+def names():
+    return {0: "tench, Tinca tinca", 1: "goldfish", 2: "crane", 3: "crane", 4: "<c7>"}
+
+
+@pytest.fixture
+def llama_folder(tiny_transformer, names, tmp_path):
+    save_llama(tiny_transformer, tmp_path / "llama", names)
+    return tmp_path / "llama"
+
+
+def test_every_token_is_its_id(tiny_transformer, llama_folder):
+    tokenizer, config = AutoTokenizer.from_pretrained(llama_folder), tiny_transformer.config
+    assert len(tokenizer) == tokenizer.vocab_size == config.vocab_size
+    text = "<class_4>" + "".join(f"<c{code}>" for code in range(32))
+    assert tokenizer(text).input_ids == [config.class_token_id(4), *range(32)]
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer("<class_null>").input_ids == [config.null_token_id]
+    assert tokenizer(" <c3>\n<c4> ").input_ids == [3, 4]
+    assert tokenizer.all_special_tokens == [] and tokenizer("").input_ids == []
+    everything = list(range(config.vocab_size))
+    assert tokenizer(tokenizer.decode(everything, skip_special_tokens=True)).input_ids == everything
+
+
+def test_prompts_that_are_class_names(tiny_pipeline, llama_folder, names):
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    for text, label in {
+        "tench, Tinca tinca": 0,
+        "tench": 0,
+        "Tinca tinca": 0,
+        " goldfish\n": 1,
+        "<class_3>": 3,
+    }.items():
+        assert tokenizer(text).input_ids == [32 + label], text
+    assert tokenizer("<c7>").input_ids == [7]  # a token stays one, whatever classes are called
+
+
+@pytest.mark.parametrize(
+    "text", ["goldfinch", "gold goldfish", "crane", "<c32>", "<class_5>", "</s>", "<c1> and", "5"]
+)
+def test_text_that_is_no_token_is_an_error(llama_folder, text):
+    with pytest.raises(Exception, match="Missing .* token from the vocabulary"):
+        AutoTokenizer.from_pretrained(llama_folder)(text)
+
+
+def test_names_of_classes_that_are_not_there(tiny_transformer, tmp_path):
+    with pytest.raises(ValueError, match="id2label names class 5; the model has the classes 0 to 4"):
+        save_llama(tiny_transformer, tmp_path / "llama", {5: "ray"})
+    assert not (tmp_path / "llama").exists()
+
+
+def test_names_with_signs(tiny_transformer):
+    tokenizer = codes_tokenizer(tiny_transformer.config, {0: "jack-o'-lantern", 1: "a.b*c (d) [e] \\ ^$|?", 2: "é 猫"})
+    assert [tokenizer(name).input_ids for name in ("jack-o'-lantern", "a.b*c (d) [e] \\ ^$|?", "é 猫")] == [
+        [32],
+        [33],
+        [34],
+    ]
+    with pytest.raises(Exception, match="Missing"):
+        tokenizer("axb*c (d) [e] \\ ^$|?")
+
+
+def test_the_text_generation_pipeline(tiny_transformer, llama_folder):
+    """Stock transformers on the folder alone: the codes are those of the model's own greedy stream."""
+    generate = pipeline("text-generation", model=str(llama_folder))
+    expected = greedy(tiny_transformer)
+    for prompt, label in (("goldfish", 1), ("<class_4>", 4)):
+        (answer,) = generate(prompt, do_sample=False, return_full_text=False)
+        assert generate.tokenizer(answer["generated_text"]).input_ids == expected[label].tolist()
+        (whole,) = generate(prompt, do_sample=False)
+        assert whole["generated_text"] == prompt + answer["generated_text"]
+    with torch.no_grad():
+        generate.model.lm_head.weight[32:] = 50 * generate.model.lm_head.weight[:1]
+    (answer,) = generate("<class_4>", do_sample=True, temperature=5.0, top_k=0, return_full_text=False)
+    assert max(generate.tokenizer(answer["generated_text"]).input_ids) < 32
+
+
+def test_the_folder_is_for_older_libraries_too(llama_folder):
+    config = json.loads((llama_folder / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["model_max_length"] == 17

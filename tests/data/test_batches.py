@@ -176,6 +176,20 @@ def test_samples_from_files(tmp_path):
     torch.testing.assert_close(samples[0, 0]["pixel_values"], torch.full((1, 8, 8), -0.6))
 
 
+def test_images_of_unknown_range_are_left_out_and_damaged_exif_blocks_are_not(tmp_path, caplog):
+    values = [range(64), [value / 64 for value in range(64)]]
+    for index, (row, dtype) in enumerate(zip(values, (torch.int32, torch.float32), strict=True)):
+        image = torch.tensor(list(row), dtype=dtype).reshape(8, 8)
+        Image.fromarray(image.numpy()).save(tmp_path / f"{index}.tiff")
+    Image.new("L", (8, 8), 51).save(tmp_path / "2.png", exif=b"Exif\0\0\x00\x08\x00\x02\x01\x12\x00\x03")
+    names = [str(tmp_path / name) for name in ("0.tiff", "1.tiff", "2.png")]
+    data = datasets.Dataset.from_dict({"image": names}).cast_column("image", datasets.Image())
+    sample = ImageSamples(data, ImageTransform((8, 8), 1))[0, 0]
+    assert sample["index"] == 2 and sample["skipped"] == [0, 1]
+    torch.testing.assert_close(sample["pixel_values"], torch.full((1, 8, 8), -0.6))
+    assert "0.tiff" in caplog.text and "of 8 bits a channel" in caplog.text
+
+
 def test_images_are_decoded_once(opened):
     samples = digits()
     first = [samples[i, 0]["pixel_values"] for i in range(6)]

@@ -8,19 +8,28 @@ import torch
 
 from ..modeling_dar import DARForCausalLM
 from ..tokenizer_dar import DARTokenizer
-from .llama import to_llama
+from .llama import codes_tokenizer, save_llama, to_llama
 from .reading import CheckpointError
-from .tokenizer import convert_tokenizer, tokenizer_to_original
+from .tokenizer import convert_tokenizer, original_config, tokenizer_to_original
 from .transformer import convert_transformer, transformer_to_original
 
-__all__ = ["CheckpointError", "convert_tokenizer", "convert_transformer", "to_llama", "to_original"]
+__all__ = [
+    "CheckpointError",
+    "codes_tokenizer",
+    "convert_tokenizer",
+    "convert_transformer",
+    "original_config",
+    "save_llama",
+    "to_llama",
+    "to_original",
+]
 
 
 def to_original(model: DARTokenizer | DARForCausalLM) -> dict[str, torch.Tensor]:
     """The weights of a model under the original code's names and in its shapes.
 
     The original's tokenizer also has a buffer ``quantize.codebook_used`` (a training statistic), which this package
-    does not keep: load there with ``strict=False``.
+    does not keep: load there with ``strict=False``. `original_config` gives the tokenizer's configuration.
 
     Raises:
         TypeError: for any other model.

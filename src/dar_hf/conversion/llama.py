@@ -1,9 +1,18 @@
 """The language model as a plain ``LlamaForCausalLM``, for servers that know Llama and nothing else."""
 
-import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
 
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ..configuration_dar import DARConfig
+from ..files import write_json
 from ..modeling_dar import DARForCausalLM
+from ..pipeline_dar import index_names
 from .reading import fill, without_weights
 
 # a Llama has no use for these; everything else in our configuration is Llama's own
@@ -43,3 +52,66 @@ def to_llama(model: DARForCausalLM) -> LlamaForCausalLM:
         max_new_tokens=config.num_image_tokens,
     )
     return llama
+
+
+def save_llama(model: DARForCausalLM, folder: str | Path, id2label: Mapping[int, str] | None = None) -> None:
+    """Save the model of `to_llama` and its `codes_tokenizer` into a folder that stock transformers and servers open.
+
+    Raises:
+        ValueError: for class ids that the model does not have.
+    """
+    tokenizer = codes_tokenizer(model.config, id2label)
+    to_llama(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = Path(folder, "tokenizer_config.json")
+    # the class's name in transformers 4 and 5; the one that 5 writes is unknown to 4, which servers still run on
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def codes_tokenizer(config: DARConfig, id2label: Mapping[int, str] | None = None) -> PreTrainedTokenizerFast:
+    """A text tokenizer for the model of `to_llama`: one token per code and class, nothing added.
+
+    ``<class_3>`` is a prompt, ``<class_null>`` that of the null class; ``<c0><c17>…`` is what the model answers, and
+    the ids of its tokens are the codes. Whitespace between tokens means nothing. Text that is none of this raises an
+    error in the tokenizer: there is no token for the unknown.
+
+    Args:
+        config: of the language model.
+        id2label: class names by id. A prompt that is one of the names that `DARPipeline.get_label_ids` takes then
+            means that class; names that several classes share, or that are a token's, mean none.
+
+    Raises:
+        ValueError: for class ids that the model does not have.
+    """
+    id2label = dict(id2label or {})
+    if unknown := [label for label in id2label if not 0 <= int(label) < config.num_classes]:
+        raise ValueError(
+            f"id2label names class {unknown[0]}; the model has the classes 0 to {config.num_classes - 1}."
+        )
+    labels, _ = index_names(id2label)
+    words = {f"<c{code}>": code for code in range(config.codebook_size)}
+    words |= {f"<class_{label}>": config.class_token_id(label) for label in range(config.num_classes)}
+    words["<class_null>"] = config.null_token_id
+    tokenizer = Tokenizer(models.WordLevel(words))
+    tokenizer.normalizer = normalizers.Sequence(  # type: ignore[assignment]
+        [
+            normalizers.Replace(Regex(rf"\A\s*{_quoted(name)}\s*\z"), f"<class_{label}>")
+            for name, label in labels.items()
+            if name not in words
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("<[^<>]*>"), "isolated")]
+    )
+    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=config.num_image_tokens + 1,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def _quoted(text: str) -> str:
+    """A text as the pattern that matches it alone."""
+    return re.sub(r"([^\w\s])", r"\\\1", text)

@@ -61,7 +61,8 @@ _OPTIONS = {
     "num_all_queries": "num_tokens",
     "queries_per_step": "tokens_per_group",
     "sampling_resolution": "sample_size",
-    "rope_base_len": "rope_theta",
+    "rope_base_len": "rope_theta",  # of the encoder alone
+    "diff_decoder.rope_base_len": "diffusion_rope_theta",
     "diff_decoder.in_dim": "in_channels",
     "diff_decoder.dim": "diffusion_dim",
     "diff_decoder.cond_dim": "condition_dim",
@@ -74,6 +75,7 @@ _OPTIONS = {
     "diff_decoder.repa_layer": "repa_layer",
 }
 _CHECKED = ("vq_enable", "output_resolution", "diff_decoder.out_dim")  # no counterpart, but they must fit
+ROPE_BASE = 10000.0  # the original's default, of the encoder and of the diffusion decoder, each for itself
 _NAMES = {ours: original for original, ours in _OPTIONS.items()}
 _DEFAULTS: dict[str, Any] = {
     name: parameter.default for name, parameter in inspect.signature(DARTokenizer).parameters.items()
@@ -93,7 +95,8 @@ def convert_tokenizer(path: str | Path, /, config: str | Path | dict | None = No
         path: the ``.pt`` file, in any of its forms.
         config: a YAML file or a dictionary with options in the original's names or ours, under ``model`` or bare; they
             win over the file's.
-        overrides: options of `DARTokenizer`; they win over both.
+        overrides: options of `DARTokenizer`; they win over both. As in the original, ``rope_theta`` is the encoder's
+            alone here; ``diffusion_rope_theta`` is 10000 where nothing says otherwise.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -124,6 +127,34 @@ def tokenizer_to_original(model: DARTokenizer) -> dict[str, torch.Tensor]:
     for name, tensor in model.state_dict().items():
         name = original_name(name)
         result[name] = tensor[..., None, None] if _CONVOLUTIONS.search(name) else tensor
+    return result
+
+
+def original_config(model: DARTokenizer) -> dict[str, Any]:
+    """The configuration that the original code builds a tokenizer from, to go with `to_original`'s weights.
+
+    Returns:
+        options by the original's names, those of the diffusion decoder under ``diff_decoder``.
+
+    Raises:
+        ValueError: for what the original code cannot be told.
+    """
+    size, config = model.image_size, model.config
+    if size[0] != size[1]:
+        raise ValueError(f"the original code's images are square, not {size[0]}x{size[1]}.")
+    unnamed = set(_DEFAULTS) - set(_OPTIONS.values()) - {"strict_sample_size"}
+    if config.repa_layer is None:
+        unnamed.remove("repa_dim")
+    if not config.low_rank_queries:
+        unnamed.remove("query_rank")
+    for name in sorted(unnamed):
+        if config[name] != _DEFAULTS[name]:
+            raise ValueError(f"the original code has {name}={_DEFAULTS[name]}, not {config[name]}.")
+    decoder = {"out_dim": config.in_channels}
+    result: dict[str, Any] = {"vq_enable": True, "output_resolution": 0, "diff_decoder": decoder}
+    for original, ours in _OPTIONS.items():
+        section, _, name = original.rpartition(".")
+        (decoder if section else result)[name] = size[0] if ours == "sample_size" else config[ours]
     return result
 
 
@@ -162,7 +193,9 @@ def _options(checkpoint: Checkpoint, given: dict[str, Any], overrides: dict[str,
     """Options of `DARTokenizer` from everything that says something about them."""
     path, shapes = checkpoint.path, _shapes(checkpoint)
     declared = _flat(checkpoint.config) | _flat(given)
-    _check_unsupported(path, declared)
+    _check_unsupported(path, declared, shapes["in_channels"])
+    _name_ignored(path, _flat(checkpoint.config), logging.INFO)
+    _name_ignored(path, _flat(given), logging.WARNING)
     said = {_OPTIONS[name]: value for name, value in declared.items() if name in _OPTIONS}
     said |= {name: value for name, value in declared.items() if name in _DEFAULTS} | overrides
     said = {name: _typed(name, value) for name, value in said.items()}
@@ -183,24 +216,35 @@ def _options(checkpoint: Checkpoint, given: dict[str, Any], overrides: dict[str,
             f"{path} does not say {', '.join(missing)}: pass them by name, or a YAML file with the original's options "
             "as config."
         )
-    return {"strict_sample_size": False} | said
+    return {"strict_sample_size": False, "diffusion_rope_theta": ROPE_BASE} | said
 
 
-def _check_unsupported(path: Path, declared: dict[str, Any]) -> None:
+def _check_unsupported(path: Path, declared: dict[str, Any], in_channels: int) -> None:
+    """Refuse values of options without a counterpart that stand for another function than a `DARTokenizer`'s."""
     if declared.get("vq_enable", True) is not True:
         value = reprlib.repr(declared["vq_enable"])
         raise CheckpointError(f"{path}: vq_enable={value}: a tokenizer without codes is not supported.")
-    channels = declared.get("diff_decoder.in_dim"), declared.get("diff_decoder.out_dim")
-    if all(isinstance(number, int) for number in channels) and channels[0] != channels[1]:
-        raise CheckpointError(
-            f"{path}: diff_decoder.in_dim and out_dim must agree, got {channels[0]} and {channels[1]}."
-        )
+    if "diff_decoder" in declared:
+        value = reprlib.repr(declared["diff_decoder"])
+        raise CheckpointError(f"{path}: diff_decoder must hold options by name, got {value}.")
+    declared_in = declared.get("diff_decoder.in_dim", in_channels)
+    declared_out = declared.get("diff_decoder.out_dim", in_channels)
+    if type(declared_out) is not int or (type(declared_in) is int and declared_out != declared_in):
+        given = f"{reprlib.repr(declared_in)} and {reprlib.repr(declared_out)}"
+        raise CheckpointError(f"{path}: diff_decoder.in_dim and out_dim must agree, got {given}.")
     resolution = declared.get("output_resolution", 0)
-    if isinstance(resolution, int) and resolution not in (0, declared.get("sampling_resolution")):
+    if type(resolution) is not int or resolution < 0:
+        raise CheckpointError(
+            f"{path}: output_resolution must be a number of pixels, or 0 for none, got {reprlib.repr(resolution)}."
+        )
+    if resolution not in (0, declared.get("sampling_resolution")):
         logger.warning("%s: the original resizes its pictures to %d pixels; this package does not.", path, resolution)
+
+
+def _name_ignored(path: Path, declared: dict[str, Any], level: int) -> None:
     ignored = [name for name in declared if name not in {*_OPTIONS, *_CHECKED, *_DEFAULTS}]
     if ignored:
-        logger.info("%s: options without a counterpart: %s", path, ", ".join(ignored))
+        logger.log(level, "%s: options without a counterpart: %s", path, ", ".join(ignored))
 
 
 def _typed(name: str, value: Any) -> Any:

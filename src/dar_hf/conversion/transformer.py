@@ -1,6 +1,7 @@
 """The original's language model (LlamaGen's Llama) to `DARForCausalLM` and back."""
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -154,13 +155,15 @@ def _options(checkpoint: Checkpoint, overrides: dict[str, Any]) -> dict[str, Any
         raise CheckpointError(
             f"{checkpoint.path}: its arguments say n_head={declared}, num_attention_heads={heads!r} was asked for."
         )
-    heads = _heads(checkpoint, options) if heads is None else heads
+    if heads is None:
+        heads = _heads(checkpoint, options)
     tokens = _image_tokens(checkpoint, options, overrides.get("num_image_tokens"))
     options |= {
         "num_attention_heads": heads,
         "num_key_value_heads": _key_value_heads(checkpoint, options["hidden_size"], heads),
         "num_image_tokens": tokens,
         "tokens_per_group": max(1, tokens // NUM_GROUPS),
+        **_numbers(checkpoint),
     }
     for name in {*SHAPE_ARGS.values(), "intermediate_size", "num_key_value_heads"}.intersection(overrides):
         if overrides[name] != options[name]:
@@ -186,6 +189,22 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, Any]:
         "intermediate_size": mlp[0],
         "num_hidden_layers": layer_count(checkpoint.weights, "layers"),
     }
+
+
+def _numbers(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Options that no shape tells, from the arguments that change what is computed; the original has defaults."""
+    options: dict[str, Any] = {}
+    for argument in ("rope_base", "norm_eps"):
+        value = checkpoint.args.get(argument)
+        if value is None:
+            continue
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise CheckpointError(f"{checkpoint.path}: {argument} must be a positive number, got {value!r}.")
+        if argument == "rope_base":
+            options["rope_parameters"] = {"rope_type": "default", "rope_theta": float(value)}
+        else:
+            options["rms_norm_eps"] = float(value)
+    return options
 
 
 def _named_size(options: dict[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """Images and labels for both stages: where they come from, how they are cut, and the order in which they are seen."""
 
+from ..images_dar import center_crop, convert_channels, image_to_pixels, read_image, to_tensor
 from .batches import (
     UNREADABLE,
     DataError,
@@ -14,7 +15,7 @@ from .batches import (
 )
 from .sources import available_splits, load_images, stream_images
 from .streaming import BatchStream, StreamedImages
-from .transforms import ImageTransform, center_crop, convert_channels, random_crop, ten_crop
+from .transforms import ImageTransform, random_crop, ten_crop
 
 __all__ = [
     "BatchStream",
@@ -31,10 +32,13 @@ __all__ = [
     "convert_channels",
     "draw_seed",
     "dropped",
+    "image_to_pixels",
     "load_images",
     "normal_noise",
     "random_crop",
+    "read_image",
     "sample_times",
     "stream_images",
     "ten_crop",
+    "to_tensor",
 ]

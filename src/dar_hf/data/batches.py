@@ -5,7 +5,6 @@ crop, time, noise and class dropout follow. So the same images meet the same noi
 processes and accumulation steps, and a resumed run needs no more than its step to continue exactly.
 """
 
-import io
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import datasets
 import torch
 from PIL import Image
 
+from ..images_dar import read_image
 from .transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
@@ -177,13 +177,11 @@ def open_image(source: dict) -> Image.Image:
     """A decoded image from the ``bytes`` or ``path`` of a data set's row; of an animated one the first frame.
 
     Raises:
-        ValueError: if there is none. Damaged files raise the other errors in ``UNREADABLE``.
+        ValueError: if there is none, or it cannot be read.
     """
     if source is None or (source["bytes"] is None and source["path"] is None):
         raise ValueError("the row holds no image.")
-    image = Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])
-    image.load()
-    return image
+    return read_image(source["path"] if source["bytes"] is None else source["bytes"])
 
 
 def warn_unreadable(name: str, error: BaseException) -> None:

@@ -1,18 +1,40 @@
 """Where images come from: scikit-learn's digits, a folder of images, parquet files, webdataset tars, or the Hub.
 
-Each is loaded whole (indexed, on disk) or as a stream.
+Each is loaded whole (indexed, on disk) or as a stream. `folders` says how the splits and classes of a local folder are
+found, `classes` how labels are numbered.
 """
 
 import os
+import tarfile
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 from PIL import Image
 
+from .classes import whole_number, with_class_labels
+from .folders import (
+    IMAGES,
+    PARQUET,
+    WEBDATASET,
+    LocalFiles,
+    clear_errors,
+    escaped,
+    image_endings,
+    load_image_folder,
+    pick,
+    read_folder,
+    split_names,
+    warn_once,
+    with_known_splits,
+)
+
 DIGITS = "digits"
-FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
+FORMATS = {".parquet": PARQUET, ".tar": WEBDATASET}
 NUM_TRAIN_DIGITS = 1437  # the first 80 %; the split is fixed so that figures can be compared
+TAR_BLOCK = 512
 
 
 def load_images(
@@ -28,22 +50,25 @@ def load_images(
 
     Args:
         name: "digits", a folder of images, parquet files or webdataset tars, one such file, or a Hub id.
-        split: name of the split.
+        split: name of the split, or parts of some ("train[:10%]"). A single file is the split train.
         config_name: configuration of a Hub data set.
         image_column: column with the images; of webdatasets "image" stands for the only field with images.
         label_column: column with the classes; None where no labels are needed; of webdatasets "label" stands for cls.
         class_names: number the classes in this order, as another split does.
 
     Returns:
-        A data set with the columns "image" and, with labels, "label" (a `datasets.ClassLabel`).
+        A data set with the columns "image" and, with labels, "label" (a `datasets.ClassLabel`). Labels that are
+        numbers keep their values, see `dar_hf.data.classes`.
 
     Raises:
-        ValueError: for a path, split or column that is not there, or a data set without images.
+        ValueError: for a path, split or column that is not there, files that are damaged, a data set without images,
+            or labels that are missing or neither whole numbers nor names.
     """
-    dataset = _select(_load(name, split, config_name), name, image_column, label_column)
+    dataset = _load(name, split, config_name, image_column, label_column)
+    dataset = _select(dataset, name, image_column, label_column)
     if len(dataset) == 0:
         raise ValueError(f"split {split!r} of {name} holds no images.")
-    return _with_class_labels(dataset, name, class_names) if label_column else dataset
+    return with_class_labels(dataset, name, class_names) if label_column else dataset
 
 
 def stream_images(
@@ -57,23 +82,52 @@ def stream_images(
     """Like `load_images`, but read as it is needed, and never written to disk. Labels stay as they are.
 
     Raises:
-        ValueError: for a path, split or column that is not there, or labels that are no integers.
+        ValueError: for a path, split or column that is not there, a part of a split, or labels that are no integers.
     """
-    dataset = _select(_load(name, split, config_name, streaming=True), name, image_column, label_column)
-    if label_column:
-        feature = dataset.features["label"]
-        integers = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
-        if not (integers or isinstance(feature, datasets.ClassLabel)):
-            raise ValueError(
-                f"labels of a stream must be integers, those of {name} are {feature}: do without streaming."
-            )
+    if "[" in split or "+" in split:
+        raise ValueError(
+            f"a stream takes a whole split, not {split!r}: do without streaming, or take the first images "
+            "(--max_train_samples)."
+        )
+    dataset = _load(name, split, config_name, image_column, label_column, streaming=True)
+    dataset = _select(dataset, name, image_column, label_column)
+    if label_column and not _are_numbers(dataset, name):
+        raise ValueError(
+            f"labels of a stream must be integers, those of {name} are {dataset.features['label']}: do without "
+            "streaming."
+        )
     return dataset
+
+
+def _are_numbers(stream: datasets.IterableDataset, name: str) -> bool:
+    """Whether labels are integers, or can be read as such; of strings the first one is looked at."""
+    feature = stream.features["label"]
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    if not isinstance(feature, datasets.Value):
+        return False
+    if "string" in feature.dtype:
+        return all(whole_number(row["label"]) is not None for row in first_rows(stream, 1, name))
+    return feature.dtype.startswith(("int", "uint", "float", "decimal", "bool"))
+
+
+def first_rows(stream: datasets.IterableDataset, count: int, name: str) -> list[dict]:
+    """The first rows of a stream, images not decoded.
+
+    Raises:
+        ValueError: if they cannot be read.
+    """
+    with clear_errors(name):
+        return list(stream.cast_column("image", datasets.Image(decode=False)).take(count))
 
 
 def _select(dataset: Any, name: str, image_column: str, label_column: str | None) -> Any:
     """The columns "image" and "label" of a data set or stream."""
     if dataset.features is None:
-        dataset = dataset._resolve_features()
+        with clear_errors(name):
+            dataset = dataset._resolve_features()
+    if dataset.features is None:
+        raise ValueError(f"{name} holds no images.")
     if "__key__" in dataset.column_names:
         image_column, label_column = _webdataset_fields(dataset, image_column, label_column)
     columns = {"image": image_column} | ({"label": label_column} if label_column else {})
@@ -82,6 +136,7 @@ def _select(dataset: Any, name: str, image_column: str, label_column: str | None
             raise ValueError(
                 f"{name} has no column {column!r} for the {role}s; it has {', '.join(dataset.column_names)}."
             )
+    _check_image_feature(dataset.features[image_column], image_column, name)
     if isinstance(
         dataset, datasets.IterableDataset
     ):  # renaming its columns decodes them, and broken images fail there
@@ -89,13 +144,30 @@ def _select(dataset: Any, name: str, image_column: str, label_column: str | None
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({column: role for role, column in columns.items() if column != role})
     if not isinstance(dataset.features["image"], datasets.Image):
-        dataset = dataset.cast_column("image", datasets.Image())
+        with clear_errors(name):
+            dataset = dataset.cast_column("image", datasets.Image())
     return dataset
+
+
+def _check_image_feature(feature: Any, column: str, name: str) -> None:
+    """Raise a ValueError for a column that cannot hold images: encoded bytes, paths, or both."""
+    if isinstance(feature, datasets.Image):
+        return
+    if isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary", "string", "large_string"):
+        return
+    if isinstance(feature, dict) and feature.keys() >= {"bytes", "path"}:
+        return
+    raise ValueError(f"the column {column!r} of {name} holds no images (encoded bytes, or paths) but {feature}.")
 
 
 def _webdataset_fields(dataset: Any, image_column: str, label_column: str | None) -> tuple[str, str | None]:
     """Webdatasets name fields by their file endings: the image's is jpg or png or another, the class's is cls."""
-    images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    endings = image_endings()
+    images = [
+        column
+        for column, feature in dataset.features.items()
+        if isinstance(feature, datasets.Image) or f".{column.lower()}" in endings
+    ]
     if image_column == "image" and "image" not in dataset.column_names and len(images) == 1:
         image_column = images[0]
     if label_column == "label" and "label" not in dataset.column_names:
@@ -103,58 +175,103 @@ def _webdataset_fields(dataset: Any, image_column: str, label_column: str | None
     return image_column, label_column
 
 
-def _with_class_labels(dataset: datasets.Dataset, name: str, class_names: list[str] | None) -> datasets.Dataset:
-    """The data set with "label" as a `datasets.ClassLabel`; integers keep their values, names are sorted."""
-    feature, labels = dataset.features["label"], dataset["label"][:]
-    missing = labels.count(None) + labels.count(-1)  # -1 is how data sets hide the labels of a test split
-    if missing:
-        raise ValueError(f"{missing} of {len(labels)} images of {name} have no label.")
-    if isinstance(feature, datasets.ClassLabel) and class_names in (None, feature.names):
-        return dataset
-    if isinstance(feature, datasets.ClassLabel):
-        labels = [feature.names[label] for label in labels]
-    elif isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint")):
-        if min(labels) < 0:
-            raise ValueError(f"the labels of {name} must not be negative, got {min(labels)}.")
-        class_names = class_names or [str(label) for label in range(max(labels) + 1)]
-    elif not isinstance(feature, datasets.Value):
-        raise ValueError(f"the labels of {name} are neither integers nor strings but {feature}.")
-    labels = [str(label) for label in labels]
-    class_names = class_names or sorted(set(labels))
-    unknown = sorted(set(labels) - set(class_names))
-    if unknown:
-        raise ValueError(f"{name} has classes that the training split does not have: {', '.join(unknown)}.")
-    numbers = {class_name: number for number, class_name in enumerate(class_names)}
-    dataset = dataset.remove_columns("label").add_column("label", [numbers[label] for label in labels])
-    return dataset.cast_column("label", datasets.ClassLabel(names=class_names))
-
-
-def _load(name: str, split: str, config_name: str | None, streaming: bool = False) -> Any:
+def _load(
+    name: str,
+    split: str,
+    config_name: str | None,
+    image_column: str,
+    label_column: str | None,
+    streaming: bool = False,
+) -> Any:
+    """A data set or stream with all its columns."""
     if name == DIGITS:
-        digits = load_digits(split)
+        digits = pick(split, {part: load_digits(part) for part in split_names(split)})
         return digits.to_iterable_dataset() if streaming else digits
+    files = local_files(name, config_name)
+    if files is None:
+        with clear_errors(name, split):
+            return datasets.load_dataset(os.path.expanduser(name), config_name, split=split, streaming=streaming)
+    split = with_known_splits(split, files.known_split)
+    for text in files.warnings:
+        warn_once(text)
+    if files.kind == IMAGES:
+        images = load_image_folder(files, split, image_column, label_column)
+        return images.to_iterable_dataset() if streaming else images
+    wanted = {part: files.absolute(files.splits[part]) for part in split_names(split)}
+    for paths in wanted.values():
+        _check_files(paths, files.kind)
+    with clear_errors(name, split):
+        return datasets.load_dataset(files.kind, data_files=escaped(wanted), split=split, streaming=streaming)
+
+
+def local_files(name: str, config_name: str | None = None) -> LocalFiles | None:
+    """What a local file or folder holds; None for data sets of the Hub, and folders that `datasets` reads by itself.
+
+    Raises:
+        ValueError: if it is not there, or holds no data.
+    """
     path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        files = read_folder(path)
+        if files is not None and config_name not in (None, "default"):
+            raise ValueError(f"{name} has no configuration {config_name!r}: its README.md names none.")
+        return files
+    if os.path.isfile(path):
+        ending = os.path.splitext(path)[1].lower()
+        if ending not in FORMATS:
+            raise ValueError(f"cannot load {name}: a single file must end in {' or '.join(FORMATS)}.")
+        return LocalFiles(path, FORMATS[ending], {"train": [os.path.abspath(path)]})
+    if name.startswith((".", "/", "~")) or os.path.lexists(path):
+        raise ValueError(f"no such file or folder: {path}.")
+    return None
+
+
+def _check_files(paths: list[str], kind: str) -> None:
+    """Raise a ValueError for files that are damaged, not complete, or empty all together."""
+    if kind == WEBDATASET:
+        for path in paths:
+            _check_tar(path)
+        return
+    count = 0
+    for path in paths:
+        try:
+            count += pyarrow.parquet.read_metadata(path).num_rows
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path} is damaged or no parquet file: {error}") from error
+    if count == 0:
+        raise ValueError(f"{', '.join(paths)}: no data, all of them are empty.")
+
+
+def _check_tar(path: str) -> None:
+    """Raise a ValueError for a tar without members, or without the block of zeros that ends it."""
     try:
-        if os.path.isfile(path):
-            ending = os.path.splitext(path)[1]
-            if ending not in FORMATS:
-                raise ValueError(f"a single file must end in {' or '.join(FORMATS)}")
-            return datasets.load_dataset(FORMATS[ending], data_files={split: path}, split=split, streaming=streaming)
-        if os.path.isdir(path) or not name.startswith((".", "/", "~")):
-            return datasets.load_dataset(path, config_name, split=split, streaming=streaming)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise ValueError(f"no data set {name!r} (digits, a folder, a file, a Hub id): {error}") from error
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"cannot load split {split!r} of {name}: {error}") from error
-    raise ValueError(f"no such file or folder: {path}.")
+        with tarfile.open(path) as tar:
+            first = tar.next()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no tar file: {error}") from error
+    if first is None:
+        raise ValueError(f"{path}: no data, it is empty.")
+    with open(path, "rb") as file:
+        header = file.read(TAR_BLOCK)
+        file.seek(max(0, os.path.getsize(path) - TAR_BLOCK))
+        end = file.read()
+    is_compressed = b"ustar" not in header
+    if not is_compressed and end.strip(bytes(1)):
+        raise ValueError(f"{path} is not complete: the end of the tar is missing.")
 
 
 def available_splits(name: str, config_name: str | None = None) -> list[str]:
-    """Names of the splits of a data set."""
-    path = os.path.expanduser(name)
+    """Names of the splits of a data set.
+
+    Raises:
+        ValueError: for a path that is not there or holds no data.
+    """
     if name == DIGITS:
         return ["train", "test"]
-    return ["train"] if os.path.isfile(path) else datasets.get_dataset_split_names(path, config_name)
+    files = local_files(name, config_name)
+    if files is not None:
+        return list(files.splits)
+    return datasets.get_dataset_split_names(os.path.expanduser(name), config_name)
 
 
 def load_digits(split: str) -> datasets.Dataset:

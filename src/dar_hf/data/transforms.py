@@ -1,4 +1,4 @@
-"""Image transforms with pillow and torch: the crops of ADM, the ten crops of LlamaGen, and pixels in [-1, 1].
+"""What training makes of an image: the random crops of ADM, the ten crops of LlamaGen, flips and noise.
 
 torchvision is left out on purpose: it cannot be imported next to every build of torch, and nothing here needs it.
 """
@@ -7,52 +7,13 @@ import math
 import random
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..images_dar import MODES, center_crop, convert_channels, covering_size, cut, halve, resize_and_cut, to_tensor
+
 CROPS = ("center", "random", "ten")
 TEN_CROP_MARGIN = 1.1  # LlamaGen cuts its ten crops out of a centre crop this much larger
-
-
-def convert_channels(image: Image.Image, channels: int) -> Image.Image:
-    """The image upright and in the mode that 1 (grey) or 3 (RGB) channels ask for.
-
-    The EXIF rotation is applied, transparency is laid on white, and 16-bit images are scaled to 8 bits instead of
-    clipped.
-
-    Raises:
-        ValueError: for another number of channels.
-    """
-    modes = {1: "L", 3: "RGB"}
-    if channels not in modes:
-        raise ValueError(f"images have 1 or 3 channels, got {channels}.")
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
-        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(modes[channels])
-
-
-def _resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Shrink or grow until the image just covers ``height x width``: boxes by half first, then bicubic (ADM)."""
-    while image.height >= 2 * height and image.width >= 2 * width:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(height / image.height, width / image.width)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-
-
-def _cut(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:
-    return image.crop((left, top, left + width, top + height))
-
-
-def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """ADM's centre crop: resize until the size is just covered, keep the middle."""
-    image = _resize_to_cover(image, height, width)
-    return _cut(image, (image.height - height) // 2, (image.width - width) // 2, height, width)
 
 
 def random_crop(
@@ -61,8 +22,12 @@ def random_crop(
     """ADM's random crop: a random window of ``min_scale`` to 1.0 of the largest one that fits."""
     side = min(height, width)
     scale = rng.randint(side, math.ceil(side / min_scale)) / side
-    image = _resize_to_cover(image, round(height * scale), round(width * scale))
-    return _cut(image, rng.randint(0, image.height - height), rng.randint(0, image.width - width), height, width)
+    covered = round(height * scale), round(width * scale)
+    image = halve(image, *covered)
+    rows, columns = covering_size(image, *covered)
+    top = rng.randint(0, rows - height)
+    left = rng.randint(0, columns - width)
+    return resize_and_cut(image, (rows, columns), top, left, height, width)
 
 
 def ten_crop(image: Image.Image, height: int, width: int, index: int) -> Image.Image:
@@ -76,7 +41,7 @@ def ten_crop(image: Image.Image, height: int, width: int, index: int) -> Image.I
     image = center_crop(image, int(height * TEN_CROP_MARGIN), int(width * TEN_CROP_MARGIN))
     bottom, right = image.height - height, image.width - width
     top, left = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)][index % 5]
-    image = _cut(image, top, left, height, width)
+    image = cut(image, top, left, height, width)
     return ImageOps.mirror(image) if index >= 5 else image
 
 
@@ -92,7 +57,8 @@ class ImageTransform:
         noise: deviation of normal noise on the pixels (in the units of [-1, 1]); the result is clamped.
 
     Raises:
-        ValueError: for an unknown crop or negative noise.
+        ValueError: for a size that is not two positive integers, other channels than 1 and 3, an unknown crop, or
+            noise that is not a finite number >= 0.
     """
 
     size: tuple[int, int]
@@ -102,10 +68,15 @@ class ImageTransform:
     noise: float = 0.0
 
     def __post_init__(self):
+        sides = self.size if isinstance(self.size, (tuple, list)) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(f"size must be (height, width) in pixels, got {self.size!r}.")
+        if self.channels not in MODES:
+            raise ValueError(f"images have 1 or 3 channels, got {self.channels!r}.")
         if self.crop not in CROPS:
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {self.crop!r}.")
-        if self.noise < 0:
-            raise ValueError(f"noise must not be negative, got {self.noise}.")
+        if not isinstance(self.noise, (int, float)) or not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise must not be negative, and be finite, got {self.noise!r}.")
 
     @property
     def _num_cuts(self) -> int | None:
@@ -140,10 +111,3 @@ class ImageTransform:
             return to_tensor(ten_crop(image, *self.size, variant))
         image = center_crop(image, *self.size)
         return to_tensor(ImageOps.mirror(image) if variant else image)
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """8-bit image to ``(C, H, W)`` float32 in [-1, 1]."""
-    array = np.asarray(image, dtype=np.float32)
-    array = array[..., None] if array.ndim == 2 else array
-    return torch.from_numpy(array / 127.5 - 1.0).permute(2, 0, 1).contiguous()

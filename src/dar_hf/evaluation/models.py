@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from ..loading import load, load_pipeline, read_config
+from ..loading import load, load_pipeline
 from ..metrics.weights import weights_hash
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
@@ -41,7 +41,8 @@ def load_model(args: EvaluationArguments, device: torch.device) -> EvaluatedMode
     """Load a pipeline or a tokenizer from a folder or the Hub.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: where there is none, or one that is damaged or of another kind.
+        OSError: where files of it are missing or damaged.
     """
     folder, revision = Path(args.pipeline).expanduser(), None
     if not folder.exists():
@@ -62,7 +63,7 @@ def load_model(args: EvaluationArguments, device: torch.device) -> EvaluatedMode
         description["transformer_hash"] = weights_hash(pipeline.transformer.state_dict())
         tokenizer, scheduler = pipeline.tokenizer, pipeline.scheduler
         pipeline.to(device)
-    elif _class_name(folder) == "DARTokenizer":
+    elif (folder / "config.json").is_file():  # of another model: loading refuses it
         pipeline, tokenizer = None, load(DARTokenizer, folder, "tokenizer", dtype=dtype).to(device)
         scheduler = FlowMatchAdamsBashforthScheduler(shift=tokenizer.config.time_shift)
     else:
@@ -74,8 +75,3 @@ def load_model(args: EvaluationArguments, device: torch.device) -> EvaluatedMode
     description["tokenizer_hash"] = weights_hash(tokenizer.state_dict())
     description["scheduler"] = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
     return EvaluatedModel(tokenizer.eval(), scheduler, pipeline, description)
-
-
-def _class_name(folder: Path) -> str | None:
-    path = folder / "config.json"
-    return read_config(path).get("_class_name") if path.is_file() else None

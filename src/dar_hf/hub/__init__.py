@@ -3,6 +3,7 @@
 from .advice import advice, one_line
 from .blocks import merge_cards
 from .cards import describe, empty_model, model_card
+from .contents import matching_files, model_files
 from .methods import connect
 from .push import prepare_repository, push_card, push_folder, push_to_hub
 from .remote_code import export_remote_code
@@ -15,9 +16,11 @@ __all__ = [
     "describe",
     "empty_model",
     "export_remote_code",
+    "matching_files",
     "merge_cards",
     "metric_name",
     "model_card",
+    "model_files",
     "one_line",
     "paper_results",
     "prepare_repository",

@@ -11,7 +11,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from transformers import GenerationConfig
 
 from ..configuration_dar import DARConfig
-from ..files import saved_class
+from ..files import INDICES, saved_class
 from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
@@ -208,7 +208,7 @@ def empty_model(folder: str | Path) -> Any:
         ValueError: if it holds a model of another kind.
     """
     folder = Path(folder)
-    for name in ("model_index.json", "config.json", "scheduler_config.json"):
+    for name in INDICES:
         if (folder / name).is_file():
             held = saved_class(json.loads((folder / name).read_text(encoding="utf-8")))
             if held not in _EMPTY:

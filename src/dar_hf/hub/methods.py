@@ -5,31 +5,49 @@ without this package; there the libraries' own methods remain.
 """
 
 import functools
+import inspect
+import json
+from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..files import saved_class
+from ..weights_dar import is_pointer, replacing_earlier_save
 from .advice import loading_error
-from .push import push_to_hub
+from .push import push_folder, push_to_hub
+
+_OPTIONS_OF_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 
 
 def connect(model_class: Any) -> None:
-    """Give a class uploads with a card (`push_to_hub`), and the Hub's own exceptions, with advice, in loading.
+    """Give a class uploads with a card (`push_to_hub`), and clear exceptions in loading, the Hub's own with advice.
 
     Classes of diffusers also refuse folders that hold another class: their loader warns only, and fills a model with
     random weights.
     """
     model_class.push_to_hub = push_to_hub
+    of_transformers = issubclass(model_class, PreTrainedModel)
+    save = model_class.save_pretrained
+    if of_transformers:
+        save = replacing_earlier_save(save)
+    model_class.save_pretrained = _pushing_save(save)
     load = model_class.from_pretrained.__func__
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if of_transformers:
+            _check_generation_config(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""))
         try:
             return load(cls, pretrained_model_name_or_path, *args, **kwargs)
         except Exception as error:
             problem = loading_error(error, pretrained_model_name_or_path)
+            if problem is error:
+                problem = _clear(error, cls.__name__, pretrained_model_name_or_path)
             if problem is error:
                 raise
         raise problem  # outside the handler: raised inside, it would be its own context's cause
@@ -44,12 +62,67 @@ def connect(model_class: Any) -> None:
         model_class._dict_from_json_file = classmethod(read_index)
 
 
+def _pushing_save(save: Any) -> Any:
+    """``save_pretrained`` whose ``push_to_hub=True`` uploads as `push_folder` does: nothing that is replaced stays."""
+    signature = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, save_directory, *args, **kwargs)
+        if not bound.arguments.get("push_to_hub"):
+            return save(self, save_directory, *args, **kwargs)
+        given = {name: value for name, value in bound.arguments.items() if name not in ("self", "kwargs")}
+        given |= bound.arguments.get("kwargs", {}) | {"push_to_hub": False}
+        options = {name: given.pop(name) for name in _OPTIONS_OF_PUSH if given.get(name) is not None}
+        save(self, **given)
+        if given.get("is_main_process", True):
+            push_folder(save_directory, options.pop("repo_id", Path(save_directory).resolve().name), **options)
+
+    return save_pretrained
+
+
+def _check_generation_config(folder: Path) -> None:
+    """Refuse a damaged file, for which transformers would take the defaults: the saved guidance would be lost."""
+    path = folder / GENERATION_CONFIG_NAME
+    if not path.is_file():
+        return
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        advice = " It is a git-lfs pointer: run `git lfs pull`." if is_pointer(path) else ""
+        raise ValueError(f"{path} is damaged, as it is no JSON: {error}.{advice}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} holds no options by name, but {options!r:.40}.")
+
+
+def _clear(error: Exception, class_name: str, name: Any) -> Exception:
+    """What to raise where a saved model could not be loaded: the error itself, if it is clear, else one that is.
+
+    The libraries raise all kinds of exceptions where a file is damaged, and few of them name it.
+    """
+    if isinstance(error, (ImportError, MemoryError, torch.OutOfMemoryError)) or hasattr(error, "__notes__"):
+        return error
+    known = isinstance(error, (OSError, ValueError))
+    if known and (str(name) in str(error) or getattr(error, "errno", None) is not None):
+        return error
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    folder = Path(str(name))
+    files = [*folder.glob("*.*"), *folder.glob("*/*.*")] if folder.is_dir() else []
+    pointers = [f" {path} is a git-lfs pointer: run `git lfs pull`." for path in files if is_pointer(path)]
+    kind = OSError if isinstance(error, OSError) else ValueError
+    problem = kind(f"{name} cannot be loaded as a {class_name}: {text}{''.join(pointers)}")
+    problem.__cause__ = error
+    return problem
+
+
 def _own_index(cls: Any, index: dict, json_file: Any) -> dict:
     """An index of this package's classes, with the installed ones in the place of a self-contained folder's own.
 
     Raises:
-        ValueError: if it describes another class.
+        ValueError: if it is none, or describes another class.
     """
+    if not isinstance(index, dict):
+        raise ValueError(f"{json_file} holds no options by name, but {index!r:.40}.")
     if saved_class(index) not in {base.__name__ for base in cls.__mro__}:
         raise ValueError(f"{json_file} describes a {saved_class(index)}, not a {cls.__name__}.")
     package = LOADABLE_CLASSES["dar_hf"]

@@ -10,16 +10,16 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.repocard import RepoCard
 
-from ..files import saved_class
+from ..files import INDICES, saved_class
 from .advice import advice
 from .blocks import merge_cards, replace_block
 from .cards import empty_model, model_card
+from .contents import model_files
 from .remote_code import is_self_contained
 
 logger = logging.getLogger(__name__)
 
-INDICES = ("model_index.json", "config.json", "scheduler_config.json")  # say what a folder holds
-LEFT_OUT = ("checkpoints", "__pycache__")  # of a training run's folder
+NUM_NAMED = 8  # of the files that a warning lists
 WEIGHTS = re.compile(
     r"(?P<stem>model|diffusion_pytorch_model)(?:\.(?P<variant>[\w]+?))?(?:-\d+-of-\d+)?"
     r"\.safetensors(?:\.index(?:\.(?P<index_variant>\w+))?\.json)?"
@@ -137,7 +137,10 @@ def push_folder(
     subfolder: str | None = None,
     card: RepoCard | None = None,
 ) -> CommitInfo:
-    """Upload a saved model, or a finished run with its pictures, in one commit; checkpoints and hidden files stay.
+    """Upload a saved model, or a finished run with its pictures, in one commit.
+
+    Only what belongs to a model or a run goes up: configurations, weights, code, records, the card and pictures. What
+    else lies in the folder stays there, with a warning that names it (none for checkpoints and hidden files).
 
     Takes the arguments of `push_to_hub`. The card is ``card``, else the folder's README.md, else one made by
     `model_card`. Weights in the repository that these ones replace (other shards of the same) are deleted in the
@@ -145,26 +148,26 @@ def push_folder(
 
     Raises:
         FileNotFoundError: if the folder holds no model.
-        ValueError: if it or the repository holds another kind of model.
+        ValueError: if it or the repository holds another kind of model, or a link in it leads out of it: nothing
+            outside the folder is uploaded. A snapshot in the Hub's cache consists of such links; copy it first.
         huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice.
     """
     folder = Path(folder)
+    local_files, left_out = model_files(folder)  # first: nothing is read through a link that leads out
     model = empty_model(folder)
+    if left_out:
+        more = f" and {len(left_out) - NUM_NAMED} more" if len(left_out) > NUM_NAMED else ""
+        logger.warning("not uploaded from %s: %s%s", folder, ", ".join(left_out[:NUM_NAMED]), more)
     class_name = type(model).__name__
     repo_id = prepare_repository(
         repo_id, class_name, private=private, token=token, revision=revision, subfolder=subfolder
     )
-    files = {
-        _path(path.relative_to(folder).as_posix(), subfolder): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not _left_out(path.relative_to(folder))
-    }
+    files = {_path(name, subfolder): path for name, path in local_files.items()}
     if subfolder is None:
         default = model_card(model, repo_id, self_contained=is_self_contained(folder))
-        files.pop("README.md", None)
-        local = folder / "README.md"
+        local = files.pop("README.md", None)
         text = str(card or default)
-        if card is None and local.is_file():
+        if card is None and local is not None:
             text = replace_block(local.read_text(encoding="utf-8"), text, "use")  # it loads from the Hub now
     else:
         text = None
@@ -196,10 +199,6 @@ def push_card(
         huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice.
     """
     return _commit(repo_id, card.repo_type, {}, str(card), token, revision, create_pr, commit_message, None)
-
-
-def _left_out(path: Path) -> bool:
-    return any(part in LEFT_OUT or part.startswith(".") for part in path.parts)
 
 
 def _commit(

@@ -8,12 +8,16 @@ diffusers 0.42 and transformers 5.23 find such code differently:
 - transformers reads ``auto_map`` in ``config.json`` and follows relative imports.
 
 So every exported file is a model file of this package with the siblings it imports put in the place of the import
-statement, except the pipeline's, which keeps its imports and has its siblings beside it. Nothing else is changed.
+statement, except the pipeline's, which keeps its imports and has its siblings beside it. Each first refuses
+versions of the libraries that the package does not allow. Nothing else is changed.
 """
 
 import ast
 import json
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from .. import __version__
 from ..files import saved_class, write_json, write_text
@@ -67,6 +71,12 @@ def standalone_source(module: str) -> str:
     return "".join(lines)
 
 
+def _siblings(source: str) -> list[str]:
+    """Files of this package that a file imports at the top level, as ``from .sibling import name``."""
+    nodes = ast.parse(source).body
+    return [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module]
+
+
 def _defined(source: str) -> set[str]:
     """Names that a file's own classes, functions and assignments have at the top level."""
     names: set[str] = set()
@@ -111,10 +121,12 @@ def export_remote_code(folder: str | Path) -> list[Path]:
     for name, component in COMPONENTS.items():  # all are looked at before anything is written
         if (held := _saved_component(folder / name)) != component:
             raise ValueError(f"{folder / name} holds a {held[1]}, not a {component[1]}.")
-    written = [_write_source(folder, PIPELINE[0], (PACKAGE / f"{PIPELINE[0]}.py").read_text(encoding="utf-8"))]
-    for name, (module, _) in COMPONENTS.items():
-        source = standalone_source(module)
-        written += [_write_source(folder, module, source), _write_source(folder / name, module, source)]
+    pipeline_source = (PACKAGE / f"{PIPELINE[0]}.py").read_text(encoding="utf-8")
+    sources = {PIPELINE[0]: pipeline_source}
+    for module in _siblings(pipeline_source):
+        sources[module] = standalone_source(module)
+    written = [_write_source(folder, module, source) for module, source in sources.items()]
+    written += [_write_source(folder / name, module, sources[module]) for name, (module, _) in COMPONENTS.items()]
     _name_code(folder / "transformer", "DARForCausalLM", dtype="float32")  # as the pipeline's other parts load
     entries = {name: list(component) for name, component in COMPONENTS.items()}
     write_json(index, content | entries | {"_class_name": list(PIPELINE)})  # last: it points to the files
@@ -159,5 +171,49 @@ def _name_code(folder: Path, class_name: str, **options: str) -> None:
 
 def _write_source(folder: Path, module: str, source: str) -> Path:
     path = folder / f"{module}.py"
+    source = with_version_check(source)
     write_text(path, f"# Generated from {module}.py of dar_hf {__version__}.\n{source}")
     return path
+
+
+# below the docstring and above all other imports, which other versions may not have
+_VERSION_CHECK = """
+from importlib.metadata import version as _installed_version
+from packaging.specifiers import SpecifierSet as _SpecifierSet
+
+for _library, _allowed in {allowed!r}.items():
+    if not _SpecifierSet(_allowed).contains(_installed_version(_library), prereleases=True):
+        raise ImportError(
+            f"this model's code was made for {{_library}} {{_allowed}}, but {{_installed_version(_library)}} is "
+            f"installed, with which it might give other images: pip install '{{_library}}{{_allowed}}'"
+        )
+
+"""
+
+
+def with_version_check(source: str) -> str:
+    """The source of a model file that, when imported, first refuses versions of its libraries it was not made for.
+
+    Raises:
+        RuntimeError: if this package is not installed, whose metadata holds the versions.
+    """
+    tree = ast.parse(source)
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    roots = {name.partition(".")[0] for name in imported}
+    allowed = {name: versions for name, versions in _requirements().items() if name.replace("-", "_") in roots}
+    start = tree.body[0].end_lineno if ast.get_docstring(tree) is not None else 0
+    lines = source.splitlines(keepends=True)
+    return "".join([*lines[:start], _VERSION_CHECK.format(allowed=allowed), *lines[start:]])
+
+
+def _requirements() -> dict[str, str]:
+    """Allowed versions of the libraries that this package always needs, by name."""
+    try:
+        requirements = [Requirement(text) for text in requires("dar-hf") or []]
+    except PackageNotFoundError as error:
+        raise RuntimeError(
+            "the versions that exported code is for are in the metadata of this package, which is not installed: "
+            "pip install -e . in its folder."
+        ) from error
+    return {one.name: str(one.specifier) for one in requirements if one.marker is None}

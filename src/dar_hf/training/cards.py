@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ..evaluation import dataset_names, eval_results, metric, read_report
 from ..evaluation.report import REPORT_FILE, public_name
-from ..files import write_text
+from ..files import resolve_inside, write_text
 from ..hub import empty_model, merge_cards, model_card
 from ..hub.blocks import replace_block
 from ..hub.remote_code import is_self_contained
@@ -70,12 +70,12 @@ def write_run_card(folder: str | Path, repo_id: str) -> None:
     Where no run was, so does the description there (such as what a model was converted from).
 
     Raises:
-        ValueError: if the card there cannot be read; it is left as it is.
+        ValueError: if the card there cannot be read, or is a link out of the folder; it is left as it is.
     """
     folder = Path(folder)
     path, card = folder / "README.md", str(run_card(folder, repo_id))
     if path.is_file():
-        existing = path.read_text(encoding="utf-8")
+        existing = resolve_inside(path, folder).read_text(encoding="utf-8")
         if not (folder / "training.json").is_file():
             for block in ("about", "facts"):
                 card = replace_block(card, existing, block)
@@ -93,7 +93,8 @@ def take_report(report: str | Path, folder: str | Path) -> None:
 
     Raises:
         FileNotFoundError: if the folder holds no model.
-        ValueError: if it holds a model of another kind, or there is no report.
+        ValueError: if it holds a model of another kind, there is no report, or one of the files is a link that leads
+            out of the report's folder.
     """
     report, folder = Path(report), Path(folder)
     empty_model(folder)
@@ -102,13 +103,13 @@ def take_report(report: str | Path, folder: str | Path) -> None:
     target = folder / EVALUATIONS / mode
     if source.resolve() == target.resolve():
         return
+    files = {name: resolve_inside(source / name, source) for name in PICTURES if os.path.lexists(source / name)}
+    files[REPORT_FILE] = resolve_inside(source / REPORT_FILE if report.is_dir() else report, source)
     temporary = target.with_name(f".{mode}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    shutil.copyfile(source / REPORT_FILE if report.is_dir() else report, temporary / REPORT_FILE)
-    for name in PICTURES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, temporary / name)
+    for name, path in files.items():
+        shutil.copyfile(path, temporary / name)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
 

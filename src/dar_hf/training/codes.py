@@ -4,6 +4,7 @@ A stored set is a folder of parquet shards with ``codes.json`` beside them, the 
 and size the codes are of. `dar_hf.training` reads no set whose stamp does not fit.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -15,20 +16,21 @@ import datasets
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
-from huggingface_hub import DatasetCard, HfApi, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from pyarrow.parquet import read_metadata
 from tqdm.auto import tqdm
 
 from ..data import ImageSamples, ImageTransform, load_images
 from ..files import write_json, write_text
-from ..hub import advice, prepare_repository, push_card
+from ..hub import advice, matching_files, prepare_repository, push_card
 from ..hub.blocks import stamp as stamp_card
 from ..loading import load
 from ..options import option
 from ..tokenizer_dar import DARTokenizer
 
 STAMP_FILE = "codes.json"
+SHARDS = "train-*.parquet"
 UNFINISHED_FILE = "extraction.json"  # the stamp of a set whose shards are not all there
 MUST_AGREE = ("tokenizer", "size", "crop", "flip", "codebook_size", "num_tokens")
 UINT16_CODES = 1 << 16
@@ -178,7 +180,7 @@ def _find_codes(source: str) -> tuple[dict, list[str]]:
     try:
         if folder.is_dir():
             stamp = json.loads((folder / STAMP_FILE).read_text())
-            return stamp, sorted(str(path) for path in folder.glob("train-*.parquet"))
+            return stamp, sorted(str(path) for path in folder.glob(SHARDS))
         stamp = json.loads(Path(hf_hub_download(source, STAMP_FILE, repo_type="dataset")).read_text())
     except (OSError, HFValidationError, json.JSONDecodeError) as error:
         raise ValueError(
@@ -266,7 +268,7 @@ def extract_codes(args: ExtractArguments, accelerator: Accelerator) -> dict[str,
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_text(folder / "README.md", stamp_card(CARD.format(**stamp)))
-            rows = sum(read_metadata(path).num_rows for path in folder.glob("train-*.parquet"))
+            rows = sum(read_metadata(path).num_rows for path in folder.glob(SHARDS))
             write_json(folder / STAMP_FILE, stamp | {"num_rows": rows})
             (folder / UNFINISHED_FILE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
@@ -279,20 +281,26 @@ def push_codes(args: ExtractArguments) -> str:
     Shards of an earlier set there are deleted; what people wrote into its card stays.
 
     Raises:
+        ValueError: for a folder without a finished set, or whose files are links that lead out of it.
         huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice.
     """
-    api, shards = HfApi(), "train-*.parquet"
-    name = args.hub_dataset_id or Path(args.output_dir).resolve().name
+    folder = Path(args.output_dir)
+    files = matching_files(folder, [SHARDS, STAMP_FILE, "README.md"])
+    if missing := {STAMP_FILE, "README.md"} - set(files):
+        raise ValueError(f"{folder} holds no finished set of codes: it lacks {' and '.join(sorted(missing))}.")
+    card = DatasetCard(files.pop("README.md").read_text(encoding="utf-8"))
+    api = HfApi()
+    name = args.hub_dataset_id or folder.resolve().name
     repo_id = prepare_repository(name, None, repo_type="dataset", private=args.hub_private_repo or None)
     with advice(repo_id):
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=args.output_dir,
-            repo_type="dataset",
-            allow_patterns=[shards, STAMP_FILE],
-            delete_patterns=shards,
-        )
-    push_card(DatasetCard.load(Path(args.output_dir, "README.md")), repo_id)
+        there = fnmatch.filter(api.list_repo_files(repo_id, repo_type="dataset"), SHARDS)
+        operations = [
+            *(CommitOperationAdd(name, path) for name, path in files.items()),
+            *(CommitOperationDelete(name) for name in there if name not in files),
+        ]
+        message = f"Upload {len(files) - 1} shards of codes"
+        api.create_commit(repo_id, operations, commit_message=message, repo_type="dataset")
+    push_card(card, repo_id)
     return f"{api.endpoint}/datasets/{repo_id}"
 
 

@@ -27,11 +27,11 @@ from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from ..acceleration_dar import has_fast_bf16
 from ..data import BatchStream, DataError, GlobalBatchSampler, StreamedImages, collate
 from ..data.sources import DIGITS
 from ..files import saved_class, write_json, write_text
-from ..hub import one_line, prepare_repository, push_folder
-from ..linear_dar import has_fast_bf16
+from ..hub import model_files, one_line, prepare_repository, push_folder
 from ..pictures import plot_history, read_history, save_picture
 from ..processes import join_processes
 from .arguments import LoopArguments
@@ -518,9 +518,12 @@ def claim_repository(args: LoopArguments, saved_class: str) -> None:
     """Create the run's repository, so that what would refuse the finished model does so before training.
 
     Raises:
-        PushError: if it cannot be written, or holds another kind of model.
+        PushError: if it cannot be written, or holds another kind of model, or a link in the output folder leads out
+            of it.
     """
     try:
+        if Path(args.output_dir).is_dir():
+            model_files(args.output_dir)
         private = args.hub_private_repo or None
         args.hub_model_id = prepare_repository(hub_repository(args), saved_class, private=private)
     except Exception as error:  # also what the transport raises

@@ -1,0 +1,96 @@
+"""What of a folder goes to the Hub: the files that belong to a model or a run, and nothing that lies outside it."""
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from ..files import INDICES, resolve_inside
+
+# Folders, and files in them, that the package or the libraries it saves with write. A repository takes nothing else:
+# whatever else lies in a folder was not meant for it
+FOLDERS = (".", "tokenizer", "transformer", "scheduler", "text_tokenizer")
+FILES = (
+    *INDICES,
+    *(
+        "generation_config.json",
+        "adapter_config.json",
+        "*.safetensors",
+        "*.safetensors.index*.json",
+        "*.bin",
+        "*.bin.index*.json",
+    ),
+    *("README.md", "LICENSE*", "training.json", "history.jsonl", "*_dar.py"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),  # of text
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja"),
+)
+PICTURE_FOLDERS = (".", "images", "evaluation")  # and the folders in evaluation, one for each kind
+PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "report.json")
+LEFT_OUT = ("checkpoints", "__pycache__")  # without a word, as are hidden files
+
+
+def model_files(folder: str | Path) -> tuple[dict[str, Path], list[str]]:
+    """Files of a model's or a run's folder that a repository takes, by their names in it, and the others' names.
+
+    Checkpoints and hidden files are in neither.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if one of the files is behind a link that leads out of the folder.
+    """
+    return _own_files(Path(folder), _is_of_a_model, _has_files_of_a_model)
+
+
+def matching_files(folder: str | Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """Files of a folder, without those of folders in it, whose names match one of the patterns.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if one of them is behind a link that leads out of the folder.
+    """
+    return _own_files(Path(folder), lambda name: _matches(str(name), patterns), lambda name: False)[0]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_of_a_model(name: PurePosixPath) -> bool:
+    if str(name.parent) in FOLDERS and _matches(name.name, FILES):
+        return True
+    return _has_pictures(name.parent) and _matches(name.name, PICTURES)
+
+
+def _has_files_of_a_model(name: PurePosixPath) -> bool:
+    return str(name) in FOLDERS or _has_pictures(name)
+
+
+def _has_pictures(name: PurePosixPath) -> bool:
+    return str(name) in PICTURE_FOLDERS or str(name.parent) == "evaluation"
+
+
+def _own_files(
+    root: Path, is_wanted: Callable[[PurePosixPath], bool], is_entered: Callable[[PurePosixPath], bool]
+) -> tuple[dict[str, Path], list[str]]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder at {root}.")
+    files: dict[str, Path] = {}
+    left: list[str] = []
+
+    def look(folder: PurePosixPath) -> None:
+        for path in sorted((root / folder).iterdir()):
+            name = folder / path.name
+            if path.name.startswith(".") or path.name in LEFT_OUT:
+                continue
+            if not is_wanted(name) and not is_entered(name):  # by its name: no link is followed for nothing
+                left.append(str(name))
+                continue
+            target = resolve_inside(path, root)
+            if target.is_dir() and is_entered(name):
+                look(name)
+            elif target.is_file() and is_wanted(name):
+                files[str(name)] = target
+            else:
+                left.append(str(name))
+
+    look(PurePosixPath())
+    return files, left

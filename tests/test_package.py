@@ -1,0 +1,36 @@
+"""What an installation of the package says of itself."""
+
+from importlib import resources
+from importlib.metadata import metadata, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+import dar_hf
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_description_is_the_readme():
+    found = metadata("dar-hf")
+    assert found["Description-Content-Type"] == "text/markdown"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert found.get_payload().strip().splitlines()[0] == readme.splitlines()[0]  # the rest may be edited since
+
+
+def test_links_and_classifiers():
+    found = metadata("dar-hf")
+    links = dict(link.split(", ") for link in found.get_all("Project-URL"))
+    assert links["Paper"].endswith("2505.23660") and links["Original code"].endswith("showlab/D-AR")
+    assert "Typing :: Typed" in found.get_all("Classifier")
+    assert version("dar-hf") == dar_hf.__version__
+
+
+def test_type_checkers_use_the_types():
+    assert resources.files("dar_hf").joinpath("py.typed").is_file()
+
+
+def test_every_dependency_has_a_lower_bound():
+    for requirement in map(Requirement, requires("dar-hf")):
+        bounds = [bound.operator for bound in requirement.specifier]
+        assert bounds.count(">=") == 1, f"{requirement}: `make test-versions` needs one lower bound"
