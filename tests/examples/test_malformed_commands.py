@@ -299,7 +299,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("make_sample --pipeline {w}/pipe --output_dir {w}/file", "not a folder"),
         ("make_sample --pipeline {w}/pipe --output_dir {w}/full/new", "No space left"),
         ("push_to_hub {w}/pipe", "repo_id"),
-        ("push_to_hub {w}/none user/x", "holds no model"),
+        ("push_to_hub {w}/none user/x", "no folder at"),
         ("push_to_hub {w}/empty user/x", "holds no model"),
         ("push_to_hub {w}/badjson/tokenizer user/x", "Expecting property name"),
         ("push_to_hub {w}/pipe user/x --report {w}/none.json", "none.json"),
