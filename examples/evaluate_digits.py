@@ -125,10 +125,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_output(folder)
     pipe = load_pipeline(args.pipeline)
-    if (count := pipe.transformer.config.num_classes) != 10:
-        raise CommandError(f"{args.pipeline} has {count} classes; digits have 10 classes.")
     train_images, train_labels = load_split(args.dataset_name, "train", pipe)
     images, labels = load_split(args.dataset_name, "test", pipe)
+    if (count := pipe.transformer.config.num_classes) != 10:
+        raise CommandError(f"{args.pipeline} has {count} classes; digits have 10 classes.")
     pipe.set_progress_bar_config(disable=True)
     judge = Judge(train_images, train_labels)
     reconstruction, reconstructed = measure_reconstruction(pipe, images, labels, judge)

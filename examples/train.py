@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with ending_with(FAILURE, keep=(ResumeError, StoppedError)):
             train(stage, args, accelerator)
     except StoppedError as error:
-        raise CommandError(str(error), 128 + getattr(error, "signal", signal.SIGTERM)) from error
+        raise CommandError(str(error), 128 + getattr(error, "signal_number", signal.SIGTERM)) from error
 
 
 if __name__ == "__main__":

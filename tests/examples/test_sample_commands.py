@@ -92,7 +92,8 @@ def test_a_new_sample_replaces_the_old_one_only_when_it_is_good(run, trained, tm
     refused = refusal(run, capsys, "make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert "at most 12 are shipped" in refused
     weights.write_bytes(b"damaged")
-    assert "error" in refusal(run, capsys, "make_sample.py", "--pipeline", trained, "--output_dir", target)
+    refused = refusal(run, capsys, "make_sample.py", "--pipeline", trained, "--output_dir", target)
+    assert f"{weights} is damaged or cut off" in refused
     weights.unlink()
     refused = refusal(run, capsys, "make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert "No such file" in refused
