@@ -183,7 +183,8 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """Nested options under dotted names; None stands for an option that is not said."""
     result: dict[str, Any] = {}
     for key, value in config.items():
-        name, nested = text(key), isinstance(value, dict)
+        name = text(key)
+        nested = isinstance(value, dict) and name not in {*_OPTIONS, *_CHECKED, *_DEFAULTS}
         inner = {f"{name}.{text(key)}": item for key, item in value.items()} if nested else {name: value}
         result |= {key: item for key, item in inner.items() if item is not None}
     return result
