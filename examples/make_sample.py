@@ -74,19 +74,28 @@ def convert(source: Path, target: Path) -> int:
 
 
 def replace(source: Path, target: Path) -> int:
-    """Put the small copy of ``source`` in the place of ``target``; the old folder stays until the new one is there."""
+    """Put the small copy of ``source`` in the place of ``target``; the old folder stays until the new one is there.
+
+    Raises:
+        OSError: if the target cannot be replaced (a volume, say); the message says where the copy is.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".old-", dir=target.parent))
     try:
         with new_folder(aside / "new") as folder:
             size = convert(source, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    try:
         if target.exists():
             os.replace(target, aside / "old")
         os.replace(aside / "new", target)
-    finally:
-        if not target.exists() and (aside / "old").exists():
+    except OSError as error:
+        if (aside / "old").exists():
             os.replace(aside / "old", target)
-        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{error} The copy is complete and kept in {aside / 'new'}.") from error
+    shutil.rmtree(aside, ignore_errors=True)
     return size
 
 

@@ -18,7 +18,13 @@ from dar_hf.presets import get_preset
 
 FOLDER = Path(__file__).resolve().parent
 
-PAPER_NOTE = "Figures are the paper's (Gao and Shou, 2025). They were not measured with this package."
+PAPER_NOTE = "Figures are the paper's (Gao and Shou, ICLR 2026). They were not measured with this package."
+# what else is to be said of the figures of one size
+NOTES = {
+    "L": "The paper's FID of 2.44 is at a guidance of 1.1 → 8, the default here. The sampling script that was "
+    "released with the weights takes 1.2 → 8, at which others measured 2.63: to compare with those figures, sample "
+    "with `guidance_scale=(1.2, 8.0)`."
+}
 CONVERT = """The authors publish the weights with [showlab/D-AR](https://github.com/showlab/D-AR), as PyTorch files.
 With the tokenizer's and the language model's file, this makes a pipeline (the tokenizer is in `DIR/tokenizer`):
 
@@ -81,7 +87,8 @@ TRAINED: dict[str, dict[str, Any]] = {
         "summary": "A class-conditional pipeline for 32×32 handwritten digits, trained from scratch on two CPU cores. "
         "It comes with the package, in half precision, and shows what the method does; it is no benchmark.",
         "facts": {
-            "data": "MNIST (MIT): 60,000 to train, other 10,000 to test",
+            "data": "MNIST: 60,000 to train, other 10,000 to test. The copy used is labelled MIT (rasbt/mnist-pngs); "
+            "the digits, by Yann LeCun and Corinna Cortes, are commonly given as CC BY-SA 3.0",
             "made by": "the commands below (seed 0), 2026-11-24",
             "machine": "2 CPU cores with AVX-512 bf16; a core for the tokenizer, two for the language model",
             "time": "tokenizer 1 h 53 min, 22 min, 23 min and 18 min (shared cores), language model 20 min",
@@ -109,6 +116,9 @@ def empty_pipeline(tokenizer: str, transformer: str, **config: int) -> DARPipeli
 
 def paper_card(model: DARPipeline | DARTokenizer, size: str, title: str, summary: str) -> str:
     """The card of a model of the paper."""
+    note = PAPER_NOTE
+    if size in NOTES:
+        note += f"\n\n{NOTES[size]}"
     card = model_card(
         model,
         "DIR",
@@ -116,7 +126,7 @@ def paper_card(model: DARPipeline | DARTokenizer, size: str, title: str, summary
         summary=summary,
         facts={"trained on": "ImageNet (ILSVRC 2012), 1.28 million images, by the authors"},
         results=paper_results(size),
-        results_note=PAPER_NOTE,
+        results_note=note,
         sections={"Convert the released weights": CONVERT},
         datasets=["ILSVRC/imagenet-1k"],
     )

@@ -1,4 +1,4 @@
-"""D-AR, "Diffusion via Autoregressive Models" (arXiv 2505.23660), for Hugging Face.
+"""D-AR, "Diffusion via Autoregressive Models" (ICLR 2026, arXiv 2505.23660), for Hugging Face.
 
 Two generators, composed: `DARForCausalLM.stream_codes` yields groups of codes, `DARTokenizer.decode_stream` turns each
 group into one denoising step and a preview, and `DARPipeline.stream` is their composition.

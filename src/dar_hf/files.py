@@ -21,6 +21,35 @@ def write_json(path: Path, content: dict | list) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """Read a file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no text, with the file's name.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
+
+
+def read_object(path: Path) -> dict:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it holds anything else, with the file's name.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON, or cut off: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
 LEFTOVER = ".unfinished-"  # begins the name of the hidden folder that `new_folder` writes into
 EMPTY_ENTRIES = ("lost+found",)  # mkfs leaves it at the root of a volume
 INDICES = ("model_index.json", "config.json", "scheduler_config.json")  # say what a model's folder holds

@@ -9,7 +9,8 @@ def sample_pipeline() -> str:
     """Folder of a small trained pipeline that comes with the package: handwritten digits, 32x32 grey, ten classes.
 
     ``DARPipeline.from_pretrained(dar_hf.sample_pipeline())`` loads it, without a network. Its weights are stored in
-    half precision and load, like those of every pipeline, in float32 unless ``dtype`` says otherwise.
+    half precision and load, like those of every pipeline, in float32 unless ``dtype`` says otherwise. It was trained
+    on MNIST: the copy used is labelled MIT, the digits are commonly given as CC BY-SA 3.0.
 
     Raises:
         FileNotFoundError: if this installation lacks it.

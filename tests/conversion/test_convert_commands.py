@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from dar_hf import DARForCausalLM, DARPipeline, DARTokenizer
 from dar_hf.conversion import convert_tokenizer, convert_transformer
@@ -136,6 +137,35 @@ def test_nothing_is_overwritten(run, files, tmp_path):
         result = run(script, *options, "--output_dir", tmp_path / "out")
         assert result.returncode == 1 and "not an empty folder" in result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_the_output_folder_stays_the_one_it_is(run, files, tiny_transformer, tmp_path, monkeypatch):
+    """A volume cannot be replaced, and the folder that the shell is in should not be."""
+    tiny_transformer.save_pretrained(tmp_path / "model")
+    for script, options in (("convert_checkpoint.py", files), ("export_llama.py", ["--model", tmp_path / "model"])):
+        folder = tmp_path / script
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        number = folder.stat().st_ino
+        result = run(script, *options, "--output_dir", ".")
+        assert result.returncode == 0, result.stderr
+        assert folder.stat().st_ino == number and Path.cwd() == folder and len(list(folder.iterdir())) > 3
+
+
+def test_class_names_come_along(run, tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    tiny_pipeline.transformer.save_pretrained(tmp_path / "alone")
+    model = tmp_path / "pipeline"
+    for number, options in enumerate(([model, "--subfolder", "transformer"], [model / "transformer"])):
+        result = run("export_llama.py", "--model", *options, "--output_dir", tmp_path / str(number))
+        assert result.returncode == 0, result.stderr
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / str(number))
+        assert tokenizer("goldfish").input_ids == tokenizer("<class_1>").input_ids == [33]
+    assert run("export_llama.py", "--model", tmp_path / "alone", "--output_dir", tmp_path / "2").returncode == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "2")
+    assert tokenizer("<class_1>").input_ids == [33]
+    with pytest.raises(Exception, match="Missing"):
+        tokenizer("goldfish")
 
 
 def test_export_llama(run, tiny_pipeline, tmp_path):

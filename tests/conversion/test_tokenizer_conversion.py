@@ -130,6 +130,7 @@ def test_configuration(checkpoint):
         "condition_dim": 64,
         "attention_head_dim": 64,
         "rope_theta": 100,
+        "diffusion_rope_theta": 10000,
         "low_rank_queries": True,
         "share_time_embedding": False,
         "adaptive_head": False,

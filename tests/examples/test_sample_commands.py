@@ -1,6 +1,9 @@
 """The commands around the pipeline that comes with the package: what ships it, what draws with it, its Space."""
 
+import errno
 import json
+import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -103,6 +106,23 @@ def test_a_new_sample_replaces_the_old_one_only_when_it_is_good(run, trained, tm
     run("make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert not any(value.any() for value in load_file(target / "transformer" / "model.safetensors").values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sample", "trained"]
+
+
+def test_a_sample_that_cannot_take_its_place_is_kept(run, trained, tmp_path, capsys, monkeypatch):
+    target, replace = tmp_path / "volume", os.replace
+    target.mkdir()
+    (target / "old").write_text("old")
+
+    def guarded(source, destination):
+        if Path(source) == target:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", guarded)
+    refused = refusal(run, capsys, "make_sample.py", "--pipeline", trained, "--output_dir", target)
+    kept = re.search(r"The copy is complete and kept in (\S+)\.\n", refused)
+    assert "Device or resource busy" in refused and (Path(kept[1]) / "model_index.json").is_file()
+    assert (target / "old").read_text() == "old"
 
 
 def test_the_pictures_of_the_readme(run, tmp_path):

@@ -48,7 +48,7 @@ def test_a_whole_card(tiny_pipeline):
         "## Results\n\nThe paper's.\n\nGeneration, D\n\n|  | value |\n|---|---:|\n| FID | 3.25 |",
         "<details><summary>Stage 1</summary>\n\n| option | value |\n|---|---|\n| `learning_rate` | 0.1 |",
         "## Limits\n\nOnly tiny.\n\n## Citation",
-        "gao2025dar",
+        "@inproceedings{gao2026dar,",
     ):
         assert part in text
     assert "trust_remote_code" not in text

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+import dar_hf
+
 FOLDER = Path(__file__).resolve().parents[2] / "model_cards"
 
 
@@ -37,3 +39,21 @@ def test_paper_models_have_the_papers_sizes(cards):
     assert "300.1 M parameters" in cards["dar-tokenizer-v1.md"]
     assert "342.9 M parameters" in cards["dar-l.md"] and "| default guidance | 1.1 → 8 |" in cards["dar-l.md"]
     assert "774.7 M parameters" in cards["dar-xl.md"] and "2.09" in cards["dar-xl.md"]
+
+
+def test_figures_say_how_they_were_sampled(cards):
+    tokenizer, large = cards["dar-tokenizer-v1.md"], cards["dar-l.md"]
+    assert "| 4, Euler | 8, Euler | 8, Adams-Bashforth | 12, Euler | 16, Euler |" in tokenizer
+    assert "| rFID | 2.35 | 1.58 | 1.52 | 1.73 | 1.93 |" in tokenizer
+    assert "1.2 → 8, at which others measured 2.63" in large and "2.63" not in cards["dar-xl.md"]
+
+
+def test_sources_are_named(cards):
+    root = FOLDER.parent
+    assert "labelled MIT" in cards["mnist.md"] and "CC BY-SA 3.0" in cards["mnist.md"]
+    assert "CC BY-SA 3.0" in dar_hf.sample_pipeline.__doc__
+    readme, notice = ((root / name).read_text(encoding="utf-8") for name in ("README.md", "NOTICE"))
+    for text in (readme, notice):
+        assert all(name in text for name in ("showlab/D-AR", "LlamaGen", "guided-diffusion", "CC BY-SA 3.0"))
+    for text in (readme, *cards.values()):
+        assert "@inproceedings{gao2026dar," in text and "arXiv:2505.23660" in text and "@article" not in text

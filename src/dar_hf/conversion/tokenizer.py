@@ -77,9 +77,9 @@ _OPTIONS = {
 _CHECKED = ("vq_enable", "output_resolution", "diff_decoder.out_dim")  # no counterpart, but they must fit
 ROPE_BASE = 10000.0  # the original's default, of the encoder and of the diffusion decoder, each for itself
 _NAMES = {ours: original for original, ours in _OPTIONS.items()}
-_DEFAULTS: dict[str, Any] = {
-    name: parameter.default for name, parameter in inspect.signature(DARTokenizer).parameters.items()
-}
+_PARAMETERS = inspect.signature(DARTokenizer).parameters
+_DEFAULTS: dict[str, Any] = {name: parameter.default for name, parameter in _PARAMETERS.items()}
+_FLOATS = {name for name, parameter in _PARAMETERS.items() if parameter.annotation in (float, float | None)}
 # what no shape tells and what changes pictures; the rest has a default in the original code too
 _NEEDED: tuple[str, ...] = ("num_tokens", "num_groups", "sample_size", "data_std", "time_shift")
 
@@ -183,7 +183,8 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """Nested options under dotted names; None stands for an option that is not said."""
     result: dict[str, Any] = {}
     for key, value in config.items():
-        name, nested = text(key), isinstance(value, dict)
+        name = text(key)
+        nested = isinstance(value, dict) and name not in {*_OPTIONS, *_CHECKED, *_DEFAULTS}
         inner = {f"{name}.{text(key)}": item for key, item in value.items()} if nested else {name: value}
         result |= {key: item for key, item in inner.items() if item is not None}
     return result
@@ -257,12 +258,12 @@ def _typed(name: str, value: Any) -> Any:
     elif name == "sample_size" and isinstance(value, (list, tuple)):
         fits = len(value) == 2 and all(type(side) is int for side in value)
     else:
-        kinds = (int, float) if isinstance(default, float) else (int,)
+        kinds = (int, float) if name in _FLOATS else (int,)
         fits = type(value) in kinds and abs(value) < 2**63  # which no NaN is
     if not fits and not (value is None and default is None):
         original = f" ({_NAMES[name]} in the original)" if name in _NAMES else ""
         raise CheckpointError(f"{name}{original} cannot be {reprlib.repr(value)}.")
-    return float(value) if isinstance(default, float) else value
+    return float(value) if name in _FLOATS and value is not None else value
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, Any]:

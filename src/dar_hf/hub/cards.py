@@ -1,6 +1,5 @@
 """Model cards: one template, filled with what a model's configuration and a run's reports say."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from transformers import GenerationConfig
 
 from ..configuration_dar import DARConfig
-from ..files import INDICES, saved_class
+from ..files import INDICES, read_object, saved_class
 from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
@@ -210,7 +209,7 @@ def empty_model(folder: str | Path) -> Any:
     folder = Path(folder)
     for name in INDICES:
         if (folder / name).is_file():
-            held = saved_class(json.loads((folder / name).read_text(encoding="utf-8")))
+            held = saved_class(read_object(folder / name))
             if held not in _EMPTY:
                 raise ValueError(f"{folder} holds a {held}, which is no model of this package.")
             with torch.device("meta"):

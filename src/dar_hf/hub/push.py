@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.repocard import RepoCard
 
-from ..files import INDICES, saved_class
+from ..files import INDICES, read_text, saved_class
 from .advice import advice
 from .blocks import merge_cards, replace_block
 from .cards import empty_model, model_card
@@ -159,18 +159,19 @@ def push_folder(
         more = f" and {len(left_out) - NUM_NAMED} more" if len(left_out) > NUM_NAMED else ""
         logger.warning("not uploaded from %s: %s%s", folder, ", ".join(left_out[:NUM_NAMED]), more)
     class_name = type(model).__name__
+    written = None
+    if subfolder is None and "README.md" in local_files:
+        written = read_text(local_files.pop("README.md"))
     repo_id = prepare_repository(
         repo_id, class_name, private=private, token=token, revision=revision, subfolder=subfolder
     )
     files = {_path(name, subfolder): path for name, path in local_files.items()}
+    text = None
     if subfolder is None:
         default = model_card(model, repo_id, self_contained=is_self_contained(folder))
-        local = files.pop("README.md", None)
         text = str(card or default)
-        if card is None and local is not None:
-            text = replace_block(local.read_text(encoding="utf-8"), text, "use")  # it loads from the Hub now
-    else:
-        text = None
+        if card is None and written is not None:
+            text = replace_block(written, text, "use")  # it loads from the Hub now
     return _commit(
         repo_id,
         "model",

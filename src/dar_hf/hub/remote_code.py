@@ -13,14 +13,13 @@ versions of the libraries that the package does not allow. Nothing else is chang
 """
 
 import ast
-import json
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from .. import __version__
-from ..files import saved_class, write_json, write_text
+from ..files import read_object, saved_class, write_json, write_text
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -115,7 +114,7 @@ def export_remote_code(folder: str | Path) -> list[Path]:
         written = [_write_source(folder, module, standalone_source(module))]
         _name_code(folder, class_name)
         return written
-    content = json.loads(index.read_text(encoding="utf-8"))
+    content = read_object(index)
     if saved_class(content) != PIPELINE[1]:
         raise ValueError(f"{folder} holds a {saved_class(content)}, not a {PIPELINE[1]}.")
     for name, component in COMPONENTS.items():  # all are looked at before anything is written
@@ -138,7 +137,7 @@ def is_self_contained(folder: str | Path) -> bool:
     for name in ("model_index.json", "config.json"):
         path = Path(folder, name)
         if path.is_file():
-            index = json.loads(path.read_text(encoding="utf-8"))
+            index = read_object(path)
             named = isinstance(index.get("_class_name"), list) or "auto_map" in index
             return named and any(path.parent.glob("*_dar.py"))
     return False
@@ -148,7 +147,7 @@ def _saved_component(folder: Path) -> tuple[str, str]:
     """File and class of the component that a folder holds."""
     for name in COMPONENT_INDICES:
         if (folder / name).is_file():
-            held = saved_class(json.loads((folder / name).read_text(encoding="utf-8")))
+            held = saved_class(read_object(folder / name))
             for component in COMPONENTS.values():
                 if component[1] == held:
                     return component
@@ -163,9 +162,9 @@ def _name_code(folder: Path, class_name: str, **options: str) -> None:
     takes what is in ``config.json`` then. ``options`` are further entries.
     """
     path, generation = folder / "config.json", folder / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_object(path)
     if generation.is_file():
-        config |= json.loads(generation.read_text(encoding="utf-8"))
+        config |= read_object(generation)
     write_json(path, config | options | {"auto_map": AUTO_MAPS[class_name]})
 
 

@@ -46,7 +46,7 @@ def metric_name(kind: str, task: str = "", network: str = "") -> str:
     return f"{name} ({network})" if network else name
 
 
-PAPER_NAME = "D-AR, arXiv 2505.23660"
+PAPER_NAME = "D-AR, ICLR 2026, arXiv 2505.23660"
 PAPER_URL = "https://arxiv.org/abs/2505.23660"
 _IMAGENET = ("ILSVRC/imagenet-1k", "ImageNet 256×256")
 _SAMPLED = ("fid", "inception_score", "precision", "recall")
@@ -55,7 +55,13 @@ _SAMPLED = ("fid", "inception_score", "precision", "recall")
 _PAPER: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {
     "v1": [
         ("reconstruction", {"num_inference_steps": steps}, {"fid": rfid})
-        for steps, rfid in (("4", 2.35), ("8, Euler", 1.58), ("8", 1.52), ("12", 1.73), ("16", 1.93))
+        for steps, rfid in (
+            ("4, Euler", 2.35),
+            ("8, Euler", 1.58),
+            ("8, Adams-Bashforth", 1.52),  # the default
+            ("12, Euler", 1.73),
+            ("16, Euler", 1.93),
+        )
     ],
     "L": [
         ("generation", {"guidance_scale": guidance}, dict(zip(_SAMPLED, values, strict=True)))

@@ -1,6 +1,5 @@
 """Cards of folders: from what a run left there, and from the evaluations taken in."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ..evaluation import dataset_names, eval_results, metric, read_report
 from ..evaluation.report import REPORT_FILE, public_name
-from ..files import resolve_inside, write_text
+from ..files import read_object, read_text, resolve_inside, write_text
 from ..hub import empty_model, merge_cards, model_card
 from ..hub.blocks import replace_block
 from ..hub.remote_code import is_self_contained
@@ -75,7 +74,7 @@ def write_run_card(folder: str | Path, repo_id: str) -> None:
     folder = Path(folder)
     path, card = folder / "README.md", str(run_card(folder, repo_id))
     if path.is_file():
-        existing = resolve_inside(path, folder).read_text(encoding="utf-8")
+        existing = read_text(resolve_inside(path, folder))
         if not (folder / "training.json").is_file():
             for block in ("about", "facts"):
                 card = replace_block(card, existing, block)
@@ -139,15 +138,15 @@ def _pictures(folder: Path, evaluations: Sequence[Path]) -> dict[str, str]:
 
 def _describe_run(folder: Path) -> dict[str, Any]:
     """What a finished run says of itself, as arguments of `model_card`."""
-    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    training = _read_record(folder)
     options = training["arguments"]
     dataset = dataset_names(_data_name(options))
     runs = {training["stage"]: (folder, training)}
     tokenizer = options.get("tokenizer") or ""
     earlier = Path(tokenizer, "training.json")
     if tokenizer and earlier.is_file():  # trained here, too
-        runs = {"tokenizer": (earlier.parent, json.loads(earlier.read_text(encoding="utf-8")))} | runs
-    count = training["num_samples"]  # a stream has none
+        runs = {"tokenizer": (earlier.parent, _read_record(earlier.parent))} | runs
+    count = training.get("num_samples")  # a stream has none
     facts = {"trained on": dataset[1] + (f", {count:,} images" if count else "")}
     last = training["max_train_steps"]
     if training.get("trained_steps", last) < last:
@@ -163,6 +162,21 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     if "/" in tokenizer and public_name(tokenizer) == tokenizer:  # an id on the Hub
         described["base_model"] = tokenizer
     return described
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """A run's ``training.json``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    path = folder / "training.json"
+    record = read_object(path)
+    wanted = {"arguments": dict, "stage": str, "max_train_steps": int, "images_per_step": int}
+    wrong = [name for name, kind in wanted.items() if not isinstance(record.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} is no record of a run: it does not say {', '.join(wrong)}.")
+    return record
 
 
 def _validation_results(folder: Path, training: Mapping[str, Any]) -> list[EvalResult]:
