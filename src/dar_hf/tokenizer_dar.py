@@ -1178,7 +1178,7 @@ def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
 
 _FLAGS = ("low_rank_queries", "share_time_embedding", "adaptive_head", "strict_sample_size")
 _NUMBERS = ("data_std", "time_shift", "rope_theta", "diffusion_rope_theta")
-_OPTIONAL = ("tokens_per_group", "num_inference_steps", "condition_dim", "repa_layer")
+_OPTIONAL = ("diffusion_rope_theta", "tokens_per_group", "num_inference_steps", "condition_dim", "repa_layer")
 # what an option must be; sizes, all others, are integers
 _KINDS: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(_FLAGS, (bool, "True or False")),
