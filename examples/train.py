@@ -7,7 +7,6 @@ Every option of a preset can be changed on the command line or in a file given b
 --help after the stage lists all options.
 """
 
-import signal
 import sys
 from typing import NoReturn
 
@@ -81,7 +80,7 @@ def main() -> None:
     except ResumeError as error:
         fail(error, 2)
     except StoppedError as error:
-        fail(error, 128 + signal.SIGTERM)
+        fail(error, 128 + error.signal_number)
     except (NonFiniteLossError, PushError, SaveError, DataError, OSError) as error:
         fail(error, 1)
 

@@ -21,6 +21,23 @@ def write_json(path: Path, content: dict | list) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def flush(path: Path) -> None:
+    """Have a file, or a folder's table of names, written to the disk before anything else relies on it.
+
+    Raises:
+        OSError: if a file cannot be.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not path.is_dir():  # some systems flush no folders
+            raise
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write into, which becomes ``path`` when the block ends and vanishes when it fails.
