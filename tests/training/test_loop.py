@@ -1,17 +1,22 @@
 """The loop both stages share: precision, output folders, failures, averaged weights."""
 
+import errno
 import json
 import math
 import weakref
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from dar_hf.data import ImageSamples
 from dar_hf.pictures import read_history
 from dar_hf.training import LossTerm, train
-from dar_hf.training.checkpoints import list_checkpoints
+from dar_hf.training import loop as training_loop
+from dar_hf.training.checkpoints import SaveError, list_checkpoints
 from dar_hf.training.loop import NonFiniteLossError, TrainingLoop, make_accelerator
 
 from .helpers import fresh_process, tokenizer_stage
@@ -68,6 +73,60 @@ def test_the_wrapped_model_goes_before_the_process_group(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerator, "end_training", lambda: gone.append(wrapped[0]() is None))
     train(stage, args, accelerator)
     assert gone == [True]
+
+
+def test_the_model_is_saved_before_the_last_validation(tmp_path):
+    """Which may fail: of the data that training saw, it reads none."""
+    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=4)
+
+    def fail(step):
+        raise RuntimeError("an image cannot be read")
+
+    stage.validate = fail
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        train(stage, args, make_accelerator(args))
+    saved = type(stage.model).from_pretrained(tmp_path)
+    assert saved.config.codebook_size == stage.model.config.codebook_size and (tmp_path / "README.md").is_file()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_validation_images_that_cannot_be_read_are_left_out_and_named(tmp_path, caplog):
+    """Here one that goes while the run is under way."""
+    stage, args = tokenizer_stage(tmp_path / "run")
+    whole, _ = stage.validate(0)
+    paths = []
+    for index in range(len(stage.validation)):
+        paths.append(str(tmp_path / f"{index}.png"))
+        stage.validation.image(index).convert("RGB").save(paths[-1])
+    dataset = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    stage.validation = ImageSamples(dataset, stage.validation.transform)
+    assert stage.validate(0)[0] == whole
+    stage.validation = ImageSamples(dataset, stage.validation.transform)
+    Path(paths[0]).unlink()
+    figures, pictures = stage.validate(0)
+    assert math.isfinite(figures["psnr"]) and figures != whole and pictures and "0.png" in caplog.text
+    for path in paths[1:]:
+        Path(path).write_bytes(b"no image")
+    stage.validation = ImageSamples(dataset, stage.validation.transform)
+    assert stage.validate(0) == ({}, {})
+
+
+@pytest.mark.parametrize("what", ["history.jsonl", "pictures", "model"])
+def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, what, monkeypatch):
+    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=4, validation_steps=5)
+
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "history.jsonl":
+        monkeypatch.setattr(training_loop.TrainingLoop, "_history_path", tmp_path / "none" / "history.jsonl")
+        monkeypatch.setattr(training_loop, "write_text", lambda path, text: None)
+    elif what == "pictures":
+        monkeypatch.setattr(training_loop, "save_picture", fail)
+    else:
+        stage.save = fail
+    with pytest.raises(SaveError, match=f"{what} could not be saved: .*No s.*(checkpoint-[46] is|There is no)"):
+        train(stage, args, make_accelerator(args))
 
 
 def nan_at(step):

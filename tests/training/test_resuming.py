@@ -218,7 +218,9 @@ def loop_for(folder, **changes):
     return TrainingLoop(stage, args, make_accelerator(args))
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "null", "{", '{"step": -1}', '{"step": "6"}', '{"step": 6, "saved": 1}'])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "null", "{", '{"step": -1}', '{"step": "6"}', '{"step": 6, "saved": 1}']
+)
 def test_a_record_that_says_nothing_is_damage(folder, content):
     checkpoint = folder / "checkpoints" / "checkpoint-6"
     (checkpoint / STATE_FILE).write_text(content)
@@ -237,7 +239,9 @@ def test_damage_that_nobody_noted_ends_in_one_line(folder):
     checkpoint = folder / "checkpoints" / "checkpoint-6"
     unsealed(checkpoint)
     cut_off(checkpoint / "optimizer.bin")
-    with pytest.raises(ResumeError, match="cannot resume .*checkpoint-6: optimizer.bin is refused or damaged") as caught:
+    with pytest.raises(
+        ResumeError, match="cannot resume .*checkpoint-6: optimizer.bin is refused or damaged"
+    ) as caught:
         loop_for(folder, resume_from_checkpoint="checkpoint-6").resume()
     assert "\n" not in str(caught.value)
 

@@ -377,5 +377,7 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if refused := re.search(r"GLOBAL (\S+)", text):
         return f"it wants to run or build {refused[1]}, and a checkpoint holds tensors and plain values alone"
-    text = re.split(" Check the documentation| Please (?:use|file) ", text.rpartition("WeightsUnpickler error: ")[2])[0]
+    text = re.split(" Check the documentation| Please (?:use|file) ", text.rpartition("WeightsUnpickler error: ")[2])[
+        0
+    ]
     return f"{type(error).__name__}: {text[:200]}".removeprefix("CheckpointError: ").rstrip(": .")

@@ -171,7 +171,7 @@ class TrainingLoop:
             self._check_averages()
         except ResumeError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ResumeError(f"cannot resume {checkpoint}: {str(error).rstrip('.')}.") from error
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # accelerate restores custom states on the CPU
