@@ -1,10 +1,11 @@
 """Files and folders are complete or absent, whatever happens while they are written."""
 
 import json
+import os
 
 import pytest
 
-from dar_hf.files import new_folder, write_json
+from dar_hf.files import flush, new_folder, write_json
 
 
 def test_write_json(tmp_path):
@@ -78,3 +79,20 @@ def test_new_folder_does_not_replace_what_came_meanwhile(tmp_path):
         (tmp_path / "a" / "x").write_text("theirs")
     assert (tmp_path / "a" / "x").read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_files_and_folders_are_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+    (tmp_path / "file").write_text("x")
+    flush(tmp_path / "file")
+    flush(tmp_path)
+    assert flushed == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
+
+    def fail(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    flush(tmp_path)  # not every system flushes folders
+    with pytest.raises(OSError, match="no space"):
+        flush(tmp_path / "file")

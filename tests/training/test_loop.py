@@ -245,7 +245,7 @@ def test_a_run_with_averages_is_resumed_on_a_gpu(tmp_path):
     stage, args = tokenizer_stage(tmp_path, checkpointing_steps=4)
     train(stage, args, make_accelerator(args))
     AcceleratorState._reset_state(True)
-    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=4, resume_from_checkpoint="latest")
+    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=4, resume_from_checkpoint="checkpoint-4")
     loop = TrainingLoop(stage, args, make_accelerator(args))
     loop.resume()
     assert all(p.device == loop.accelerator.device for p in loop.ema.shadow_params)
