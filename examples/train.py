@@ -7,7 +7,6 @@ Every option of a preset can be changed on the command line or in a file given b
 --help after the stage lists all options.
 """
 
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with ending_with(FAILURE, keep=(ResumeError, StoppedError)):
             train(stage, args, accelerator)
     except StoppedError as error:
-        raise CommandError(str(error), 128 + getattr(error, "signal_number", signal.SIGTERM)) from error
+        raise CommandError(str(error), 128 + error.signal_number) from error
 
 
 if __name__ == "__main__":

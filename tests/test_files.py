@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dar_hf.files import new_folder, resolve_inside, write_json
+from dar_hf.files import flush, new_folder, resolve_inside, write_json
 
 
 def test_write_json(tmp_path):
@@ -194,3 +194,20 @@ def test_resolve_inside(tmp_path):
     for name in ("nothing", "loop", "missing"):
         with pytest.raises(ValueError, match=f"{name} is a link that leads to nothing"):
             resolve_inside(folder / name, folder)
+
+
+def test_files_and_folders_are_flushed(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+    (tmp_path / "file").write_text("x")
+    flush(tmp_path / "file")
+    flush(tmp_path)
+    assert flushed == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
+
+    def fail(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    flush(tmp_path)  # not every system flushes folders
+    with pytest.raises(OSError, match="no space"):
+        flush(tmp_path / "file")

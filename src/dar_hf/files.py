@@ -50,6 +50,23 @@ def read_object(path: Path) -> dict:
     return content
 
 
+def flush(path: Path) -> None:
+    """Have a file, or a folder's table of names, written to the disk before anything else relies on it.
+
+    Raises:
+        OSError: if a file cannot be.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not path.is_dir():  # some systems flush no folders
+            raise
+
+
 LEFTOVER = ".unfinished-"  # begins the name of the hidden folder that `new_folder` writes into
 EMPTY_ENTRIES = ("lost+found",)  # mkfs leaves it at the root of a volume
 INDICES = ("model_index.json", "config.json", "scheduler_config.json")  # say what a model's folder holds

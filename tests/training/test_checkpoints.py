@@ -30,7 +30,7 @@ def accelerator():
 def fake_checkpoint(folder, name, complete=True):
     (folder / name).mkdir(parents=True)
     if complete:
-        (folder / name / STATE_FILE).write_text("{}")
+        (folder / name / STATE_FILE).write_text('{"step": 4}')
     return folder / name
 
 

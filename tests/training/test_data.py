@@ -10,7 +10,6 @@ from PIL import Image
 from dar_hf.data import DataError
 from dar_hf.pictures import read_history
 from dar_hf.training import train
-from dar_hf.training.checkpoints import find_checkpoint
 from dar_hf.training.loop import ResumeError, claim_output_dir, make_accelerator
 
 from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_stage
@@ -87,10 +86,10 @@ def test_a_stream_of_another_layout_is_not_continued(tmp_path, image_sets):
     options = OPTIONS | {"dataset_name": str(image_sets["webdataset"]), "streaming": True, "checkpointing_steps": 3}
     run("tokenizer", tmp_path, None, **options)
     with pytest.raises(ResumeError, match="the stream was read with .*'num_workers': 0.* and is now with"):
-        run("tokenizer", tmp_path, None, **options, dataloader_num_workers=2, resume_from_checkpoint="latest")
-    (find_checkpoint(tmp_path / "checkpoints", "latest") / "position-0.json").unlink()
+        run("tokenizer", tmp_path, None, **options, dataloader_num_workers=2, resume_from_checkpoint="checkpoint-3")
+    (tmp_path / "checkpoints" / "checkpoint-3" / "position-0.json").unlink()
     with pytest.raises(ResumeError, match="position-0.json is missing"):
-        run("tokenizer", tmp_path, None, **options, resume_from_checkpoint="latest")
+        run("tokenizer", tmp_path, None, **options, resume_from_checkpoint="checkpoint-3")
 
 
 def test_a_stream_and_the_classes_of_the_model(tmp_path, tokenizer, image_sets):

@@ -1,24 +1,23 @@
 """The loop both stages share: precision, output folders, failures, averaged weights."""
 
+import errno
 import json
 import math
 import weakref
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from dar_hf.data import ImageSamples
 from dar_hf.pictures import read_history
-from dar_hf.training import LoopArguments, LossTerm, train
-from dar_hf.training.checkpoints import list_checkpoints
-from dar_hf.training.loop import (
-    NonFiniteLossError,
-    TrainingLoop,
-    claim_output_dir,
-    make_accelerator,
-    pick_precision,
-)
+from dar_hf.training import LossTerm, train
+from dar_hf.training import loop as training_loop
+from dar_hf.training.checkpoints import SaveError, list_checkpoints
+from dar_hf.training.loop import NonFiniteLossError, TrainingLoop, make_accelerator
 
 from .helpers import fresh_process, tokenizer_stage
 
@@ -27,106 +26,6 @@ from .helpers import fresh_process, tokenizer_stage
 def alone():
     with fresh_process():
         yield
-
-
-# Precision
-
-
-@pytest.mark.parametrize("requested", ["no", "bf16", "fp16"])
-def test_precision_asked_for_is_taken(requested):
-    assert pick_precision(requested) == requested
-
-
-def test_precision_picked_is_one_accelerate_knows():
-    assert pick_precision("auto") in ("no", "bf16")
-
-
-# Output folders
-
-
-def claim(folder, saved_class="DARTokenizer", **options):
-    return claim_output_dir(LoopArguments(output_dir=str(folder), **options), saved_class)
-
-
-def earlier_run(folder):
-    (folder / "checkpoints" / "checkpoint-5").mkdir(parents=True)
-    (folder / "history.jsonl").write_text("{}\n")
-    (folder / "config.json").write_text(json.dumps({"_class_name": "DARTokenizer"}))
-    (folder / "notes.txt").write_text("mine")
-    return folder
-
-
-def test_a_new_folder_is_made(tmp_path):
-    assert claim(tmp_path / "a" / "b").is_dir()
-
-
-def test_a_folder_with_other_files_is_fine(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    claim(tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    "file, content, found",
-    [
-        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "StableDiffusionPipeline"),
-        ("config.json", {"_class_name": "AutoencoderKL"}, "AutoencoderKL"),
-        ("config.json", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
-        ("config.json", {"hidden_size": 8}, "another model"),
-    ],
-)
-@pytest.mark.parametrize("options", [{}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}])
-def test_another_model_is_never_overwritten(tmp_path, file, content, found, options):
-    (tmp_path / file).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"holds a {found}, not a DARTokenizer"):
-        claim(tmp_path, **options)
-    assert json.loads((tmp_path / file).read_text()) == content
-
-
-def test_a_pipeline_is_no_place_for_a_tokenizer(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DARPipeline"}))
-    with pytest.raises(ValueError, match="holds a DARPipeline"):
-        claim(tmp_path, "DARTokenizer")
-
-
-def test_a_self_contained_pipeline_is_a_pipeline(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": ["pipeline_dar", "DARPipeline"]}))
-    claim(tmp_path, "DARPipeline", overwrite_output_dir=True)
-
-
-def test_a_finished_model_without_a_run_needs_a_decision(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "DARTokenizer"}))
-    with pytest.raises(ValueError, match="holds an earlier run or model"):
-        claim(tmp_path)
-    claim(tmp_path, overwrite_output_dir=True)
-    assert (tmp_path / "config.json").is_file()  # the old model stays until the new one is there
-
-
-@pytest.mark.parametrize("trace", ["checkpoints", "history.jsonl"])
-def test_an_earlier_run_needs_a_decision(tmp_path, trace):
-    earlier_run(tmp_path)
-    other = tmp_path / ("history.jsonl" if trace == "checkpoints" else "checkpoints")
-    other.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match="--resume_from_checkpoint latest .*--overwrite_output_dir"):
-        claim(tmp_path)
-    assert (tmp_path / trace).exists()
-
-
-def test_overwriting_clears_the_runs_traces_only(tmp_path):
-    claim(earlier_run(tmp_path), overwrite_output_dir=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
-
-
-def test_resuming_keeps_everything(tmp_path):
-    before = sorted(earlier_run(tmp_path).iterdir())
-    claim(tmp_path, resume_from_checkpoint="latest")
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "run").write_text("")
-    with pytest.raises(ValueError, match="run is a file"):
-        claim(tmp_path / "run")
 
 
 # Runs
@@ -145,7 +44,7 @@ def test_a_run_leaves_model_history_curves_and_record(tmp_path):
     for line in losses:
         total = line["loss/flow"] + line["loss/codebook"] + line["loss/commitment"]
         assert line["loss/total"] == pytest.approx(total, rel=1e-5) and math.isfinite(line["grad_norm"])
-    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-4", "checkpoint-6"]
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["arguments"]["max_train_steps"] == 6 and record["images_per_step"] == 4
 
@@ -174,6 +73,60 @@ def test_the_wrapped_model_goes_before_the_process_group(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerator, "end_training", lambda: gone.append(wrapped[0]() is None))
     train(stage, args, accelerator)
     assert gone == [True]
+
+
+def test_the_model_is_saved_before_the_last_validation(tmp_path):
+    """Which may fail: of the data that training saw, it reads none."""
+    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=4)
+
+    def fail(step):
+        raise RuntimeError("an image cannot be read")
+
+    stage.validate = fail
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        train(stage, args, make_accelerator(args))
+    saved = type(stage.model).from_pretrained(tmp_path)
+    assert saved.config.codebook_size == stage.model.config.codebook_size and (tmp_path / "README.md").is_file()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_validation_images_that_cannot_be_read_are_left_out_and_named(tmp_path, caplog):
+    """Here one that goes while the run is under way."""
+    stage, args = tokenizer_stage(tmp_path / "run")
+    whole, _ = stage.validate(0)
+    paths = []
+    for index in range(len(stage.validation)):
+        paths.append(str(tmp_path / f"{index}.png"))
+        stage.validation.image(index).convert("RGB").save(paths[-1])
+    dataset = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    stage.validation = ImageSamples(dataset, stage.validation.transform)
+    assert stage.validate(0)[0] == whole
+    stage.validation = ImageSamples(dataset, stage.validation.transform)
+    Path(paths[0]).unlink()
+    figures, pictures = stage.validate(0)
+    assert math.isfinite(figures["psnr"]) and figures != whole and pictures and "0.png" in caplog.text
+    for path in paths[1:]:
+        Path(path).write_bytes(b"no image")
+    stage.validation = ImageSamples(dataset, stage.validation.transform)
+    assert stage.validate(0) == ({}, {})
+
+
+@pytest.mark.parametrize("what", ["history.jsonl", "pictures", "model"])
+def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, what, monkeypatch):
+    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=4, validation_steps=5)
+
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "history.jsonl":
+        monkeypatch.setattr(training_loop.TrainingLoop, "_history_path", tmp_path / "none" / "history.jsonl")
+        monkeypatch.setattr(training_loop, "write_text", lambda path, text: None)
+    elif what == "pictures":
+        monkeypatch.setattr(training_loop, "save_picture", fail)
+    else:
+        stage.save = fail
+    with pytest.raises(SaveError, match=f"{what} could not be saved: .*No s.*(checkpoint-[46] is|There is no)"):
+        train(stage, args, make_accelerator(args))
 
 
 def nan_at(step):
@@ -219,36 +172,6 @@ def test_gradients_that_are_not_finite_spoil_no_checkpoint(tmp_path):
     checkpoints = list_checkpoints(tmp_path / "checkpoints")
     weights = load_file(checkpoints[-1] / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values()), checkpoints[-1].name
-
-
-def test_the_checkpoint_before_a_failure_can_be_resumed(tmp_path):
-    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=2)
-    stage.terms.append(nan_at(5))
-    with pytest.raises(NonFiniteLossError):
-        train(stage, args, make_accelerator(args))
-    AcceleratorState._reset_state(True)
-    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=2, resume_from_checkpoint="latest")
-    train(stage, args, make_accelerator(args))
-    assert [line["step"] for line in read_history(tmp_path / "history.jsonl") if "lr" in line] == [1, 2, 3, 4, 5, 6]
-
-
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        ({"seed": 1}, "seed"),
-        ({"train_batch_size": 2}, "images_per_step"),
-        ({"max_train_steps": 8}, "max_train_steps"),
-        ({"max_train_samples": 30}, "num_samples"),
-        ({"model": {"num_encoder_layers": 2}}, "model num_encoder_layers"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes, named):
-    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=4)
-    train(stage, args, make_accelerator(args))
-    AcceleratorState._reset_state(True)
-    stage, args = tokenizer_stage(tmp_path, resume_from_checkpoint="latest", **changes)
-    with pytest.raises(ValueError, match=f"cannot resume .*: {named} was"):
-        train(stage, args, make_accelerator(args))
 
 
 def test_learning_rates_follow_the_schedule_in_every_group(tmp_path):
@@ -322,7 +245,7 @@ def test_a_run_with_averages_is_resumed_on_a_gpu(tmp_path):
     stage, args = tokenizer_stage(tmp_path, checkpointing_steps=4)
     train(stage, args, make_accelerator(args))
     AcceleratorState._reset_state(True)
-    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=4, resume_from_checkpoint="latest")
+    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=4, resume_from_checkpoint="checkpoint-4")
     loop = TrainingLoop(stage, args, make_accelerator(args))
     loop.resume()
     assert all(p.device == loop.accelerator.device for p in loop.ema.shadow_params)

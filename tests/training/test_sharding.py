@@ -129,7 +129,7 @@ def deepspeed(precision="no", **config):
 
 
 def test_deepspeed_is_told_what_the_command_was_told(tmp_path, tokenizer):
-    accelerator = deepspeed(gradient_clipping=1.0, train_batch_size="auto")
+    accelerator = deepspeed(gradient_clipping="auto", train_batch_size="auto", gradient_accumulation_steps=1)
     args = ar_args(tmp_path, tokenizer, train_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=0.5)
     configure_deepspeed(args, accelerator)
     assert accelerator.deepspeed_plugin.deepspeed_config == {
@@ -149,6 +149,11 @@ def test_deepspeed_is_told_what_the_command_was_told(tmp_path, tokenizer):
         ({"optimizer": {"type": "Adam"}}, "its own optimizer"),
         ({"scheduler": {"type": "WarmupLR"}}, "its own scheduler"),
         ({"precision": "fp16"}, "fp16"),
+        ({"precision": "bf16"}, "trains in bf16, but mixed_precision is no"),
+        ({"gradient_clipping": 0.5}, "says 0.5, but max_grad_norm is 1"),
+        ({"gradient_accumulation_steps": 2}, "says 2, but gradient_accumulation_steps is 1"),
+        ({"train_micro_batch_size_per_gpu": 8}, "says 8, but train_batch_size is 4"),
+        ({"train_batch_size": 4}, "says 4, but the number of images in a step is 32"),
     ],
 )
 def test_deepspeed_settings_that_would_give_a_wrong_model_are_refused(tmp_path, tokenizer, options, message):

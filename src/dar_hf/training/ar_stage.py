@@ -20,8 +20,9 @@ from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
 from .arguments import LoopArguments
 from .codes import ENCODE_BATCH, CodeSamples, encode_all, tokenizer_fingerprint
+from .fingerprint import data_fingerprint
 from .losses import LossTerm, cross_entropy_sum
-from .stage import Stage
+from .stage import Stage, readable_batches
 
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_SAMPLE_ROWS = 10
@@ -118,6 +119,7 @@ class ARStage(Stage):
             )
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.samples: Any = samples
+        self._data = data_fingerprint(samples)  # of the images: their codes may differ between machines
         if args.cache_codes and isinstance(samples, ImageSamples):
             self.samples = encode_all(samples, tokenizer)
         self.validation = validation
@@ -163,14 +165,15 @@ class ARStage(Stage):
         """Cross-entropy on the validation images, and a grid of samples, one class a row."""
         figures = {}
         if self.validation is not None:
-            total, count = 0.0, min(len(self.validation), self.args.max_validation_samples)
-            for start in range(0, count, ENCODE_BATCH):
-                indices = range(start, min(start + ENCODE_BATCH, count))
+            total, count = 0.0, 0
+            for indices in readable_batches(self.validation, self.args.max_validation_samples, ENCODE_BATCH):
                 codes = self._encode(self.validation.stack(indices).to(self.model.device))
                 labels = torch.tensor([self.validation.labels[i] for i in indices], device=codes.device)
                 logits = self._logits(self.model, codes, labels, torch.zeros(len(codes), dtype=torch.bool))
                 total += float(cross_entropy_sum(logits, codes))
-            figures["cross_entropy"] = total / (count * self.model.config.num_image_tokens)
+                count += len(indices)
+            if count:
+                figures["cross_entropy"] = total / (count * self.model.config.num_image_tokens)
         rows = min(self.model.config.num_classes, MAX_SAMPLE_ROWS)
         labels = [label for label in range(rows) for _ in range(SAMPLE_COLUMNS)]
         generator = torch.Generator(self.model.device).manual_seed(self.args.seed)
@@ -207,3 +210,6 @@ class ARStage(Stage):
     def describe(self) -> dict:
         adapters = {"lora_rank": self.args.lora_rank} if self.args.lora_rank else {}
         return {**self.model.config.to_diff_dict(), "tokenizer": tokenizer_fingerprint(self.tokenizer), **adapters}
+
+    def describe_data(self) -> dict[str, str]:
+        return self._data

@@ -32,7 +32,7 @@ class LoopArguments:
     model_overrides: list[str] | None = option(None, "changes to the preset's model, as name=value")
     init_from: str | None = option(None, "fine-tune this saved model instead of a new one: a folder or Hub id")
 
-    max_train_steps: int = option(1000, "optimizer steps of the whole run")
+    max_train_steps: int = option(1000, "optimizer steps of the whole run; a resumed run can be given more")
     train_batch_size: int = option(64, "images per process and forward pass")
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
     learning_rate: float = option(1e-3, "peak learning rate")
@@ -45,15 +45,17 @@ class LoopArguments:
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "gradient norm is clipped to this")
     ema_decay: float | None = option(None, "decay of the averaged weights that are validated and saved; none if unset")
-    mixed_precision: str = option("auto", "auto (bf16 where the hardware computes it natively), no, bf16 or fp16")
+    mixed_precision: str = option("auto", "auto (the launcher's, or bf16 where the hardware has it), no, bf16 or fp16")
     torch_compile: bool = option(False, "compile the model's forward pass with torch's inductor")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     seed: int = option(0, "seed of everything random")
 
-    checkpointing_steps: int = option(1000, "steps between checkpoints; 0 for none")
+    checkpointing_steps: int = option(1000, "steps between checkpoints, of which the last is at the end; 0 for none")
     checkpoints_total_limit: int | None = option(2, "keep only the last so many checkpoints; 0 for all")
-    resume_from_checkpoint: str | None = option(None, "latest, a checkpoint's name or its path")
-    overwrite_output_dir: bool = option(False, "start over in a folder that holds an earlier run")
+    resume_from_checkpoint: str | None = option(
+        None, "latest (also starts a run where there is none), a checkpoint's name or its path"
+    )
+    overwrite_output_dir: bool = option(False, "start over in a folder that holds an earlier run, and delete that")
     validation_steps: int = option(500, "steps between validations; 0 for none before the end")
     logging_steps: int = option(10, "steps between lines of history.jsonl")
     dataloader_num_workers: int = option(0, "worker processes per data loader")
@@ -64,6 +66,10 @@ class LoopArguments:
     push_steps: int = option(0, "upload the model so far after every so many steps, too; 0 for the finished one alone")
 
     def __post_init__(self):
+        precision = str(self.mixed_precision).lower()
+        if precision in ("false", "off"):  # YAML's reading of a bare no, and of its other spellings
+            precision = "no"
+        self.mixed_precision = precision
         positive = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
         for name in (*positive, "max_train_samples", "max_validation_samples", "stream_block_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:

@@ -1,24 +1,61 @@
-"""Checkpoints that are complete or absent: written under a temporary name, then renamed."""
+"""Checkpoints that are complete or absent: written under a temporary name, flushed to disk, then renamed.
 
+``trainer_state.json`` is written last. Besides the run's own record it holds size and SHA-256 of all other files, so
+that damage is noticed before anything is loaded. Nothing in a checkpoint can run code: pickled files are read by
+torch's restricted unpickler alone (DeepSpeed's are not, see `load_checkpoint`).
+"""
+
+import hashlib
 import json
+import logging
 import os
+import pickle
+import random
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, load
+from safetensors import SafetensorError, safe_open
 
-from ..files import write_json
+from ..files import flush, write_json
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
 POSITION_FILE = "position-{}.json"  # of each process in its stream of images
+RANDOM_FILE = "random_states_{}.pkl"  # accelerate's name; of each process
+SAVED = "saved"  # entry of the state file: how the checkpoint was saved
+PICKLED = (".bin", ".pkl", ".pt")
+
+# what torch's sharded checkpoints name in their table of contents
+_METADATA = "torch.distributed.checkpoint.metadata"
+SHARDED_CLASSES = {
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *((_METADATA, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
+    (_METADATA, "TensorProperties"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    *(("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    *(("pathlib._local", name) for name in ("Path", "PosixPath", "WindowsPath")),  # since Python 3.13
+}
 
 
 class SaveError(RuntimeError):
     """Something could not be written, on a full disk for example; what was complete before is still there."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or holds more than data; the message says which and what."""
 
 
 @contextmanager
@@ -35,18 +72,27 @@ def saving(what: str, folder: Path) -> Iterator[None]:
 
 def way_back(folder: Path) -> str:
     """What a run that ended early can go on from, for its message."""
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        return "There is no checkpoint yet: --checkpointing_steps says how often one is saved."
-    return f"{checkpoints[-1].name} is complete: continue with --resume_from_checkpoint latest."
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if find_damage(checkpoint, thorough=False) is None:
+            return f"{checkpoint.name} is complete: continue with --resume_from_checkpoint latest."
+    return "There is no checkpoint yet: --checkpointing_steps says how often one is saved."
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Checkpoints with a record, oldest first; whether each is complete says `find_damage`."""
+    return [path for path in _all_checkpoints(folder) if (path / STATE_FILE).is_file()]
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there is any, complete or not."""
+    return bool(_all_checkpoints(folder))
+
+
+def _all_checkpoints(folder: Path) -> list[Path]:
     found = {}
     for path in folder.glob(f"{CHECKPOINT_PREFIX}*"):
         step = path.name.removeprefix(CHECKPOINT_PREFIX)
-        if step.isdecimal() and (path / STATE_FILE).is_file():
+        if step.isdecimal() and path.is_dir():
             found[int(step)] = path
     return [found[step] for step in sorted(found)]
 
@@ -70,35 +116,131 @@ def save_checkpoint(
     if position is not None:
         write_json(temporary / POSITION_FILE.format(accelerator.process_index), position)
     accelerator.wait_for_everyone()
+    files = _seal(accelerator, temporary)
     if accelerator.is_main_process:
-        write_json(temporary / STATE_FILE, state)
-        shutil.rmtree(target, ignore_errors=True)
+        saved = {"num_processes": accelerator.num_processes, "files": files}
+        write_json(temporary / STATE_FILE, state | {SAVED: saved})
+        for path in (temporary / STATE_FILE, *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+            flush(path)
+        if target.exists():
+            os.replace(target, folder / f".{target.name}.old.tmp")
         os.replace(temporary, target)
-        for old in list_checkpoints(folder)[: -keep if keep else 0]:
+        flush(folder)
+        shutil.rmtree(folder / f".{target.name}.old.tmp", ignore_errors=True)
+        others = [path for path in list_checkpoints(folder) if path != target]
+        for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
+def _file_names(checkpoint: Path) -> list[str]:
+    """All files of a checkpoint but its record."""
+    files = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(name for name in files if name != STATE_FILE)
+
+
+def _seal(accelerator: Accelerator, folder: Path) -> dict[str, dict]:
+    """Flush all files to disk, and note their sizes and checksums. All processes call this together and share them."""
+    (names,) = broadcast_object_list([_file_names(folder)])
+    own = {}
+    for name in names[accelerator.process_index :: accelerator.num_processes]:
+        if (folder / name).is_file():  # another machine may not see it yet
+            flush(folder / name)
+            own[name] = _signature(folder / name)
+    found = {name: signature for part in gather_object([own]) for name, signature in part.items()}
+    if accelerator.is_main_process:
+        found |= {name: _signature(folder / name) for name in names if name not in found}
+    return found
+
+
+def _signature(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def find_damage(checkpoint: Path, thorough: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in words, or None if it is complete.
+
+    Those of versions that noted no files are taken for complete where they have a record.
+
+    Args:
+        thorough: compare checksums, too, for which all files are read.
+    """
+    try:
+        files = _read_record(checkpoint).get(SAVED, {}).get("files", {})
+        present = set(_file_names(checkpoint))
+        for name, signature in files.items():
+            if name not in present:
+                return f"{name} is missing"
+            size = (checkpoint / name).stat().st_size
+            if size != signature["size"]:
+                return f"{name} has {size:,} of {signature['size']:,} bytes"
+        for name, signature in files.items():
+            if thorough and _signature(checkpoint / name) != signature:
+                return f"{name} is not what was saved"
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def find_checkpoint(folder: Path, name: str) -> Path:
-    """The checkpoint that ``latest``, a name or a path stands for.
+    """The checkpoint that ``latest``, a name or a path stands for; ``latest`` is the newest that is complete.
 
     Raises:
-        ValueError: if there is none.
+        CheckpointError: if there is none, or the one that is named is damaged.
     """
     if name == "latest":
-        checkpoints = list_checkpoints(folder)
-        if not checkpoints:
-            raise ValueError(f"no checkpoint to resume from in {folder}.")
-        return checkpoints[-1]
-    for path in (Path(name), folder / name):
-        if (path / STATE_FILE).is_file():
-            return path
-    raise ValueError(f"{name} is no complete checkpoint (no {STATE_FILE} in it).")
+        return _newest_complete(folder)
+    path = next((path for path in (Path(name), folder / name) if path.is_dir()), None)
+    damage = f"no {STATE_FILE} in it" if path is None else find_damage(path)
+    if path is not None and damage is None:
+        return path
+    others = _all_checkpoints(folder)
+    complete = [other.name for other in others if other != path and find_damage(other, thorough=False) is None]
+    advice = f" Complete in {folder}: {', '.join(complete)}." if complete else ""
+    raise CheckpointError(f"{name} is no complete checkpoint ({damage}).{advice}")
+
+
+def _newest_complete(folder: Path) -> Path:
+    checkpoints = _all_checkpoints(folder)
+    if not checkpoints:
+        raise CheckpointError(f"no checkpoint to resume from in {folder}.")
+    found: list[str] = []
+    for checkpoint in reversed(checkpoints):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            if found:
+                logger.warning("damaged and passed over: %s; resuming from %s", "; ".join(found), checkpoint.name)
+            return checkpoint
+        found.append(f"{checkpoint.name} ({damage})")
+    raise CheckpointError(f"no checkpoint in {folder} is complete: {'; '.join(found)}.")
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The run's own record in a checkpoint: step and settings."""
-    return json.loads((checkpoint / STATE_FILE).read_text())
+    """The run's own record in a checkpoint: step and settings.
+
+    Raises:
+        CheckpointError: if there is none that can be read.
+    """
+    record = _read_record(checkpoint)
+    record.pop(SAVED, None)
+    return record
+
+
+def _read_record(checkpoint: Path) -> dict:
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise CheckpointError(f"no {STATE_FILE} in it")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{STATE_FILE} cannot be read: {error}") from error
+    step = record.get("step") if isinstance(record, dict) else None
+    if type(step) is not int or step < 0 or not isinstance(record.get(SAVED, {}), dict):
+        raise CheckpointError(f"{STATE_FILE} is no record of a checkpoint")
+    return record
 
 
 def read_position(checkpoint: Path, process_index: int) -> dict:
@@ -111,3 +253,131 @@ def read_position(checkpoint: Path, process_index: int) -> dict:
     if not path.is_file():
         raise ValueError(f"{path.name} is missing: it was not saved by so many processes reading a stream")
     return json.loads(path.read_text())
+
+
+# Loading
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Put a checkpoint's model, optimizer, scaler, registered objects and random states in place.
+
+    No code in the files is run: torch reads tensors and plain values only, and the tables of FSDP's shards may name
+    nothing but what describes tensors. DeepSpeed reads its files freely; those must be one's own.
+
+    Raises:
+        CheckpointError: for files that are missing, damaged or hold more than data.
+    """
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if is_deepspeed:
+        logger.warning("DeepSpeed runs code that its checkpoints may hold: resume only what you saved yourself.")
+    states = _read_random_states(accelerator, checkpoint)
+    _check_shards(checkpoint)
+    try:
+        with nullcontext() if is_deepspeed else plain_data_only():
+            accelerator.load_state(str(checkpoint))
+    except Exception as error:  # bytes from anywhere: all kinds are raised
+        raise CheckpointError(_first_refused(checkpoint) or reason(error)) from error
+    accelerator.step = 0  # of accumulation: the checkpoint may have been saved with another number of micro-batches
+    if states is not None:
+        _set_random_states(accelerator, states)
+
+
+@contextmanager
+def plain_data_only() -> Iterator[None]:
+    """Inside, torch.load reads tensors and plain values only, whoever calls it and whatever the call asks for."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+class _ShardTableUnpickler(pickle.Unpickler):
+    """Reads the table of contents of FSDP's shards, or refuses it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in SHARDED_CLASSES:
+            raise CheckpointError(f"it wants to run or build {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _check_shards(checkpoint: Path) -> None:
+    """Refuse tables that torch, which unpickles them freely, would run code from."""
+    for path in sorted(checkpoint.rglob(".metadata")):
+        try:
+            with path.open("rb") as file:
+                _ShardTableUnpickler(file).load()
+        except Exception as error:
+            name = path.relative_to(checkpoint).as_posix()
+            raise CheckpointError(f"{name} is refused or damaged: {reason(error)}") from error
+
+
+def _read_random_states(accelerator: Accelerator, checkpoint: Path) -> dict | None:
+    """This process's random states; None, with a warning, where another number of processes saved them."""
+    count = _read_record(checkpoint).get(SAVED, {}).get("num_processes")
+    count = count or len(list(checkpoint.glob(RANDOM_FILE.format("*"))))
+    path = checkpoint / RANDOM_FILE.format(accelerator.process_index)
+    if count and count != accelerator.num_processes:
+        logger.warning(
+            "%s was saved by %d processes, these are %d: dropout draws other numbers from here on",
+            checkpoint.name,
+            count,
+            accelerator.num_processes,
+        )
+        return None
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing: without it the run would not continue as it was")
+    try:
+        states = load(path, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path.name} is refused or damaged: {reason(error)}") from error
+    if not isinstance(states, dict):
+        raise CheckpointError(f"{path.name} holds no random states")
+    return states
+
+
+def _set_random_states(accelerator: Accelerator, states: dict) -> None:
+    """What accelerate does, which passes over states that it cannot set."""
+    try:
+        random.setstate(states["random_state"])
+        np.random.set_state(states["numpy_random_seed"])
+        torch.set_rng_state(states["torch_manual_seed"])
+        if accelerator.device.type == "cuda":
+            of_devices = states.get("torch_cuda_manual_seed")
+            if of_devices is None:
+                logger.warning("the checkpoint was saved without a GPU: dropout draws other numbers from here on")
+            else:
+                index = accelerator.device.index or 0
+                torch.cuda.set_rng_state(of_devices[index], accelerator.device)
+    except Exception as error:
+        raise CheckpointError(f"the random states are damaged: {reason(error)}") from error
+
+
+def _first_refused(checkpoint: Path) -> str | None:
+    """Which file cannot be read, and why; for messages alone."""
+    for path in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+        try:
+            if path.suffix in PICKLED:
+                load(path, map_location="cpu", weights_only=True)
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+        except Exception as error:
+            return f"{path.name} is refused or damaged: {reason(error)}"
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """What a reader of files found wrong, on one line, without torch's advice to read them unsafely."""
+    text = " ".join(str(error).split())
+    if refused := re.search(r"GLOBAL (\S+)", text):
+        return f"it wants to run or build {refused[1]}, and a checkpoint holds tensors and plain values alone"
+    text = re.split(" Check the documentation| Please (?:use|file) ", text.rpartition("WeightsUnpickler error: ")[2])[
+        0
+    ]
+    return f"{type(error).__name__}: {text[:200]}".removeprefix("CheckpointError: ").rstrip(": .")

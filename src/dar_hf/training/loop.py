@@ -10,10 +10,8 @@ import gc
 import json
 import logging
 import math
-import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,92 +20,68 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from ..acceleration_dar import has_fast_bf16
 from ..data import BatchStream, DataError, GlobalBatchSampler, StreamedImages, collate
 from ..data.sources import DIGITS
-from ..files import saved_class, write_json, write_text
+from ..files import write_json, write_text
 from ..hub import model_files, one_line, prepare_repository, push_folder
-from ..pictures import plot_history, read_history, save_picture
+from ..pictures import plot_history, save_picture
 from ..processes import join_processes
 from .arguments import LoopArguments
-from .cards import EVALUATIONS, write_run_card
-from .checkpoints import find_checkpoint, read_position, read_state, save_checkpoint, saving, way_back
+from .cards import write_run_card
+from .checkpoints import (
+    CheckpointError,
+    find_checkpoint,
+    has_checkpoints,
+    load_checkpoint,
+    read_position,
+    read_state,
+    save_checkpoint,
+    saving,
+    way_back,
+)
+from .folder_lock import lock_folder, unlock_folder
+from .launcher import check_launcher, precision_reason
+from .launcher import pick_precision as pick_precision
 from .pushing import BackgroundPush
+from .resuming import ResumeError, check_same_run
+from .run_folder import (
+    CHECKPOINTS,
+    HISTORY,
+    RECORD,
+    SAVING,
+    install_model,
+    is_finished,
+    read_kept_history,
+    read_record,
+)
+from .run_folder import claim_output_dir as claim_output_dir
 from .sharding import check_layout, configure_deepspeed, gather_into
 from .stage import Stage
+from .stopping import StoppedError, StopRequest
 from .trackers import track_pictures
 
 logger = logging.getLogger(__name__)
 
-MODEL_INDICES = ("model_index.json", "config.json")  # say what a finished folder holds
 ON_HOST = ("seed", "index", "skipped")  # read one by one: on a GPU each would wait for the device
-
-
-def pick_precision(requested: str) -> str:
-    """accelerate's name for the precision to train in; "auto" is bf16 where it is computed natively."""
-    if requested != "auto":
-        return requested
-    return "bf16" if has_fast_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
-
-
-def claim_output_dir(args: LoopArguments, expected_class: str) -> Path:
-    """The output folder, if this run may write there.
-
-    Raises:
-        ValueError: if it holds another kind of model, or an earlier run that is neither resumed nor overwritten.
-    """
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file.")
-    for index in MODEL_INDICES:
-        if (folder / index).is_file():
-            found = saved_class(json.loads((folder / index).read_text()))
-            if found != expected_class:
-                raise ValueError(
-                    f"output_dir {folder} holds a {found}, not a {expected_class}: choose another folder."
-                )
-            break
-    traces = [folder / name for name in ("checkpoints", "history.jsonl", EVALUATIONS)]
-    models = [folder / name for name in MODEL_INDICES]
-    if not args.resume_from_checkpoint and any(path.exists() for path in traces + models):
-        if not args.overwrite_output_dir:
-            raise ValueError(
-                f"output_dir {folder} holds an earlier run or model: pass --resume_from_checkpoint latest to continue "
-                "it, --overwrite_output_dir to start over, or choose another folder."
-            )
-        for path in traces:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 class NonFiniteLossError(RuntimeError):
     """A loss term became NaN or infinite; the message names the term and the step."""
 
 
-class StoppedError(RuntimeError):
-    """The run was asked to end (SIGTERM) and has left a checkpoint."""
-
-
 class PushError(RuntimeError):
     """The Hub took nothing, before training or after it; the message says why, and where the finished model is."""
-
-
-class ResumeError(ValueError):
-    """There is no checkpoint to resume from, or it belongs to another run."""
-
-
-def _difference(name: str, old: Any, new: Any) -> str:
-    """What changed, by name; of dictionaries only the entries that differ."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return f"{name} was {old} and is now {new}"
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return ", ".join(f"{name} {key} was {old.get(key)} and is now {new.get(key)}" for key in changed)
 
 
 class TrainingLoop:
@@ -117,7 +91,7 @@ class TrainingLoop:
         self.stage, self.args, self.accelerator = stage, args, accelerator
         self.folder = Path(args.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints = self.folder / CHECKPOINTS
         if args.gradient_checkpointing:
             enable = getattr(stage.model, "enable_gradient_checkpointing", None)
             (enable or stage.model.gradient_checkpointing_enable)()
@@ -145,7 +119,9 @@ class TrainingLoop:
         self.start_step = 0
         self.stream = self._open_stream()
         self.corrupt_images: set[int] = set()
-        self._asked_to_stop = self._stopping = False
+        self.finished = False  # by an earlier run
+        self._request = StopRequest(accelerator)
+        self._stopping = False
         self._pictures: set[str] = set()  # written by this process: an earlier run's may still lie there
         self._background = BackgroundPush(
             self.folder, lambda path, text: push_folder(path, hub_repository(args), text)
@@ -160,9 +136,11 @@ class TrainingLoop:
         return {
             "stage": self.stage.name,
             "model": self.stage.describe(),
+            "layout": self.accelerator.distributed_type.value if self.sharded else "copies",
             "seed": args.seed,
             "num_samples": None if args.streaming else len(self.stage.samples),  # type: ignore[arg-type]
             "images_per_step": args.train_batch_size * args.gradient_accumulation_steps * world,
+            "data": self.stage.describe_data(),
             "max_train_steps": args.max_train_steps,
         }
 
@@ -175,38 +153,79 @@ class TrainingLoop:
     def resume(self) -> None:
         """Continue from the checkpoint the arguments name.
 
+        "latest" starts a run where there is none, and notes that the run has ``finished`` where it has.
+
         Raises:
-            ResumeError: if there is none, or it comes from another model, data set, batch or schedule.
+            ResumeError: if there is none, it is damaged, or it comes from another model, data set, batch or schedule.
         """
+        name = self.args.resume_from_checkpoint or "latest"
+        if name == "latest" and self._ends_here():
+            return
+        checkpoint = self._find_checkpoint(name)
         try:
-            checkpoint = find_checkpoint(self.checkpoints, self.args.resume_from_checkpoint or "latest")
-        except ValueError as error:
-            raise ResumeError(str(error)) from error
-        state = read_state(checkpoint)
-        for name, value in self.description.items():
-            value = json.loads(json.dumps(value))  # tuples come back as lists
-            if value != state.get(name):
-                raise ResumeError(f"cannot resume {checkpoint}: {_difference(name, state.get(name), value)}.")
-        if self.stream is not None:
-            try:
+            state = read_state(checkpoint)
+            check_same_run(checkpoint, state, self.description)
+            if self.stream is not None:
                 self.stream.load_state_dict(read_position(checkpoint, self.accelerator.process_index))
-            except ValueError as error:
-                raise ResumeError(f"cannot resume {checkpoint}: {error}.") from error
-        self.accelerator.load_state(str(checkpoint))
+            load_checkpoint(self.accelerator, checkpoint)
+            self._check_averages()
+        except ResumeError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ResumeError(f"cannot resume {checkpoint}: {str(error).rstrip('.')}.") from error
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # accelerate restores custom states on the CPU
         self.start_step = state["step"]
-        self.history = [line for line in read_history(self._history_path) if line["step"] <= self.start_step]
+        self.history = read_kept_history(self._history_path, self.start_step)
         logger.info("resumed from %s", checkpoint)
+
+    def _ends_here(self) -> bool:
+        """Whether there is nothing to resume from: the run has finished, or has not begun."""
+        if is_finished(self.folder):
+            record = read_record(self.folder)
+            if self.args.max_train_steps == record["max_train_steps"]:
+                check_same_run(self.folder, record, self.description)
+                self.accelerator.print(f"{self.folder}: the run has finished its {self.args.max_train_steps} steps.")
+                self.finished = True
+                return True
+            if not has_checkpoints(self.checkpoints):
+                raise ResumeError(
+                    f"cannot resume {self.folder}: the run finished after {record['max_train_steps']} steps and left "
+                    "no checkpoint. To go on from its model, give it to another run by --init_from."
+                )
+        if has_checkpoints(self.checkpoints):
+            return False
+        self.accelerator.print(f"no checkpoint in {self.checkpoints}: the run starts at its beginning.")
+        return True
+
+    def _find_checkpoint(self, name: str) -> Path:
+        """The main process looks, since complete checkpoints are known by reading all of them."""
+        found = ["", ""]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = str(find_checkpoint(self.checkpoints, name))
+            except CheckpointError as error:
+                found[1] = str(error)
+        broadcast_object_list(found)
+        if found[1]:
+            raise ResumeError(found[1])
+        return Path(found[0])
+
+    def _check_averages(self) -> None:
+        if self.ema is None:
+            return
+        shapes = [parameter.shape for parameter in self.parameters]
+        if [average.shape for average in self.ema.shadow_params] != shapes:
+            raise ResumeError("cannot resume: the checkpoint's averaged weights are of another model.")
 
     @property
     def _history_path(self) -> Path:
-        return self.folder / "history.jsonl"
+        return self.folder / HISTORY
 
     def _log(self, line: dict) -> None:
         self.history.append(line)
         if self.accelerator.is_main_process:
-            with self._history_path.open("a") as file:
+            with saving(HISTORY, self.checkpoints), self._history_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
@@ -245,29 +264,14 @@ class TrainingLoop:
                 if self.whole is not None:
                     self.whole.to("cpu")
 
-    @contextmanager
-    def _listening_for_sigterm(self) -> Iterator[None]:
-        """Inside, SIGTERM (a scheduler's notice) ends the run after the step it is in, with a checkpoint."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask(number: int, frame: Any) -> None:
-            self._asked_to_stop = True
-
-        previous = signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-
     def _stop(self, step: int, saved: bool) -> None:
         """End a run that was asked to, on all processes together."""
         if not saved:
             self._save_checkpoint(step)
         raise StoppedError(
-            f"stopped by SIGTERM after step {step} of {self.args.max_train_steps}; checkpoint-{step} is saved: "
-            "continue with --resume_from_checkpoint latest."
+            f"stopped by {self._request.name} after step {step} of {self.args.max_train_steps}; checkpoint-{step} is "
+            "saved: continue with --resume_from_checkpoint latest.",
+            self._request.signal_number,
         )
 
     # Steps
@@ -309,13 +313,14 @@ class TrainingLoop:
                 # without its own generator the loader draws from the global one, and a resumed run drops other units
                 generator=torch.Generator().manual_seed(self.args.seed),
                 persistent_workers=workers > 0,
+                worker_init_fn=_leave_interrupts_to_the_run,
             )
         )
 
     def _totals(self, batches: list[dict]) -> dict[str, float]:
         """What the whole step holds, over its micro-batches and all processes."""
         amounts = [self.stage.amounts(batch) | {"skipped": len(batch.get("skipped", []))} for batch in batches]
-        amounts[0]["stop"] = float(self._asked_to_stop)
+        amounts[0]["stop"] = float(self._request.is_made)
         names = sorted(amounts[0])
         sums = torch.tensor([sum(amount.get(name, 0.0) for amount in amounts) for name in names], dtype=torch.float64)
         sums = self.accelerator.reduce(sums.to(self.accelerator.device, torch.float32), "sum")
@@ -399,19 +404,42 @@ class TrainingLoop:
             if self.accelerator.is_main_process:
                 figures, pictures = self.stage.validate(step)
         if self.accelerator.is_main_process:
-            for name, picture in pictures.items():
-                save_picture(picture, self.folder / f"{name}.png")
-                self._pictures.add(f"{name}.png")
+            with saving("the validation's pictures", self.checkpoints):
+                for name, picture in pictures.items():
+                    save_picture(picture, self.folder / f"{name}.png")
+                    self._pictures.add(f"{name}.png")
+                plot_history({self.stage.name: self.history}, self.folder / "loss.png")
             track_pictures(self.accelerator.trackers, pictures, step)
-            plot_history({self.stage.name: self.history}, self.folder / "loss.png")
         self.accelerator.wait_for_everyone()
         return {f"validation/{name}": value for name, value in figures.items()}
 
+    def _log_validation(self, step: int) -> None:
+        figures = self._validate(step)
+        if figures:
+            self._log({"step": step, **figures})
+            if self.accelerator.is_main_process:
+                tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+
     def run(self) -> None:
         """Train to the end and save the model."""
+        if self.accelerator.is_main_process:
+            with saving(HISTORY, self.checkpoints):
+                write_text(self._history_path, "".join(json.dumps(line) + "\n" for line in self.history))
+        if self.start_step < self.args.max_train_steps:
+            self._train()
+        self._background.join()
+        # the model is saved before what can fail
+        with saving("the model", self.checkpoints):
+            self._save_model()
+        self._log_validation(self.args.max_train_steps)
+        if self.accelerator.is_main_process:
+            with saving(RECORD, self.checkpoints):
+                self._write_records(self.folder, self.args.max_train_steps)
+        self.accelerator.wait_for_everyone()
+
+    def _train(self) -> None:
+        """All steps that are left, with a checkpoint of the last: a finished run can be made longer."""
         args, accelerator = self.args, self.accelerator
-        if accelerator.is_main_process:
-            write_text(self._history_path, "".join(json.dumps(line) + "\n" for line in self.history))
         batches = self._batches()
         self.model.train()
         bar = tqdm(
@@ -426,8 +454,9 @@ class TrainingLoop:
             for step in range(self.start_step, args.max_train_steps):
                 line = self._step(step, [next(batches) for _ in range(args.gradient_accumulation_steps)])
                 done = step + 1
+                is_last = done == args.max_train_steps
                 progress.update()
-                if done % args.logging_steps == 0 or done == args.max_train_steps:
+                if done % args.logging_steps == 0 or is_last:
                     elapsed, images = time.perf_counter() - clock, self.description["images_per_step"]
                     line["images_per_second"] = (done - clock_step) * images / max(elapsed, 1e-9)
                     if accelerator.device.type == "cuda":
@@ -435,31 +464,25 @@ class TrainingLoop:
                     clock, clock_step = time.perf_counter(), done
                     self._log({"step": done, **line, **self.stage.statistics()})
                     progress.set_postfix(loss=f"{line['loss/total']:.3f}", refresh=False)
-                if done == args.max_train_steps or (args.validation_steps and done % args.validation_steps == 0):
-                    paused = time.perf_counter()
-                    figures = self._validate(done)
-                    if figures:
-                        self._log({"step": done, **figures})
-                        progress.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-                    clock += time.perf_counter() - paused
-                due = bool(args.checkpointing_steps) and done % args.checkpointing_steps == 0
-                if due and done < args.max_train_steps:
+                paused = time.perf_counter()
+                if args.validation_steps and done % args.validation_steps == 0 and not is_last:
+                    self._log_validation(done)
+                clock += time.perf_counter() - paused
+                due = bool(args.checkpointing_steps) and (done % args.checkpointing_steps == 0 or is_last)
+                if due:
                     self._save_checkpoint(done)
-                if self._stopping and done < args.max_train_steps:
+                if self._stopping and not is_last:
                     self._stop(done, saved=due)
-                if args.push_steps and done % args.push_steps == 0 and done < args.max_train_steps:
-                    paused = time.perf_counter()
+                paused = time.perf_counter()
+                if args.push_steps and done % args.push_steps == 0 and not is_last:
                     self._push_so_far(done)
-                    clock += time.perf_counter() - paused
-        self._background.join()
-        with saving("the model", self.checkpoints):
-            self._save_model()
+                clock += time.perf_counter() - paused
 
     def _write_records(self, folder: Path, step: int) -> None:
         """The curves, options and card that belong to the model after ``step`` steps."""
         plot_history({self.stage.name: self.history}, folder / "loss.png")
         record = {"arguments": recorded_arguments(self.args), **self.description, "trained_steps": step}
-        write_json(folder / "training.json", record)
+        write_json(folder / RECORD, record)
         try:
             write_run_card(folder, hub_repository(self.args) if self.args.push_to_hub else str(folder))
         except ValueError as error:
@@ -467,20 +490,13 @@ class TrainingLoop:
 
     def _save_model(self) -> None:
         """Write the finished model aside, then move it into the output folder, its index last."""
-        temporary = self.folder / ".saving"
+        temporary = self.folder / SAVING
         with self._finished_model():
             if self.accelerator.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
                 self.stage.save(temporary)
         if self.accelerator.is_main_process:
-            for name in MODEL_INDICES:  # the old one goes first, the new one comes last: no index over mixed parts
-                (self.folder / name).unlink(missing_ok=True)
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name in MODEL_INDICES):
-                target = self.folder / path.name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                os.replace(path, target)
-            temporary.rmdir()
+            install_model(temporary, self.folder)
             self._write_records(self.folder, self.args.max_train_steps)
         self.accelerator.wait_for_everyone()
 
@@ -541,14 +557,31 @@ def _push(args: LoopArguments) -> None:
     print(f"pushed to {url.repo_url}")
 
 
+def _leave_interrupts_to_the_run(worker: int) -> None:
+    """A Ctrl-C reaches the workers of a loader, too; they end with the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
     """Train ``stage``, leave the finished model in ``args.output_dir``, and push it where ``args.push_to_hub``.
 
     Raises:
+        FolderInUseError: if another run is writing into the folder.
         ResumeError: for a checkpoint that does not fit the run.
         NonFiniteLossError: when a loss term stops being finite.
         PushError: if the Hub takes nothing, before training or after; a finished model stays in its folder.
     """
+    folder = Path(args.output_dir)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
+    try:
+        _train_and_push(stage, args, accelerator)
+    finally:
+        unlock_folder(folder)
+
+
+def _train_and_push(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
     if args.push_to_hub and accelerator.is_main_process:
         claim_repository(args, stage.saved_class)
     set_seed(args.seed + accelerator.process_index)  # dropout differs between processes; all else has its own seed
@@ -559,8 +592,9 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
         accelerator.init_trackers(
             "dar-hf", config={k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
         )
-    with loop._listening_for_sigterm():
-        loop.run()
+    if not loop.finished:
+        with loop._request.listening():
+            loop.run()
     # the wrapped model must go before the process group: otherwise its reducer destroys the group last, which joins
     # the communication thread under the interpreter's lock and can wait for ever
     accelerator.free_memory()
@@ -576,18 +610,23 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
 
 
 def make_accelerator(args: LoopArguments) -> Accelerator:
-    """The accelerator of a run; says which precision was picked and why."""
+    """The accelerator of a run; says which precision was picked and why.
+
+    Raises:
+        ValueError: if the launcher's settings contradict the options, or would give a wrong model.
+    """
+    check_launcher(args)
     precision = pick_precision(args.mixed_precision)
     accelerator = join_processes(
         mixed_precision=precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # given as a number, the launcher's variable would win over it
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
         log_with=args.report_to,
         project_dir=args.output_dir,
         dynamo_backend="inductor" if args.torch_compile else None,
     )
     if args.mixed_precision == "auto":
-        reason = "computed natively here" if precision == "bf16" else "no native bf16 here"
-        accelerator.print(f"mixed precision: {precision} ({reason})")
+        accelerator.print(f"mixed precision: {precision} ({precision_reason(precision)})")
     check_layout(args, accelerator.distributed_type, accelerator.is_fsdp2)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         configure_deepspeed(args, accelerator)

@@ -8,6 +8,10 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from .arguments import LoopArguments
+from .launcher import agree
+
+MICRO_BATCH = "train_micro_batch_size_per_gpu"
+ACCUMULATION = "gradient_accumulation_steps"
 
 
 def check_layout(args: LoopArguments, kind: DistributedType, is_fsdp2: bool) -> None:
@@ -32,7 +36,7 @@ def configure_deepspeed(args: LoopArguments, accelerator: Accelerator) -> None:
     """Give DeepSpeed what train.py was told: its engine clips, accumulates and scales by its own configuration.
 
     Raises:
-        ValueError: for settings that belong to train.py, or would give a wrong model.
+        ValueError: for settings that belong to train.py or contradict its options, or would give a wrong model.
     """
     config = accelerator.deepspeed_plugin.deepspeed_config
     for name in ("optimizer", "scheduler"):
@@ -42,12 +46,28 @@ def configure_deepspeed(args: LoopArguments, accelerator: Accelerator) -> None:
         raise ValueError("of DeepSpeed, ZeRO 2 and 3 are supported: set zero_stage, or use DDP.")
     if accelerator.mixed_precision == "fp16":
         raise ValueError("fp16 is not supported with DeepSpeed: give --mixed_precision bf16 or no, or use DDP.")
+    if args.mixed_precision not in ("auto", accelerator.mixed_precision):
+        raise ValueError(
+            f"DeepSpeed's configuration trains in {accelerator.mixed_precision}, but mixed_precision is "
+            f"{args.mixed_precision}: give both the same."
+        )
+    images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    agree(
+        "DeepSpeed's train_micro_batch_size_per_gpu",
+        config.get(MICRO_BATCH),
+        "train_batch_size",
+        args.train_batch_size,
+    )
+    # 1 is accelerate's default and contradicts nothing
+    agree("DeepSpeed's " + ACCUMULATION, config.get(ACCUMULATION), ACCUMULATION, args.gradient_accumulation_steps, 1)
+    agree("DeepSpeed's train_batch_size", config.get("train_batch_size"), "the number of images in a step", images)
+    agree("DeepSpeed's gradient_clipping", config.get("gradient_clipping"), "max_grad_norm", args.max_grad_norm)
     # models are made whole and split later: split by from_pretrained, so would be the copy that is validated and saved
     unset_hf_deepspeed_config()
     config.update(
         train_micro_batch_size_per_gpu=args.train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        train_batch_size=args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        train_batch_size=images,
         gradient_clipping=args.max_grad_norm,
     )
     config.setdefault("data_types", {"grad_accum_dtype": "fp32"})  # the default would add up bf16 gradients in bf16

@@ -11,7 +11,8 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
-from ..data import StreamedImages
+from ..data import ImageSamples, StreamedImages
+from .fingerprint import data_fingerprint
 from .losses import LossTerm
 
 
@@ -69,3 +70,13 @@ class Stage(ABC):
     @abstractmethod
     def describe(self) -> dict:
         """What must agree between a checkpoint and the run that resumes it."""
+
+    def describe_data(self) -> dict[str, str]:
+        """What tells the training data from others; this, too, must agree."""
+        return data_fingerprint(self.samples)
+
+
+def readable_batches(samples: ImageSamples, limit: int, size: int) -> list[list[int]]:
+    """Indices of the first ``limit`` images in batches; without those that cannot be read, which a warning names."""
+    indices = [index for index in range(min(len(samples), limit)) if samples.readable_image(index) is not None]
+    return [indices[start : start + size] for start in range(0, len(indices), size)]

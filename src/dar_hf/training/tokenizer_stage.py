@@ -29,7 +29,7 @@ from .arguments import LoopArguments
 from .codebook import CodebookKeeper
 from .losses import LossTerm, codebook_sum, commitment_sum, flow_matching_sum, perceptual_sum
 from .repa import load_teacher, repa_grid, repa_sum
-from .stage import Stage
+from .stage import Stage, readable_batches
 
 POSITIVE = ("discriminator_layers", "discriminator_width", "discriminator_learning_rate", "encoder_learning_rate")
 ENCODER_PARTS = ("patch_embed", "query_embed", "query_proj", "encoder_blocks", "quant_proj")
@@ -318,9 +318,10 @@ class TokenizerStage(Stage):
             return {}, {}
         device = self.model.device
         codes, scores, first = [], [], None
-        count = min(len(self.validation), self.args.max_validation_samples)
-        for start in range(0, count, VALIDATION_BATCH):
-            indices = range(start, min(start + VALIDATION_BATCH, count))
+        batches = readable_batches(self.validation, self.args.max_validation_samples, VALIDATION_BATCH)
+        if not batches:
+            return {}, {}
+        for indices in batches:
             images = self.validation.stack(indices).to(device)
             batch_codes = self.model.encode(images).codes
             noise = normal_noise(torch.tensor(indices), images.shape[1:], device)
@@ -328,7 +329,7 @@ class TokenizerStage(Stage):
             codes.append(batch_codes)
             scores.append(psnr(decoded, images))
             first = (images, decoded) if first is None else first
-        columns = min(NUM_PICTURES // 2, count)
+        columns = min(NUM_PICTURES // 2, len(batches[0]))
         shown = [part[:NUM_PICTURES] for part in first] if first else []
         statistics = codebook_statistics(torch.cat(codes), self.model.config.codebook_size)
         figures = {"psnr": float(torch.cat(scores).mean()), "codebook_usage": statistics["usage"]}
