@@ -2,8 +2,7 @@
 
 An error is clear if it is a ValueError, TypeError or OSError (on the page, gradio's message) of one line that names
 the argument or file. Two other ends are faults: another exception, and an input that is accepted in silence. Inputs
-that may be accepted do not belong here. ``malformed_pending.txt`` names those that do not end clearly yet, one per
-line; a line whose input does now fails its test until it is deleted.
+that may be accepted do not belong here.
 """
 
 import importlib.util
@@ -267,14 +266,14 @@ TABLE = {
     },
     velocity: {
         "sample": NOT_IMAGE_TENSORS,
-        "timestep": ["now", None, NAN, -0.5, 1.5, torch.zeros(2), torch.zeros(1, 1)],
+        "timestep": ["now", None, NAN, -0.5, 1.5, HUGE, PIXELS[0, 0, 0, :1] + 2, torch.zeros(2), torch.zeros(1, 1)],
         "condition": ["c", None, CONDITION[0], CONDITION[..., :3], CONDITION.repeat(2, 1, 1)],
     },
     trained: {
         "pixel_values": NOT_IMAGE_TENSORS,
-        "timesteps": ["now", 0.5, torch.zeros(2), torch.zeros(1, 1)],
+        "timesteps": ["now", 0.5, torch.zeros(2), torch.zeros(1, 1), torch.full((1,), NAN), torch.full((1,), 1.5)],
         "noise": ["noise", 3, np.zeros((1, 3, 8, 8)), torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 8, 8)],
-        "generator": [42, "cpu", THING],
+        "generator": [42, "cpu", THING, [seeded()]],
         "hide_group": ["yes", True, torch.zeros(2, dtype=torch.bool), torch.zeros(1)],
         "output_repa": [True],
     },
@@ -287,10 +286,10 @@ TABLE = {
         "group_size": NOT_COUNTS[:7],
     },
     generated: {"guidance_scale": NOT_SCALES, "generator": NOT_GENERATORS[:5]},
-    scheduler: {"shift": [0, -1.0, NAN, INF, "2", None, True], "solver_order": [0, 3, "2", None, 1.5, True]},
+    scheduler: {"shift": [0, -1.0, NAN, INF, HUGE, "2", None, True], "solver_order": [0, 3, "2", None, 1.5, True]},
     timesteps_set: {"num_inference_steps": [*NOT_COUNTS, None]},
     stepped: {
-        "timestep": [0.1, NAN, -1.0, "now", None, torch.zeros(2)],
+        "timestep": [0.1, NAN, -1.0, "now", "0.0", None, HUGE, torch.zeros(2)],
         "model_output": [None, "v", torch.zeros(1, 3, 4, 4)],
         "sample": [None, "x", torch.zeros(1, 3, 4, 4)],
     },
@@ -306,7 +305,7 @@ TABLE = {
         **{name: [0, -1, 1.5, "4", None] for name in ("in_channels", "codebook_size", "num_tokens", "num_groups")},
         **{name: [0, -1, 1.5, "4", None] for name in ("encoder_dim", "decoder_dim", "diffusion_dim")},
         **{name: [0, -1, 1.5, "4"] for name in ("encoder_patch_size", "diffusion_patch_size", "attention_head_dim")},
-        **{name: [0, -1.0, NAN, INF, "1", None] for name in ("data_std", "time_shift")},
+        **{name: [0, -1.0, NAN, INF, HUGE, "1", None] for name in ("data_std", "time_shift")},
         "num_inference_steps": [0, -1, 2.5, "4"],
         "repa_layer": [-1, 2, "1", 0.5],
         "tokens_per_group": [0, -1, 17, "4"],
@@ -316,9 +315,11 @@ TABLE = {
         "tokenizer": [None, "tokenizer", THING],
         "transformer": [None, "transformer", THING],
         "scheduler": ["euler", THING],
-        "id2label": ["cat", {"a": "cat"}, {99: "cat"}, 3],
+        "id2label": ["cat", {"a": "cat"}, {99: "cat"}, {"-1": "cat"}, {0.5: "cat"}, {True: "cat"}, {0: None}, 3],
     },
-    labels_named: {"names": ["whale", "", ["shark", "whale"], 3, [3], None, [None], ["tench", ""]]},
+    labels_named: {
+        "names": ["whale", "", ["shark", "whale"], b"shark", [["shark"]], 3, [3], None, [None], ["tench", ""]]
+    },
     transform_made: {
         "crop": ["middle", None, 3],
         "noise": [-0.1, NAN, "much"],
@@ -355,6 +356,9 @@ TOGETHER = [
     (called, {"class_labels": [0, 1], "image": [picture()] * 3, "strength": 0.5}, "3 images for 2 labels"),
     (decoded, {"noise": PIXELS, "height": 16, "width": 16}, "noise"),
     (decoded, {"codes": CODES.repeat(2, 1), "noise": PIXELS}, "noise"),
+    (decoded, {"noise": PIXELS, "generator": 42}, "generator"),
+    (decoded_stream, {"groups": [CODES.float()], "check_codes": False}, "codes"),
+    (decoded_stream, {"groups": [None], "check_codes": False}, "codes"),
 ]
 for _layout in ([-1, 2.5, True, "4", None, 17], [4]):
     _images = [picture()] if len(_layout) > 1 else NOT_PIXELS
@@ -365,8 +369,6 @@ TOGETHER += [
     (streamed, {"image": picture(), "strength": _strength}, "strength")
     for _strength in (-0.1, 1.1, NAN, INF, "0.5", True, [0.5], None, THING)
 ]
-
-PENDING = set(Path(__file__).with_name("malformed_pending.txt").read_text().splitlines())
 
 
 def short(value):
@@ -397,8 +399,7 @@ def unique(cases):
     for name, *rest in cases:
         seen[name] += 1
         name = name if seen[name] == 1 else f"{name} ({seen[name]})"
-        marks = [pytest.mark.xfail(strict=True, reason="is not refused clearly yet")] if name in PENDING else []
-        yield pytest.param(*rest, id=name, marks=marks)
+        yield pytest.param(*rest, id=name)
 
 
 API = list(unique(api_cases()))
@@ -550,5 +551,5 @@ def test_there_are_many_inputs(capsys):
     """Runs last, after the others have been counted (each process counts its own)."""
     total = len(API) + 2 * len(FILES) + len(list(page_cases()))
     with capsys.disabled():
-        print(f"\n{total} malformed inputs, {len(PENDING)} of them pending; here: {dict(COUNTS)}")
+        print(f"\n{total} malformed inputs; here: {dict(COUNTS)}")
     assert total >= 200

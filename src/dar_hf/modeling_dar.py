@@ -32,10 +32,10 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .acceleration_dar import FilledCacheLayer, accelerated
+from .checks_dar import Generators, check_generators, check_integer
 from .configuration_dar import DARConfig
 
 GuidanceScale: TypeAlias = float | tuple[float, float] | list[float] | None
-Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 NextLogits: TypeAlias = Callable[[torch.LongTensor], torch.Tensor]
 
 # what transformers calls the cache: past_key_values up to version 5.23
@@ -99,19 +99,6 @@ def draw(scores: torch.Tensor, generator: Generators = None) -> torch.Tensor:
     else:
         race = torch.stack([torch.empty(shape[1:], device=g.device).exponential_(generator=g) for g in generator])
     return (scores.float().softmax(dim=-1) / race.to(scores.device)).argmax(dim=-1)
-
-
-def check_generators(generator: Generators, batch_size: int, device: torch.device | None = None) -> None:
-    """Raises ValueError for anything but a generator or one for each of the batch; on the CPU or on ``device``."""
-    several = isinstance(generator, (list, tuple))
-    generators = [] if generator is None else list(generator) if several else [generator]  # type: ignore[arg-type]
-    for given in generators:
-        if not isinstance(given, torch.Generator):
-            raise ValueError(f"generator must be a torch.Generator or a list of them, got {type(given).__name__}.")
-        if device is not None and given.device.type not in ("cpu", device.type):
-            raise ValueError(f"a generator on {given.device} cannot draw for a model on {device}: use one on the CPU.")
-    if several and len(generators) != batch_size:
-        raise ValueError(f"got {len(generators)} generators for a batch of {batch_size}.")
 
 
 @contextmanager
@@ -534,14 +521,17 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         """
         config = self.config
         num_tokens = config.num_image_tokens if num_tokens is None else num_tokens
+        num_tokens = check_integer("num_tokens", num_tokens, least=None)
         group_size = config.tokens_per_group if group_size is None else group_size
+        group_size = check_integer("group_size", group_size, least=None)
         if not 1 <= num_tokens <= config.num_image_tokens:
             raise ValueError(f"num_tokens must lie in [1, {config.num_image_tokens}], got {num_tokens}.")
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {group_size}.")
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.reshape(-1).tolist()
-        labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
+        single = isinstance(class_labels, (str, bytes)) or not isinstance(class_labels, Iterable)
+        labels: list[Any] = [class_labels] if single else list(class_labels)  # type: ignore[arg-type]
         if not labels:
             raise ValueError("class_labels is empty: nothing to generate.")
         tokens = torch.tensor([[config.class_token_id(label)] for label in labels], device=self._input_device)

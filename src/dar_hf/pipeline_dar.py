@@ -23,8 +23,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .checks_dar import check_generators, check_integer, described
 from .images_dar import image_to_pixels
-from .modeling_dar import DARForCausalLM, GuidanceScale, check_generators, guidance_schedule, sampling_warpers
+from .modeling_dar import DARForCausalLM, GuidanceScale, guidance_schedule, sampling_warpers
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, to_adams_bashforth
 from .tokenizer_dar import DARPreview, DARTokenizer
 
@@ -151,8 +152,8 @@ class DARPipeline(DiffusionPipeline):
         super().__init__()
         _check_components(tokenizer, transformer)
         scheduler = to_adams_bashforth(scheduler)
-        if id2label is not None and not isinstance(id2label, dict):
-            raise ValueError(f"id2label must be a dictionary of names by class id, got {type(id2label).__name__}.")
+        if id2label is not None:
+            id2label = _names_by_id(id2label, transformer.config.num_classes)
         for name, ours, theirs in (
             ("codebook_size", tokenizer.config.codebook_size, transformer.config.codebook_size),
             ("number of tokens", tokenizer.config.num_tokens, transformer.config.num_image_tokens),
@@ -160,7 +161,7 @@ class DARPipeline(DiffusionPipeline):
             if ours != theirs:
                 raise ValueError(f"tokenizer and transformer disagree: {name} {ours} and {theirs}.")
         self.register_modules(tokenizer=tokenizer, transformer=transformer, scheduler=scheduler)
-        self.register_to_config(id2label=None if id2label is None else {int(k): v for k, v in id2label.items()})
+        self.register_to_config(id2label=id2label)
         self.labels, self._shared_names = index_names(id2label or {})
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=1,
@@ -206,8 +207,11 @@ class DARPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a name this model does not have, or that several of its classes share.
         """
-        names = [names] if isinstance(names, str) else list(names)
+        single = isinstance(names, (str, bytes)) or not isinstance(names, Iterable)
+        names = [names] if single else list(names)  # type: ignore[list-item]
         for name in names:
+            if not isinstance(name, str):
+                raise ValueError(f"names must be class names, got {described(name)}.")
             if name in self._shared_names:
                 ids = ", ".join(map(str, self._shared_names[name]))
                 raise ValueError(f"the class name {name!r} is shared by the classes {ids}: give the id.")
@@ -483,7 +487,7 @@ class DARPipeline(DiffusionPipeline):
         _check_output(output_type)
         self._check_scheduler()
         callback_inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        repeats = _positive_int("num_images_per_prompt", num_images_per_prompt)
+        repeats = check_integer("num_images_per_prompt", num_images_per_prompt)
         labels = self._label_ids(class_labels, repeats)
         num_steps = self._num_steps(num_inference_steps)
         start_step = _start_step(image, strength, num_steps)
@@ -533,7 +537,7 @@ class DARPipeline(DiffusionPipeline):
 
     def _num_tokens(self, num_tokens: int | None, num_steps: int, output_type: str, start_step: int = 0) -> int:
         most = self.tokenizer.config.num_tokens
-        num_tokens = _positive_int("num_tokens", most if num_tokens is None else num_tokens)
+        num_tokens = check_integer("num_tokens", most if num_tokens is None else num_tokens)
         if num_tokens > most:
             raise ValueError(f"num_tokens must lie in [1, {most}], got {num_tokens}.")
         kept, needed = self.tokenizer.step_windows(num_steps)[start_step % num_steps]
@@ -597,8 +601,8 @@ class DARPipeline(DiffusionPipeline):
         if len(kinds) != 1 or not all(isinstance(image, _IMAGE_KINDS) for image in images):
             given = ", ".join(sorted({type(image).__name__ for image in images})) or "an empty list"
             raise ValueError(f"{name} must be PIL images, or arrays, or tensors, got {given}.")
-        height = None if height is None else _positive_int("height", height)
-        width = None if width is None else _positive_int("width", width)
+        height = None if height is None else check_integer("height", height)
+        width = None if width is None else check_integer("width", width)
         if kinds == {PIL.Image.Image}:
             default = self.tokenizer.image_size
             height, width = height or default[0], width or default[1]
@@ -672,6 +676,21 @@ def _check_components(tokenizer: Any, transformer: Any) -> None:
             raise ValueError(f"{name} must be a {kind}, got {type(model).__name__}.")
 
 
+def _names_by_id(id2label: Any, num_classes: int) -> dict[int, str]:
+    """Class names by id, checked; JSON files hold the ids as text."""
+    if not isinstance(id2label, dict):
+        raise ValueError(f"id2label must be a dictionary of names by class id, got {type(id2label).__name__}.")
+    names: dict[int, str] = {}
+    for key, name in id2label.items():
+        whole = isinstance(key, Integral) and not isinstance(key, bool)
+        if not (whole or (isinstance(key, str) and key.isdecimal())) or not 0 <= int(key) < num_classes:
+            raise ValueError(f"id2label must name classes in [0, {num_classes}), got the id {described(key)}.")
+        if not isinstance(name, str):
+            raise ValueError(f"id2label must hold names, got {described(name)} for class {int(key)}.")
+        names[int(key)] = name
+    return names
+
+
 def _exclude(**arguments: Any) -> None:
     """Refuse more than one of arguments that exclude each other."""
     given = [name for name, value in arguments.items() if value is not None]
@@ -704,19 +723,12 @@ def _check_output(output_type: Any) -> None:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
 
 
-def _positive_int(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        kind = "a positive integer" if least == 1 else f"an integer >= {least}"
-        raise ValueError(f"{name} must be {kind}, got {value!r}.")
-    return int(value)
-
-
 def _layout_tokens(layout_image: Any, layout_tokens: int | None, num_tokens: int) -> int | None:
     if (layout_image is None) != (layout_tokens is None):
         raise ValueError("layout_image and layout_tokens go together: give both or neither.")
     if layout_tokens is None:
         return None
-    layout_tokens = _positive_int("layout_tokens", layout_tokens, least=0)
+    layout_tokens = check_integer("layout_tokens", layout_tokens, least=0)
     if layout_tokens > num_tokens:
         raise ValueError(f"layout_tokens={layout_tokens} is more than num_tokens={num_tokens}.")
     return layout_tokens

@@ -5,7 +5,7 @@ velocity ``x_1 - x_0``. Departures from the original code: none by default. ``va
 ``solver_order=1`` are ours.
 """
 
-import math
+import sys
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, shift: float = 2.0, solver_order: int = 2, variable_step: bool = False):
-        if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
+        if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift <= sys.float_info.max:
             raise ValueError(f"shift must be positive and finite, got {shift!r}.")
         if isinstance(solver_order, bool) or solver_order not in (1, 2):
             raise ValueError(f"solver_order must be 1 (Euler) or 2 (Adams-Bashforth), got {solver_order!r}.")
@@ -108,7 +108,10 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
     def _index_of(self, timestep: float | torch.Tensor) -> int:
         if not self._times:
             raise ValueError("call set_timesteps(num_inference_steps) before step or preview.")
-        value = float(timestep)
+        try:
+            value = float(+timestep)  # the sign refuses text, which float would read
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"timestep must be a number, got {type(timestep).__name__}.") from error
         index = min(range(len(self._times) - 1), key=lambda i: abs(self._times[i] - value))
         if not abs(self._times[index] - value) <= 1e-5:  # also catches NaN
             raise ValueError(f"timestep {value} is not on the grid of {self.num_inference_steps} steps.")
@@ -134,6 +137,7 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
         estimate ``pred_original_sample``, which is the paper's formula.
         """
         index = self._index_of(timestep)
+        _check_step(model_output, sample)
         step_size = 1.0 - self._times[index]
         return sample.float() + step_size * self._direction(model_output.float(), index, step_size)
 
@@ -152,9 +156,11 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
             sample: the noisy sample, any shape; computed in float32.
 
         Raises:
-            ValueError: before `set_timesteps`, or for a time that is not on the grid.
+            ValueError: before `set_timesteps`, for a time that is not on the grid, or for anything but two tensors
+                of one shape.
         """
         index = self._index_of(timestep)
+        _check_step(model_output, sample)
         velocity, sample = model_output.float(), sample.float()
         time, next_time = self._times[index], self._times[index + 1]
         step_size = next_time - time
@@ -175,6 +181,16 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.num_inference_steps or 0
+
+
+def _check_step(model_output: Any, sample: Any) -> None:
+    for name, value in (("model_output", model_output), ("sample", sample)):
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if model_output.shape != sample.shape:
+        raise ValueError(
+            f"model_output must have the shape {tuple(sample.shape)} of sample, got {tuple(model_output.shape)}."
+        )
 
 
 # options of diffusers' scheduler that lay another grid or draw noise; at these defaults it is Euler over ours
@@ -204,7 +220,7 @@ def to_adams_bashforth(scheduler: Any) -> FlowMatchAdamsBashforthScheduler:
         return scheduler
     if name != "FlowMatchEulerDiscreteScheduler" or not module.startswith("diffusers."):
         raise ValueError(
-            f"a {name} cannot solve this model's flow: take a FlowMatchAdamsBashforthScheduler, or "
+            f"as scheduler a {name} cannot solve this model's flow: take a FlowMatchAdamsBashforthScheduler, or "
             "diffusers' FlowMatchEulerDiscreteScheduler."
         )
     others = [f"{option}={scheduler.config[option]!r}" for option in _OTHER_GRIDS if scheduler.config.get(option)]

@@ -12,6 +12,7 @@ same.
 import copy
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -30,6 +31,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from .acceleration_dar import accelerated, has_fast_bf16, is_plain, release
+from .checks_dar import check_generators, check_integer, check_tensor, described
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time, to_adams_bashforth
 from .weights_dar import (
     check_finite_weights,
@@ -675,20 +677,16 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 "resize the image, or set strict_sample_size=False in the configuration."
             )
 
-    def _check_images(self, pixel_values: torch.Tensor) -> None:
-        channels = self.config.in_channels
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values must be floating point of shape (batch, {channels}, height, width), "
-                f"got {pixel_values.dtype} of shape {tuple(pixel_values.shape)}."
-            )
-        self.check_size(*pixel_values.shape[2:])
+    def _check_images(self, images: torch.Tensor, name: str = "pixel_values") -> None:
+        check_tensor(name, images, ("batch", self.config.in_channels, "height", "width"))
+        self.check_size(*images.shape[2:])
 
-    def _check_codes(self, codes: torch.Tensor) -> None:
-        if codes.ndim != 2 or codes.dtype not in CODE_DTYPES:
-            raise ValueError(
-                f"codes must be integers of shape (batch, tokens), got {codes.dtype} of {tuple(codes.shape)}."
-            )
+    def _check_codes(self, codes: torch.Tensor, values: bool = True) -> None:
+        """Raises ValueError for what are no codes; without ``values``, which are read from the device, by form."""
+        if not isinstance(codes, torch.Tensor) or codes.ndim != 2 or codes.dtype not in CODE_DTYPES:
+            raise ValueError(f"codes must be integers of shape (batch, tokens), got {described(codes)}.")
+        if not values:
+            return
         if not 0 < codes.shape[1] <= self.config.num_tokens:
             raise ValueError(f"a sequence has 1 to {self.config.num_tokens} codes, got {codes.shape[1]}.")
         low, high = torch.stack(codes.aminmax()).tolist() if codes.numel() else (0, 0)  # the device is waited for once
@@ -807,8 +805,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         pending: torch.Tensor | None = None
         conditions: torch.Tensor | None = None
         for codes in groups:
-            if check_codes:
-                self._check_codes(codes)
+            self._check_codes(codes, values=check_codes)
             if pending is not None and len(codes) != len(pending):
                 raise ValueError(f"pieces of one sequence differ in batch size: {len(pending)} and {len(codes)}.")
             self._bring_in()
@@ -843,16 +840,21 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             A tensor like ``sample``.
 
         Raises:
-            ValueError: for a sample or a condition of another shape.
+            ValueError: for a sample or a condition of another shape, or for times of another number or range (which
+                on GPUs are not read).
         """
-        self._check_images(sample)
-        if condition.ndim != 3 or (len(condition), condition.shape[2]) != (len(sample), self.config.condition_dim):
+        self._check_images(sample, "sample")
+        check_tensor("condition", condition, (len(sample), "tokens", self.config.condition_dim))
+        try:
+            times = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"timestep must be a time in [0, 1], got {described(timestep)}.") from error
+        if times.ndim > 1 or times.numel() not in (1, len(sample)):
             raise ValueError(
-                f"condition must have the shape ({len(sample)}, tokens, {self.config.condition_dim}), "
-                f"got {tuple(condition.shape)}."
+                f"timestep must be one time or one for each of {len(sample)} images, got {tuple(times.shape)}."
             )
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(len(sample))
-        return self._velocity(sample, timestep, condition)[0].to(sample.dtype)
+        _check_times("timestep", timestep)
+        return self._velocity(sample, times.expand(len(sample)), condition)[0].to(sample.dtype)
 
     def _velocity(
         self,
@@ -966,24 +968,18 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             check_codes: False for codes known to be in range: on GPUs the check waits for them.
 
         Raises:
-            ValueError: for wrong sizes, steps, codes or schedulers, or where images are not finite. On GPUs, which
-                this would keep waiting, only the last step's are looked at.
+            ValueError: for wrong sizes, steps, codes, noise, generators or schedulers, or where images are not finite.
+                On GPUs, which this would keep waiting, only the last step's are looked at, and noise is not.
         """
         num_steps = check_num_steps(
             self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         )
+        start_step = check_integer("start_step", start_step, least=None)
         if not 0 <= start_step < num_steps:
             raise ValueError(f"start_step must lie in [0, {num_steps}), got {start_step}.")
-        if noise is not None:
-            self._check_images(noise)
-            if (height or noise.shape[2], width or noise.shape[3]) != tuple(noise.shape[2:]):
-                raise ValueError(
-                    f"noise of size {tuple(noise.shape[2:])} does not fit height={height}, width={width}."
-                )
-        default = self.image_size if noise is None else noise.shape[2:]
-        height = default[0] if height is None else height
-        width = default[1] if width is None else width
-        self.check_size(height, width)
+        if not isinstance(groups, Iterable):
+            raise ValueError(f"groups must be an iterable of codes, got {described(groups)}.")
+        size = self._decoding_size(noise, height, width)
         # a copy, so that two streams can run at once on one pipeline
         scheduler = (
             FlowMatchAdamsBashforthScheduler(shift=self.config.time_shift)
@@ -992,7 +988,25 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         )
         scheduler.set_timesteps(num_steps)
         conditions = self._condition_stream(groups, check_codes)
-        return self._denoise(conditions, generator, noise, (height, width), scheduler, start_step)
+        return self._denoise(conditions, generator, noise, size, scheduler, start_step)
+
+    def _decoding_size(self, noise: torch.Tensor | None, height: int | None, width: int | None) -> tuple[int, int]:
+        """Size in pixels of the images to decode."""
+        rows, columns = self.image_size
+        if noise is not None:
+            self._check_images(noise, "noise")
+            if noise.device.type == "cpu" and not noise.isfinite().all():  # a GPU would be waited for
+                raise ValueError("noise must be finite, got NaN or infinity.")
+            rows, columns = noise.shape[2:]
+        size = rows, columns
+        if height is not None:
+            size = check_integer("height", height), size[1]
+        if width is not None:
+            size = size[0], check_integer("width", width)
+        if noise is not None and size != (rows, columns):
+            raise ValueError(f"noise of size {(rows, columns)} does not fit height={height}, width={width}.")
+        self.check_size(*size)
+        return size
 
     @apply_forward_hook
     def _bring_in(self) -> None:
@@ -1013,9 +1027,10 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         windows = self.step_windows(num_steps)
         for conditions in condition_stream:
             batch_size = len(conditions)
+            if denoiser is None:  # the first codes
+                check_generators(generator, batch_size, conditions.device)
             if sample is None:
-                if isinstance(generator, list) and len(generator) != batch_size:
-                    raise ValueError(f"got {len(generator)} generators for codes of {batch_size} images.")
+                generator = list(generator) if isinstance(generator, tuple) else generator
                 shape = (batch_size, self.config.in_channels, *size)
                 sample = randn_tensor(shape, generator=generator, device=conditions.device, dtype=torch.float32)
             elif len(sample) != batch_size:
@@ -1081,23 +1096,25 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             return_dict: False gives a tuple, without the fields that are None.
 
         Raises:
-            ValueError: for wrong shapes or sizes, or REPA features of a model without that head.
+            ValueError: for wrong types, shapes, sizes or times (which on GPUs are not read), or REPA features of a
+                model without that head.
         """
         self._check_images(pixel_values)
         if output_repa and self.config.repa_layer is None:
             raise ValueError("this tokenizer has no REPA head: repa_layer is None in its configuration.")
         device, batch_size = pixel_values.device, len(pixel_values)
+        check_generators(generator, None)
         if timesteps is None:
             timesteps = rand_tensor(batch_size, generator, device)
-        if timesteps.shape != (batch_size,) or (noise is not None and noise.shape != pixel_values.shape):
-            raise ValueError(
-                f"{batch_size} images need as many timesteps and noise of their shape, got {tuple(timesteps.shape)} "
-                f"and {None if noise is None else tuple(noise.shape)}."
-            )
-        if hide_group is not None and (hide_group.shape != (batch_size,) or hide_group.dtype != torch.bool):
-            given = f"{hide_group.dtype} of {tuple(hide_group.shape)}"
-            raise ValueError(f"hide_group must be bool of shape ({batch_size},), got {given}.")
-        if noise is None:
+        check_tensor("timesteps", timesteps, (batch_size,))
+        _check_times("timesteps", timesteps)
+        if hide_group is not None:
+            flags = isinstance(hide_group, torch.Tensor) and hide_group.dtype == torch.bool
+            if not flags or hide_group.shape != (batch_size,):
+                raise ValueError(f"hide_group must be bool of shape ({batch_size},), got {described(hide_group)}.")
+        if noise is not None:
+            check_tensor("noise", noise, tuple(pixel_values.shape))
+        else:
             noise = randn_tensor(pixel_values.shape, generator=generator, device=device, dtype=torch.float32)
         config = self.config
         start = self.group_start(timesteps)
@@ -1171,6 +1188,16 @@ def rand_tensor(size: int, generator: torch.Generator | None, device: torch.devi
     return torch.rand(size, generator=generator, device=source).to(device)
 
 
+def _check_times(name: str, times: torch.Tensor | float) -> None:
+    """Raises ValueError for times outside [0, 1], but for rounding, where reading them costs no waiting."""
+    if torch.compiler.is_compiling() or (isinstance(times, torch.Tensor) and times.device.type != "cpu"):
+        return
+    times = torch.as_tensor(times, dtype=torch.float32)
+    if not ((times >= -1e-6) & (times <= 1 + 1e-6)).all():  # also catches NaN
+        low, high = (float(value) for value in times.aminmax())
+        raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}.")
+
+
 def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
@@ -1220,7 +1247,7 @@ def _check_config(config: Any) -> None:
     if config.condition_dim != config.decoder_dim:
         raise ValueError(f"condition_dim={config.condition_dim} must equal decoder_dim={config.decoder_dim}.")
     for name in _NUMBERS:
-        if not 0 < config[name] < math.inf:
+        if not 0 < config[name] <= sys.float_info.max:
             raise ValueError(f"{name} must be positive and finite, got {config[name]}.")
     if config.adaptive_head and not config.share_time_embedding:
         raise ValueError("adaptive_head=True reads the shared time embedding: set share_time_embedding=True.")
