@@ -166,15 +166,12 @@ class DARRotaryEmbedding(LlamaRotaryEmbedding):
 class DARDecoderLayer(LlamaDecoderLayer):
     """Llama's layer, with dropout after the attention's output projection and after the mlp."""
 
-    def __init__(self, config: DARConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.resid_dropout = nn.Dropout(config.resid_dropout)
-        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
-
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        config = self.self_attn.config
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.resid_dropout(attended)
-        return hidden_states + self.ffn_dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        hidden_states = hidden_states + F.dropout(attended, config.resid_dropout, self.training)
+        output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + F.dropout(output, config.ffn_dropout, self.training)
 
 
 class DARPreTrainedModel(LlamaPreTrainedModel):
@@ -233,9 +230,10 @@ class DARModel(DARPreTrainedModel, LlamaModel):
 
     def __init__(self, config: DARConfig):
         super().__init__(config)
-        self.layers = nn.ModuleList([DARDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.rotary_emb = DARRotaryEmbedding(config=config)
-        self.post_init()
+        # ours have no state of their own, so Llama's need not be built a second time
+        for layer in self.layers:
+            layer.__class__ = DARDecoderLayer
+        self.rotary_emb.__class__ = DARRotaryEmbedding
 
     def forward(
         self,
