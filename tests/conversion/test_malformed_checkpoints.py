@@ -498,7 +498,7 @@ COMMANDS = {
         [*CONVERT, "--tokenizer", "AR", "--transformer", "TOKENIZER"],
         "is no D-AR tokenizer",
     ),
-    "the output is a file": ([*BOTH[:2], "TOKENIZER", *BOTH[3:]], "not an empty folder"),
+    "the output is a file": ([*BOTH[:2], "TOKENIZER", *BOTH[3:]], "is not a folder"),
     "the output holds something": ([*BOTH[:2], "FULL", *BOTH[3:]], "not an empty folder"),
     "the output is below a file": ([*BOTH[:2], "TOKENIZER/out", *BOTH[3:]], "TOKENIZER"),
     "names that are missing": ([*BOTH, "--id2label", "NONE"], "NONE"),
