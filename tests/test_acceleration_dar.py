@@ -297,6 +297,13 @@ def test_hooks_are_called_while_codes_stream(tiny_transformer):
     assert calls == [tiny_transformer.model.layers[1].mlp, tiny_transformer.lm_head] * 16
 
 
+def test_hidden_states_asked_for_once_do_not_cost_the_speed(tiny_transformer):
+    codes, ids = stream(tiny_transformer, [0, 3], temperature=0), torch.tensor([[32, 1, 2]])
+    assert len(tiny_transformer(ids, output_hidden_states=True).hidden_states) == 3
+    assert is_plain(tiny_transformer) and torch.equal(stream(tiny_transformer, [0, 3], temperature=0), codes)
+    assert len(tiny_transformer(ids, output_hidden_states=True).hidden_states) == 3
+
+
 def in_threads(work, count):
     """Results of ``work(index)`` for every index, all begun at one time on four threads."""
     start = threading.Barrier(4)

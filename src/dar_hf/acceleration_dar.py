@@ -41,12 +41,17 @@ def is_plain(module: nn.Module) -> bool:
     """Whether a copy of this module computes what it does: nothing intervenes but its own classes and parameters."""
     return all(
         (part is module or _is_known(type(part)))
-        and not (part._forward_hooks or part._forward_pre_hooks)
+        and not any(map(_intervenes, (*part._forward_hooks.values(), *part._forward_pre_hooks.values())))
         and "forward" not in vars(part)  # how accelerate, diffusers and kernels wrap it
         and part._compiled_call_impl is None
         and all(_is_ordinary(parameter) for parameter in part._parameters.values())
         for part in module.modules()
     )
+
+
+def _intervenes(hook: Any) -> bool:
+    """Whether a hook is more than transformers' recorder of hidden states, which stays where it was once asked for."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 def _is_known(kind: type) -> bool:
