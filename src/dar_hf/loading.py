@@ -11,13 +11,13 @@ import torch
 
 from .hub import one_line
 from .pipeline_dar import DARPipeline
+from .weights_dar import is_pointer
 
 Model = TypeVar("Model")
 
 _PARTS = ("", "tokenizer", "transformer", "scheduler")  # folders of a pipeline that hold files
 _CONFIGS = ("model_index.json", "config.json", "generation_config.json", "scheduler_config.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
-_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class LoadError(ValueError):
@@ -97,12 +97,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 POINTER_ADVICE = "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder."
-
-
-def is_pointer(path: Path) -> bool:
-    """Whether git put a pointer in the place of a large file."""
-    with path.open("rb") as file:
-        return file.read(len(_POINTER)) == _POINTER
 
 
 def check_weights(path: str | os.PathLike) -> None:

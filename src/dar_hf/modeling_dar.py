@@ -34,6 +34,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from .acceleration_dar import FilledCacheLayer, accelerated
 from .checks_dar import Generators, check_generators, check_integer
 from .configuration_dar import DARConfig
+from .weights_dar import some_of
 
 GuidanceScale: TypeAlias = float | tuple[float, float] | list[float] | None
 NextLogits: TypeAlias = Callable[[torch.LongTensor], torch.Tensor]
@@ -207,7 +208,7 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
             "they hold unknown": info["unexpected_keys"],
             "they have other shapes of": [] if ignore_mismatched_sizes else mismatched,
         }
-        texts = [f"{verb} {_some_of(sorted(names))}" for verb, names in problems.items() if names]
+        texts = [f"{verb} {some_of(sorted(names))}" for verb, names in problems.items() if names]
         if texts:
             raise ValueError(
                 f"the weights in {pretrained_model_name_or_path} are not those of its configuration: "
@@ -643,12 +644,6 @@ def _next_logits(forward: Callable, tokens: torch.LongTensor, cache: Cache) -> t
     """float32 logits ``(rows, codebook_size)`` after ``tokens (rows, L)``, which follow those in the cache."""
     logits = forward(tokens, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].float()
-
-
-def _some_of(names: list[str], most: int = 4) -> str:
-    """The first few of some names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def check_finite(tensors: Iterable[torch.Tensor]) -> None:

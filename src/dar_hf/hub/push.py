@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,6 +10,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.repocard import RepoCard
 
 from ..files import INDICES, read_text, saved_class
+from ..weights_dar import stale_weights
 from .advice import advice
 from .blocks import merge_cards, replace_block
 from .cards import empty_model, model_card
@@ -20,10 +20,6 @@ from .remote_code import is_self_contained
 logger = logging.getLogger(__name__)
 
 NUM_NAMED = 8  # of the files that a warning lists
-WEIGHTS = re.compile(
-    r"(?P<stem>model|diffusion_pytorch_model)(?:\.(?P<variant>[\w]+?))?(?:-\d+-of-\d+)?"
-    r"\.safetensors(?:\.index(?:\.(?P<index_variant>\w+))?\.json)?"
-)
 
 
 def prepare_repository(
@@ -233,21 +229,3 @@ def _commit(
             create_pr=create_pr,
             parent_commit=info.sha,  # refused if somebody changes the card meanwhile
         )
-
-
-def stale_weights(there: list[str], uploaded: list[str]) -> list[str]:
-    """Weights among the files ``there`` that the uploaded ones replace under other names.
-
-    A model has one set of weights for each variant: a single file, or shards with their index.
-    """
-    sets = {_weights_set(path) for path in uploaded} - {None}
-    return [path for path in there if path not in uploaded and _weights_set(path) in sets]
-
-
-def _weights_set(path: str) -> tuple[str, str, str] | None:
-    """Folder, stem and variant of a weights file, or None for another file."""
-    pure = PurePosixPath(path)
-    found = WEIGHTS.fullmatch(pure.name)
-    if found is None:
-        return None
-    return str(pure.parent), found["stem"], found["variant"] or found["index_variant"] or ""
