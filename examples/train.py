@@ -17,7 +17,8 @@ from dar_hf.options import read_options
 from dar_hf.presets import get_preset
 from dar_hf.training import ARArguments, TokenizerArguments, train
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
-from dar_hf.training.loop import ResumeError, StoppedError, claim_output_dir, make_accelerator
+from dar_hf.training.loop import ResumeError, StoppedError, make_accelerator
+from dar_hf.training.run_folder import claim_output_dir
 
 STAGES = {"tokenizer": TokenizerArguments, "ar": ARArguments}
 

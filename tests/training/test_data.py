@@ -10,7 +10,8 @@ from PIL import Image
 from dar_hf.data import DataError
 from dar_hf.pictures import read_history
 from dar_hf.training import train
-from dar_hf.training.loop import ResumeError, claim_output_dir, make_accelerator
+from dar_hf.training.loop import ResumeError, make_accelerator
+from dar_hf.training.run_folder import claim_output_dir
 
 from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_stage
 

@@ -51,8 +51,7 @@ from .checkpoints import (
     way_back,
 )
 from .folder_lock import lock_folder, unlock_folder
-from .launcher import check_launcher, precision_reason
-from .launcher import pick_precision as pick_precision
+from .launcher import check_launcher, pick_precision, precision_reason
 from .pushing import BackgroundPush
 from .resuming import ResumeError, check_same_run
 from .run_folder import (
@@ -65,7 +64,6 @@ from .run_folder import (
     read_kept_history,
     read_record,
 )
-from .run_folder import claim_output_dir as claim_output_dir
 from .sharding import check_layout, configure_deepspeed, gather_into
 from .stage import Stage
 from .stopping import StoppedError, StopRequest
