@@ -3,6 +3,7 @@ import os
 import pytest
 
 from .commands import start_fork_server
+from .helpers import tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,11 @@ def environment(tmp_path_factory):
     environment = os.environ | changes
     start_fork_server(environment)
     return environment
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Folder of a small tokenizer in which every part is alive."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)

@@ -26,13 +26,6 @@ def alone(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def pipeline(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("pipeline")
     with fresh_process():

@@ -13,7 +13,7 @@ from dar_hf.training.build import build_ar_stage
 from dar_hf.training.fine_tuning import renew_classes
 from dar_hf.training.loop import make_accelerator
 
-from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer
+from .helpers import ar_args, ar_stage, fresh_process
 
 STARTS = ("null", "mean", "fresh")
 
@@ -23,13 +23,6 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with fresh_process():
         yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
