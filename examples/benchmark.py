@@ -291,7 +291,8 @@ def tokenizer_rows(args: argparse.Namespace, limits: dict[str, float], tokenizer
         tokenizer.decode_dtype = dtype
         sample = tokenizer.decode(codes, noise=noise).sample
         exact = sample if exact is None else exact
-        used = torch.bfloat16 if tokenizer._decoding_denoiser(1024) is not tokenizer.denoiser else torch.float32
+        with torch.no_grad():
+            used = tokenizer._decoding_copy().proj_in.weight.dtype
         rows.append(
             {
                 "what": f"decode, {label}",

@@ -11,9 +11,9 @@ from dar_hf import (
     DARTokenizerEncoderOutput,
     DARTokenizerOutput,
     FlowMatchAdamsBashforthScheduler,
-    tokenizer_dar,
+    acceleration_dar,
 )
-from dar_hf.tokenizer_dar import CausalCache, DARAttnProcessor, apply_rotary, rotary_table
+from dar_hf.layers_dar import CausalCache, DARAttnProcessor, apply_rotary, rotary_table
 
 OPTIONS = {
     "default": {},
@@ -633,13 +633,13 @@ def test_decoding_in_another_dtype_follows_the_weights(tiny_tokenizer):
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_wide_models_decode_in_what_the_processor_is_fast_in(make_tokenizer, monkeypatch, dtype, fast):
-    monkeypatch.setattr(tokenizer_dar, "has_fast_bf16", lambda device: fast)
+    monkeypatch.setattr(acceleration_dar, "has_fast_bf16", lambda device: fast)
     model, codes = make_tokenizer().to(dtype), random_codes()
-    assert model._decoding_denoiser().proj_in.weight.dtype == dtype  # narrow
+    assert model._decoding_copy().proj_in.weight.dtype == dtype  # narrow
     own = model.decode(codes, generator=seeded()).sample
-    monkeypatch.setattr(tokenizer_dar, "HALF_FROM", model.config.diffusion_dim)
+    monkeypatch.setattr(acceleration_dar, "HALF_FROM", model.config.diffusion_dim)
     with torch.no_grad():
-        used = model._decoding_denoiser().proj_in.weight.dtype
+        used = model._decoding_copy().proj_in.weight.dtype
     assert used == {torch.float32: torch.bfloat16}.get(dtype, dtype) if fast else used == torch.float32
     difference = (model.decode(codes, generator=seeded()).sample - own).norm() / own.norm()
     assert (0 < difference < 0.03) if used != dtype else difference == 0
@@ -648,11 +648,11 @@ def test_wide_models_decode_in_what_the_processor_is_fast_in(make_tokenizer, mon
 
 
 def test_offloaded_models_are_not_copied(make_tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer_dar, "has_fast_bf16", lambda device: True)
-    monkeypatch.setattr(tokenizer_dar, "HALF_FROM", 1)
+    monkeypatch.setattr(acceleration_dar, "has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(acceleration_dar, "HALF_FROM", 1)
     model = make_tokenizer()
     model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    assert model._decoding_denoiser() is model.denoiser
+    assert model._decoding_copy() is model.denoiser
     assert model.decode(random_codes(), generator=seeded()).sample.isfinite().all()
 
 

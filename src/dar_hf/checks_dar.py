@@ -1,7 +1,8 @@
 """Checks of arguments that the model files share. An error names the argument, what it must be and what was given."""
 
+import sys
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
@@ -57,3 +58,71 @@ def check_generators(generator: Generators, batch_size: int | None, device: torc
             raise ValueError(f"a generator on {given.device} cannot draw for a model on {device}: use one on the CPU.")
     if several and len(generators) != batch_size:
         raise ValueError(f"got {len(generators)} generators for a batch of {batch_size}.")
+
+
+def check_times(name: str, times: torch.Tensor | float) -> None:
+    """Raises ValueError for times outside [0, 1], but for rounding, where reading them costs no waiting."""
+    if torch.compiler.is_compiling() or (isinstance(times, torch.Tensor) and times.device.type != "cpu"):
+        return
+    times = torch.as_tensor(times, dtype=torch.float32)
+    if not ((times >= -1e-6) & (times <= 1 + 1e-6)).all():  # also catches NaN
+        low, high = (float(value) for value in times.aminmax())
+        raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}.")
+
+
+# Options of `DARTokenizer`
+
+_FLAGS = ("low_rank_queries", "share_time_embedding", "adaptive_head", "strict_sample_size")
+_NUMBERS = ("data_std", "time_shift", "rope_theta", "diffusion_rope_theta")
+_OPTIONAL = ("diffusion_rope_theta", "tokens_per_group", "num_inference_steps", "condition_dim", "repa_layer")
+# what an option must be; sizes, all others, are integers
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(_FLAGS, (bool, "True or False")),
+    **dict.fromkeys(_NUMBERS, (Real, "a number")),
+}
+
+
+def check_option_types(config: Any) -> None:
+    """Refuse options of a tokenizer of the wrong type, as damaged files hold them, and sizes below 1."""
+    for name, value in config.items():
+        if name.startswith("_") or name == "sample_size" or (name in _OPTIONAL and value is None):
+            continue
+        kind, words = _KINDS.get(name, (Integral, "an integer"))
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} must be {words}, got {value!r}.")
+        if kind is Integral and name not in ("repa_layer", "tokens_per_group") and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_sizes(config: Any) -> None:
+    """Refuse sizes of a tokenizer that do not fit together."""
+    size = config.sample_size
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(x, int) and x > 0 for x in pair):
+        raise ValueError(f"sample_size must be a positive integer or (height, width), got {size!r}.")
+    for name in ("encoder_dim", "decoder_dim", "diffusion_dim"):
+        if config[name] % config.attention_head_dim:
+            raise ValueError(f"{name}={config[name]} is not a multiple of {config.attention_head_dim=}.")
+    if config.attention_head_dim % 4:
+        raise ValueError(
+            f"attention_head_dim must be a multiple of 4 (two rotary axes), got {config.attention_head_dim}."
+        )
+    if config.num_tokens % config.num_groups or config.num_tokens > config.max_num_tokens:
+        raise ValueError(
+            f"num_tokens={config.num_tokens} must be a multiple of num_groups={config.num_groups} "
+            f"and at most max_num_tokens={config.max_num_tokens}."
+        )
+    if not 0 < config.tokens_per_group <= config.num_tokens:
+        raise ValueError(f"tokens_per_group={config.tokens_per_group} does not fit num_tokens={config.num_tokens}.")
+    if config.condition_dim != config.decoder_dim:
+        raise ValueError(f"condition_dim={config.condition_dim} must equal decoder_dim={config.decoder_dim}.")
+    for name in _NUMBERS:
+        if not 0 < config[name] <= sys.float_info.max:
+            raise ValueError(f"{name} must be positive and finite, got {config[name]}.")
+    if config.adaptive_head and not config.share_time_embedding:
+        raise ValueError("adaptive_head=True reads the shared time embedding: set share_time_embedding=True.")
+    if config.repa_layer is not None and not 0 <= config.repa_layer < config.diffusion_depth:
+        raise ValueError(f"repa_layer={config.repa_layer} is not one of the {config.diffusion_depth} denoiser blocks.")
+    for patch in (config.encoder_patch_size, config.diffusion_patch_size):
+        if any(side % patch for side in pair):
+            raise ValueError(f"sample_size={config.sample_size} is not a multiple of the patch size {patch}.")

@@ -2,7 +2,8 @@
 
 An encoder turns an image into N discrete codes in K groups; group k conditions the k-th denoising step of a
 pixel-space flow-matching decoder. So decoding codes *is* sampling a diffusion model, and every finished group gives a
-preview. Reads downward: attention and its cache, blocks, quantizer, denoiser, outputs, the public `DARTokenizer` last.
+preview. `DARTokenizer` reads in the order of the data: image to codes, codes to conditions, conditions to image, and
+the training pass that does all three. Its layers are in ``layers_dar.py``.
 
 What departs from the original code: attention keeps no map, the causal blocks keep a cache while codes stream in,
 and the quantizer, time, rotary positions and solver state are float32 whatever the dtype of the model. Values are the
@@ -12,17 +13,14 @@ same.
 import copy
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
@@ -30,8 +28,27 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from .acceleration_dar import accelerated, has_fast_bf16, is_plain, release
-from .checks_dar import check_generators, check_integer, check_tensor, described
+from .acceleration_dar import accelerated, fastest_dtype, is_plain, release
+from .checks_dar import (
+    check_generators,
+    check_integer,
+    check_option_types,
+    check_sizes,
+    check_tensor,
+    check_times,
+    described,
+)
+from .layers_dar import (
+    CausalCache,
+    Denoiser,
+    Float32Linear,
+    GatedBlock,
+    VectorQuantizer,
+    causal_mask,
+    layer_norm,
+    repa_head,
+    rotary_table,
+)
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time, to_adams_bashforth
 from .weights_dar import (
     check_finite_weights,
@@ -43,342 +60,7 @@ from .weights_dar import (
     some_of,
 )
 
-NORM_EPS = 1e-6  # every LayerNorm of the tokenizer
-SHORT_SEQUENCE = 128  # up to here the fused attention of CPUs is several times slower backwards than plain matmuls
 CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
-HALF_FROM = 512  # width from which the denoiser gains from bf16; smaller ones are bound by overheads
-NUM_REPA_ROWS = 16  # rows of the feature grid that REPA compares: DINOv2 at 224 pixels has 16
-
-
-def layer_norm(x: torch.Tensor) -> torch.Tensor:
-    """LayerNorm over the last axis without affine parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
-def rotary_table(height: int, width: int, head_dim: int, theta: float) -> torch.Tensor:
-    """Rotations of the two-axis rotary embedding of a ``height x width`` grid, as complex numbers.
-
-    The first half of the head dimension rotates with the row, the second with the column; angles are computed in
-    float64 and stored in float32, as the original code does.
-
-    Returns:
-        ``(height * width, 1, head_dim / 2)`` complex64.
-    """
-    per_axis = head_dim // 2
-    frequencies = theta ** (-torch.arange(0, per_axis, 2, dtype=torch.float64) / per_axis)
-    rows = torch.arange(height, dtype=torch.float64)[:, None, None] * frequencies
-    columns = torch.arange(width, dtype=torch.float64)[None, :, None] * frequencies
-    angles = torch.cat([rows.expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1)
-    angles = angles.reshape(height * width, 1, per_axis)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-
-
-def apply_rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rotate interleaved pairs of ``x (B, L, heads, head_dim)`` by ``table (L, 1, head_dim / 2)`` in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
-
-
-def _is_long_half_attention(query: torch.Tensor, key: torch.Tensor) -> bool:
-    return (
-        query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
-        and key.shape[1] > SHORT_SEQUENCE
-        and not query.requires_grad
-        and not torch.compiler.is_compiling()
-    )
-
-
-def head_by_head_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of bf16 ``(B, L, heads, head_dim)`` on CPUs, where torch's fused kernel is no faster than in float32.
-
-    Two heads at a time, one for each half of the work of a matrix product, so that their scores stay in the cache.
-    """
-    output = torch.empty_like(query)
-    batch_size, length, num_heads, head_dim = query.shape
-    scores = query.new_empty(2, length, key.shape[1])
-    weights = torch.empty_like(scores)
-    for row in range(batch_size):
-        q, k, v = (x[row].transpose(0, 1).contiguous() for x in (query * head_dim**-0.5, key, value))
-        for head in range(0, num_heads, 2):
-            pair = slice(head, head + 2)
-            size = len(q[pair])
-            torch.bmm(q[pair], k[pair].transpose(1, 2), out=scores[:size])
-            torch.softmax(scores[:size], dim=-1, out=weights[:size])
-            output[row, :, pair] = torch.bmm(weights[:size], v[pair]).transpose(0, 1)
-    return output
-
-
-class CausalCache:
-    """Keys and values of the causal blocks for the codes seen so far, one pair ``(B, L, heads, head_dim)`` a block."""
-
-    def __init__(self, num_blocks: int):
-        self.entries: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_blocks
-
-    @property
-    def length(self) -> int:
-        """How many codes are held."""
-        entry = self.entries[0] if self.entries else None
-        return 0 if entry is None else entry[0].shape[1]
-
-    def update(self, block: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new keys and values of a block and return all of them."""
-        entry = self.entries[block]
-        if entry is not None:
-            key, value = torch.cat([entry[0], key], dim=1), torch.cat([entry[1], value], dim=1)
-        self.entries[block] = (key, value)
-        return key, value
-
-
-class DARAttnProcessor:
-    """Runs `DARAttention` through diffusers' dispatcher, so that ``set_attention_backend`` works."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: "DARAttention",
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        rotary: torch.Tensor | None = None,
-        rotate_keys: bool = True,
-        cache: tuple[CausalCache, int] | None = None,
-    ) -> torch.Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            projection(x).unflatten(-1, (-1, attn.head_dim))
-            for projection, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if rotary is not None:
-            query = apply_rotary(query, rotary)
-            key = apply_rotary(key, rotary) if rotate_keys else key
-        query, key = query.to(value.dtype), key.to(value.dtype)  # autocast norms in float32
-        if cache is not None:
-            key, value = cache[0].update(cache[1], key, value)
-        backend = self._attention_backend
-        if backend is None and attention_mask is None and _is_long_half_attention(query, key):
-            return attn.to_out(head_by_head_attention(query, key, value).flatten(2))
-        if backend is None and query.requires_grad and query.device.type == "cpu" and key.shape[1] <= SHORT_SEQUENCE:
-            backend = AttentionBackendName._NATIVE_MATH
-        output = dispatch_attention_fn(
-            query, key, value, attention_mask, backend=backend, parallel_config=self._parallel_config
-        )
-        return attn.to_out(output.flatten(2).to(query.dtype))
-
-
-class DARAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention with biases and an affine LayerNorm on every head's queries and keys."""
-
-    _default_processor_cls = DARAttnProcessor
-    _available_processors = [DARAttnProcessor]
-    _supports_qkv_fusion = False
-
-    def __init__(self, dim: int, head_dim: int):
-        super().__init__()
-        self.head_dim = head_dim
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.norm_q = nn.LayerNorm(head_dim, eps=NORM_EPS)
-        self.norm_k = nn.LayerNorm(head_dim, eps=NORM_EPS)
-        self.to_out = nn.Linear(dim, dim)
-        self.set_processor(DARAttnProcessor())
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return self.processor(self, hidden_states, **kwargs)
-
-
-def feed_forward(dim: int) -> nn.Sequential:
-    """Two linear layers around a SiLU, four times as wide inside."""
-    return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
-
-
-class GatedBlock(nn.Module):
-    """Pre-norm transformer block whose two branches are scaled by learned per-channel gates (zero at the start)."""
-
-    def __init__(self, dim: int, head_dim: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = DARAttention(dim, head_dim)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = feed_forward(dim)
-        self.gate1 = nn.Parameter(torch.zeros(dim))
-        self.gate2 = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: torch.Tensor, attention: dict) -> torch.Tensor:
-        x = torch.addcmul(x, self.gate1, self.attn(self.norm1(x), **attention))
-        return torch.addcmul(x, self.gate2, self.mlp(self.norm2(x)))
-
-
-class TimestepEmbedding(nn.Module):
-    """Sinusoidal embedding of ``1000 t`` (cosines first), then Linear-SiLU-Linear."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.dim = dim
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        half = self.dim // 2
-        exponents = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
-        angles = 1000.0 * timestep.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
-
-
-class DiffusionBlock(nn.Module):
-    """Decoder block: cross-attention to the group's conditions sets shift, scale and gate of each position (adaLN)."""
-
-    def __init__(self, dim: int, head_dim: int, own_time_embedding: bool):
-        super().__init__()
-        self.time_embed = TimestepEmbedding(dim) if own_time_embedding else None
-        self.condition_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.cross_attn = DARAttention(dim, head_dim)
-        self.modulation = nn.Linear(dim, 6 * dim)
-        self.attn = DARAttention(dim, head_dim)
-        self.mlp = feed_forward(dim)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        condition: torch.Tensor,
-        timestep: torch.Tensor,
-        shared_time: torch.Tensor | None,
-        rotary: torch.Tensor,
-    ) -> torch.Tensor:
-        time: torch.Tensor = self.time_embed(timestep) if self.time_embed is not None else shared_time
-        normed = layer_norm(x)
-        attended = self.cross_attn(
-            normed,
-            encoder_hidden_states=layer_norm(self.condition_embed(condition)),
-            rotary=rotary,
-            rotate_keys=False,  # the conditions have no place in the picture
-        )
-        modulation = self.modulation(F.silu(time.unsqueeze(1) + attended))
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(normed + shift1, normed, scale1), rotary=rotary))
-        normed = layer_norm(x)
-        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(normed + shift2, normed, scale2)))
-
-
-class AdaptiveHead(nn.Module):
-    """DiT-style final layer: LayerNorm, shift and scale from the time embedding, Linear (``mlp_head`` originally)."""
-
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__()
-        self.modulation = nn.Linear(dim, 2 * dim)
-        self.linear = nn.Linear(dim, out_dim)
-
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.modulation(F.silu(time))[:, None].chunk(2, dim=-1)
-        return self.linear(layer_norm(x) * (1 + scale) + shift)
-
-
-def repa_head(dim: int, out_dim: int, hidden: int = 2048) -> nn.Sequential:
-    """Projects decoder features to those of a frozen image encoder (training only).
-
-    A plain Sequential, as diffusers' offloading by blocks cuts those into pieces of their own class.
-    """
-    return nn.Sequential(
-        nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out_dim)
-    )
-
-
-class Denoiser(nn.Module):
-    """Pixel-space transformer that predicts the velocity of a noisy image under one group's conditions."""
-
-    def __init__(self, config: Any):
-        super().__init__()
-        dim, head_dim = config.diffusion_dim, config.attention_head_dim
-        self.patch_size = config.diffusion_patch_size
-        self.repa_layer = config.repa_layer
-        patch_dim = config.in_channels * self.patch_size**2
-        self.proj_in = nn.Linear(patch_dim, dim)
-        self.condition_proj = nn.Linear(config.condition_dim, dim)
-        self.time_embed: Any = TimestepEmbedding(dim) if config.share_time_embedding else None
-        self.blocks = nn.ModuleList(
-            DiffusionBlock(dim, head_dim, not config.share_time_embedding) for _ in range(config.diffusion_depth)
-        )
-        self.adaptive_head: Any = AdaptiveHead(dim, patch_dim) if config.adaptive_head else None
-        self.proj_out: Any = None if config.adaptive_head else nn.Linear(dim, patch_dim)
-        self.repa_head: Any = None if config.repa_layer is None else repa_head(dim, config.repa_dim)
-        self.gradient_checkpointing = False
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        condition: torch.Tensor,
-        rotary: torch.Tensor,
-        output_repa: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows = sample.shape[-2] // self.patch_size
-        # pixel-unshuffle keeps (channel, row, column) order inside the patch, as the original code does
-        x = self.proj_in(F.pixel_unshuffle(sample, self.patch_size).flatten(2).transpose(1, 2))
-        condition = layer_norm(self.condition_proj(condition))
-        time = self.time_embed(timestep) if self.time_embed is not None else None
-        repa_features = None
-        for index, block in enumerate(self.blocks):
-            if output_repa and index == self.repa_layer:
-                repa_features = self._repa_features(x, rows)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, condition, timestep, time, rotary)
-            else:
-                x = block(x, condition, timestep, time, rotary)
-        x = layer_norm(x)
-        x = self.proj_out(x) if self.adaptive_head is None else self.adaptive_head(x, time)
-        velocity = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, -1)), self.patch_size)
-        return velocity, repa_features
-
-    def _repa_features(self, x: torch.Tensor, rows: int) -> torch.Tensor:
-        grid = x.transpose(1, 2).unflatten(2, (rows, -1))
-        pooled = F.avg_pool2d(grid, max(1, rows // NUM_REPA_ROWS))
-        return self.repa_head(pooled.flatten(2).transpose(1, 2))
-
-
-class KeepsFloat32(nn.Module):
-    """Keeps float32 parameters when the model around it is cast: codes must not depend on how it came to bfloat16."""
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        def move_only(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            cast = tensor.dtype == torch.float32 and moved.dtype != torch.float32
-            return tensor.to(moved.device) if cast else moved
-
-        return super()._apply(move_only, recurse)
-
-
-class Float32Linear(KeepsFloat32, nn.Linear):
-    """Linear layer that computes in float32."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
-
-
-class VectorQuantizer(KeepsFloat32):
-    """Nearest of the l2-normalised codebook rows. Stored rows have any length; their direction is the code."""
-
-    def __init__(self, codebook_size: int, codebook_dim: int):
-        super().__init__()
-        self.codebook = nn.Embedding(codebook_size, codebook_dim)
-        self.codebook.weight.data.uniform_(-1.0 / codebook_size, 1.0 / codebook_size)
-
-    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
-        """Codes ``(...)`` of l2-normalised latents ``(..., codebook_dim)``."""
-        return self.similarities(latents).argmax(dim=-1)
-
-    def similarities(self, latents: torch.Tensor) -> torch.Tensor:
-        """Cosines ``(..., codebook_size)`` of latents ``(..., codebook_dim)`` and the codebook's rows."""
-        every_code = torch.arange(self.codebook.num_embeddings, device=latents.device)
-        return latents @ self.embed(every_code).T
-
-    def embed(self, codes: torch.Tensor) -> torch.Tensor:
-        """l2-normalised float32 code vectors ``(..., codebook_dim)``."""
-        return F.normalize(self.codebook(codes).float(), dim=-1)
 
 
 @dataclass
@@ -524,7 +206,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         diffusion_rope_theta: float | None = None,
     ):
         super().__init__()
-        _check_kinds(self.config)
+        check_option_types(self.config)
         self.register_to_config(
             tokens_per_group=num_tokens // num_groups if tokens_per_group is None else tokens_per_group,
             num_inference_steps=num_groups if num_inference_steps is None else num_inference_steps,
@@ -532,7 +214,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             diffusion_rope_theta=rope_theta if diffusion_rope_theta is None else diffusion_rope_theta,
         )
         config = self.config
-        _check_config(config)
+        check_sizes(config)
         head_dim = attention_head_dim
 
         self.patch_embed = nn.Conv2d(in_channels, encoder_dim, encoder_patch_size, stride=encoder_patch_size)
@@ -622,37 +304,52 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        return _pair(self.config.sample_size)
+        size = self.config.sample_size
+        if isinstance(size, int):
+            return size, size
+        height, width = size
+        return height, width
 
-    def _cached(self, key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _cached(self, name: str, make: Callable[[], torch.Tensor], *key: Any) -> torch.Tensor:
+        """A table on the model's device: made once for each key, no parameter, not saved."""
+        key = (name, *key)
         if key not in self._tables:
             with torch.inference_mode(False):  # or training after a call in inference mode could not use it
                 self._tables[key] = make().to(key[-1])
         return self._tables[key]
 
-    def _rotary(self, height: int, width: int, device: torch.device) -> torch.Tensor:
-        """Rotary table of the denoiser."""
-        head_dim, theta = self.config.attention_head_dim, self.config.diffusion_rope_theta
-        return self._cached(("rotary", height, width, device), lambda: rotary_table(height, width, head_dim, theta))
-
     def _encoder_tables(self, height: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Rotary table (identity for the queries) and mask of the encoder's sequence [patches, queries]."""
-        num_tokens, num_patches = self.config.num_tokens, height * width
+        config = self.config
 
         def rotary() -> torch.Tensor:
-            table = rotary_table(height, width, self.config.attention_head_dim, self.config.rope_theta)
-            return torch.cat([table, torch.ones_like(table[:1]).expand(num_tokens, -1, -1)])
+            table = rotary_table(height, width, config.attention_head_dim, config.rope_theta)
+            return torch.cat([table, torch.ones_like(table[:1]).expand(config.num_tokens, -1, -1)])
 
         def mask() -> torch.Tensor:
-            length = num_patches + num_tokens
-            allowed = torch.ones(length, length, dtype=torch.bool).tril()
-            allowed[:, :num_patches] = True
-            return allowed[None, None]  # four axes: diffusers takes a mask of two for one of padding if sizes agree
+            return causal_mask(config.num_tokens, num_open=height * width)
 
         return {
-            "rotary": self._cached(("encoder rotary", height, width, device), rotary),
-            "attention_mask": self._cached(("encoder mask", height, width, device), mask),
+            "rotary": self._cached("encoder rotary", rotary, height, width, device),
+            "attention_mask": self._cached("encoder mask", mask, height, width, device),
         }
+
+    def _causal_mask(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
+        """Which codes before ``stop`` the codes ``[start, stop)`` see, ``(1, 1, stop - start, stop)`` bool."""
+        mask = self._cached("causal mask", lambda: causal_mask(self.config.num_tokens), device)
+        return mask[..., start:stop, :stop]
+
+    def _denoiser_rotary(self, height: int, width: int, device: torch.device) -> torch.Tensor:
+        """Rotary table of images of this size in pixels."""
+        config = self.config
+        patch = config.diffusion_patch_size
+
+        def rotary() -> torch.Tensor:
+            return rotary_table(
+                height // patch, width // patch, config.attention_head_dim, config.diffusion_rope_theta
+            )
+
+        return self._cached("denoiser rotary", rotary, height, width, device)
 
     def make_tables(self) -> None:
         """Make the rotary tables and masks for images of `image_size` on the model's device.
@@ -660,10 +357,11 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         They are made when first needed; but ``torch.compile`` compiles code that made them once more, now that they
         are there.
         """
-        (height, width), config = self.image_size, self.config
-        self._encoder_tables(height // config.encoder_patch_size, width // config.encoder_patch_size, self.device)
-        self._rotary(height // config.diffusion_patch_size, width // config.diffusion_patch_size, self.device)
-        self._causal_mask(0, config.num_tokens, self.device)
+        height, width = self.image_size
+        patch = self.config.encoder_patch_size
+        self._encoder_tables(height // patch, width // patch, self.device)
+        self._causal_mask(0, self.config.num_tokens, self.device)
+        self._denoiser_rotary(height, width, self.device)
 
     def check_size(self, height: int, width: int) -> None:
         """Raises ValueError for an image size in pixels that this tokenizer does not take."""
@@ -772,14 +470,6 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 x = block(x, {"attention_mask": mask, "cache": (cache, index)})
         return layer_norm(x)
 
-    def _causal_mask(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        """Which codes before ``stop`` the codes ``[start, stop)`` see, ``(1, 1, stop - start, stop)`` bool."""
-        mask = self._cached(
-            ("causal", device),
-            lambda: torch.ones(1, 1, self.config.num_tokens, self.config.num_tokens, dtype=torch.bool).tril(),
-        )
-        return mask[..., start:stop, :stop]
-
     def condition(self, codes: torch.Tensor, cache: CausalCache | None = None) -> torch.Tensor:
         """Conditions ``(B, n, decoder_dim)`` of a sequence of codes ``(B, n)``, for any n up to N.
 
@@ -853,7 +543,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(
                 f"timestep must be one time or one for each of {len(sample)} images, got {tuple(times.shape)}."
             )
-        _check_times("timestep", timestep)
+        check_times("timestep", timestep)
         return self._velocity(sample, times.expand(len(sample)), condition)[0].to(sample.dtype)
 
     def _velocity(
@@ -864,32 +554,22 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         output_repa: bool = False,
         denoiser: Denoiser | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Velocity, and features of the REPA head where asked for; by a copy of the denoiser where one is given."""
         if denoiser is None or denoiser is self.denoiser:
-            denoiser, dtype = self.denoiser, self.dtype  # not that of its weights: they may be stored in fewer bits
+            denoiser = self.denoiser
+            dtype = self.dtype  # not that of its weights: they may be stored in fewer bits
         else:
             dtype = denoiser.condition_proj.weight.dtype
-        patch = self.config.diffusion_patch_size
-        rotary = self._rotary(sample.shape[2] // patch, sample.shape[3] // patch, sample.device)
+        rotary = self._denoiser_rotary(sample.shape[2], sample.shape[3], sample.device)
         return denoiser(sample.to(dtype), timestep, condition.to(dtype), rotary, output_repa)
 
-    def _decoding_dtype(self) -> torch.dtype:
-        """What `decode_dtype` stands for on this device."""
-        if not is_plain(self.denoiser):
-            return self.dtype
-        if self.decode_dtype is not None:
-            return self.decode_dtype
-        if self.config.diffusion_dim < HALF_FROM:
-            return self.dtype
-        fast = has_fast_bf16(self.device)
-        if self.dtype == torch.float32 and fast:
-            return torch.bfloat16
-        if self.dtype in (torch.bfloat16, torch.float16) and self.device.type == "cpu" and not fast:
-            return torch.float32
-        return self.dtype
-
-    def _decoding_denoiser(self) -> Denoiser:
+    def _decoding_copy(self) -> Denoiser:
         """The denoiser in `decode_dtype`."""
-        dtype = self._decoding_dtype()
+        if not is_plain(self.denoiser):
+            return self.denoiser
+        dtype = self.decode_dtype
+        if dtype is None:
+            dtype = fastest_dtype(self.dtype, self.device, self.config.diffusion_dim)
         if dtype == self.dtype:
             return accelerated(self.denoiser)
         return accelerated(self.denoiser, dtype=dtype, pack=True, keep=True, without=["repa_head"])
@@ -971,21 +651,19 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             ValueError: for wrong sizes, steps, codes, noise, generators or schedulers, or where images are not finite.
                 On GPUs, which this would keep waiting, only the last step's are looked at, and noise is not.
         """
-        num_steps = check_num_steps(
-            self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        )
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+        num_steps = check_num_steps(num_inference_steps)
         start_step = check_integer("start_step", start_step, least=None)
         if not 0 <= start_step < num_steps:
             raise ValueError(f"start_step must lie in [0, {num_steps}), got {start_step}.")
         if not isinstance(groups, Iterable):
             raise ValueError(f"groups must be an iterable of codes, got {described(groups)}.")
         size = self._decoding_size(noise, height, width)
+        if scheduler is None:
+            scheduler = FlowMatchAdamsBashforthScheduler(shift=self.config.time_shift)
         # a copy, so that two streams can run at once on one pipeline
-        scheduler = (
-            FlowMatchAdamsBashforthScheduler(shift=self.config.time_shift)
-            if scheduler is None
-            else copy.deepcopy(to_adams_bashforth(scheduler))
-        )
+        scheduler = copy.deepcopy(to_adams_bashforth(scheduler))
         scheduler.set_timesteps(num_steps)
         conditions = self._condition_stream(groups, check_codes)
         return self._denoise(conditions, generator, noise, size, scheduler, start_step)
@@ -1022,44 +700,54 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         scheduler: FlowMatchAdamsBashforthScheduler,
         start_step: int,
     ) -> Iterator[DARPreview]:
-        num_steps, step, sample = len(scheduler.timesteps), start_step, noise
-        denoiser = None
+        num_steps = len(scheduler.timesteps)
         windows = self.step_windows(num_steps)
+        step = start_step
+        denoiser = None
         for conditions in condition_stream:
-            batch_size = len(conditions)
-            if denoiser is None:  # the first codes
-                check_generators(generator, batch_size, conditions.device)
-            if sample is None:
-                generator = list(generator) if isinstance(generator, tuple) else generator
-                shape = (batch_size, self.config.in_channels, *size)
-                sample = randn_tensor(shape, generator=generator, device=conditions.device, dtype=torch.float32)
-            elif len(sample) != batch_size:
-                raise ValueError(f"noise for {len(sample)} images does not fit codes of {batch_size}.")
-            sample = sample.to(conditions.device)
-            if denoiser is None:
-                denoiser = self._decoding_denoiser()
+            if denoiser is None:  # the first codes: only now are batch size and device known
+                denoiser = self._decoding_copy()
+                sample = self._start_noise(noise, generator, (len(conditions), *size), conditions.device)
             while step < num_steps and windows[step][1] <= conditions.shape[1]:
                 start, stop = windows[step]
                 timestep = scheduler.timesteps[step]
                 time = timestep.to(sample.device).expand(1)  # one for all images
                 velocity, _ = self._velocity(sample, time, conditions[:, start:stop], denoiser=denoiser)
-                preview = scheduler.preview(velocity, timestep, sample)
-                sample = scheduler.step(velocity, timestep, sample)[0]
+                clean = scheduler.preview(velocity, timestep, sample)
+                noisy = scheduler.step(velocity, timestep, sample)[0]
                 step += 1
-                if step == num_steps or preview.device.type == "cpu":
-                    self.check_finite(preview)
-                shown = DARPreview(
+                if step == num_steps or clean.device.type == "cpu":
+                    self.check_finite(clean)
+                preview = DARPreview(
                     step=step,
                     num_steps=num_steps,
                     num_tokens=stop,
-                    sample=preview / self.config.data_std,
+                    sample=clean / self.config.data_std,
                     timestep=float(timestep),
-                    latents=sample,
+                    latents=noisy,
                 )
-                yield shown
-                sample = shown.latents
+                yield preview
+                sample = preview.latents  # which the caller may have replaced
             if step == num_steps:
                 return  # with fewer steps than groups the last codes change nothing: do not wait for them
+
+    def _start_noise(
+        self,
+        noise: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        size: tuple[int, int, int],
+        device: torch.device,
+    ) -> torch.Tensor:
+        """The caller's noise, or noise drawn for ``size``: images, rows and columns."""
+        batch_size, height, width = size
+        check_generators(generator, batch_size, device)
+        if noise is None:
+            generator = list(generator) if isinstance(generator, tuple) else generator
+            shape = (batch_size, self.config.in_channels, height, width)
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if len(noise) != batch_size:
+            raise ValueError(f"noise for {len(noise)} images does not fit codes of {batch_size}.")
+        return noise.to(device)
 
     def check_finite(self, images: torch.Tensor) -> None:
         """Raises ValueError, which names the cause, for decoded images with NaN or infinity; waits for the device."""
@@ -1099,59 +787,78 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             ValueError: for wrong types, shapes, sizes or times (which on GPUs are not read), or REPA features of a
                 model without that head.
         """
-        self._check_images(pixel_values)
+        device = pixel_values.device
+        timesteps, noise = self._training_inputs(pixel_values, timesteps, noise, generator)
         if output_repa and self.config.repa_layer is None:
             raise ValueError("this tokenizer has no REPA head: repa_layer is None in its configuration.")
-        device, batch_size = pixel_values.device, len(pixel_values)
-        check_generators(generator, None)
-        if timesteps is None:
-            timesteps = rand_tensor(batch_size, generator, device)
-        check_tensor("timesteps", timesteps, (batch_size,))
-        _check_times("timesteps", timesteps)
-        if hide_group is not None:
-            flags = isinstance(hide_group, torch.Tensor) and hide_group.dtype == torch.bool
-            if not flags or hide_group.shape != (batch_size,):
-                raise ValueError(f"hide_group must be bool of shape ({batch_size},), got {described(hide_group)}.")
-        if noise is not None:
-            check_tensor("noise", noise, tuple(pixel_values.shape))
-        else:
-            noise = randn_tensor(pixel_values.shape, generator=generator, device=device, dtype=torch.float32)
-        config = self.config
-        start = self.group_start(timesteps)
-        times = shift_time(timesteps.float(), config.time_shift)
 
         latents = self._encode(pixel_values)
         with torch.autocast(device.type, enabled=False):
             with torch.no_grad():
                 codes = self.quantizer.nearest(latents)
             quantized = self.quantizer.embed(codes)
-        passed_on = latents + (quantized - latents).detach() if quantize else latents
-        window = start[:, None] + torch.arange(config.tokens_per_group, device=device)
-        if hide_group is not None:
-            hidden = (hide_group.to(device) & (start > 0))[:, None].expand(window.shape)
-            own = torch.zeros(latents.shape[:2], dtype=torch.bool, device=device).scatter(1, window, hidden)
-            passed_on = passed_on.masked_fill(own[..., None], 0.0)
-        conditions = self._condition(passed_on)
-        conditions = conditions.gather(1, window[..., None].expand(-1, -1, conditions.shape[-1]))
+        quantized_st = latents
+        if quantize:
+            quantized_st = latents + (quantized - latents).detach()  # gradients pass straight through
 
-        clean, noise = pixel_values.float() * config.data_std, noise.float()
-        weight = times[:, None, None, None]
-        noisy = weight * clean + (1 - weight) * noise
+        first_token = self.group_start(timesteps)
+        window = first_token[:, None] + torch.arange(self.config.tokens_per_group, device=device)
+        if hide_group is not None:
+            quantized_st = quantized_st.masked_fill(self._hidden(hide_group, window)[..., None], 0.0)
+        conditions = self._condition(quantized_st).take_along_dim(window[..., None], dim=1)
+
+        times = shift_time(timesteps.float(), self.config.time_shift)
+        t = times[:, None, None, None]
+        clean = pixel_values.float() * self.config.data_std
+        noise = noise.float()
+        noisy = t * clean + (1 - t) * noise
         velocity, repa_features = self._velocity(noisy, times, conditions, output_repa)
         velocity = velocity.float()
-        positions = torch.arange(config.num_tokens, device=device)
+
+        positions = torch.arange(self.config.num_tokens, device=device)
         output = DARTokenizerOutput(
             velocity=velocity,
             target=clean - noise,
-            pred_original_sample=(noisy + (1 - weight) * velocity) / config.data_std,
+            pred_original_sample=(noisy + (1 - t) * velocity) / self.config.data_std,
             codes=codes,
             latents=latents,
             quantized=quantized,
-            token_mask=(positions < start[:, None] + config.tokens_per_group).float(),
+            token_mask=(positions <= window[:, -1:]).float(),
             timesteps=times,
             repa_features=repa_features,
         )
         return output if return_dict else output.to_tuple()
+
+    def _training_inputs(
+        self,
+        pixel_values: torch.Tensor,
+        timesteps: torch.Tensor | None,
+        noise: torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Times and noise of `forward`, checked; drawn where they are missing."""
+        self._check_images(pixel_values)
+        check_generators(generator, None)
+        if timesteps is None:
+            timesteps = rand_tensor(len(pixel_values), generator, pixel_values.device)
+        check_tensor("timesteps", timesteps, (len(pixel_values),))
+        check_times("timesteps", timesteps)
+        if noise is None:
+            noise = randn_tensor(
+                pixel_values.shape, generator=generator, device=pixel_values.device, dtype=torch.float32
+            )
+        check_tensor("noise", noise, tuple(pixel_values.shape))
+        return timesteps, noise
+
+    def _hidden(self, hide_group: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+        """``(B, N)`` bool, True at the codes of an image's own group where that is hidden; the first never is."""
+        batch_size = len(window)
+        is_bool = isinstance(hide_group, torch.Tensor) and hide_group.dtype == torch.bool
+        if not is_bool or hide_group.shape != (batch_size,):
+            raise ValueError(f"hide_group must be bool of shape ({batch_size},), got {described(hide_group)}.")
+        hide = hide_group.to(window.device) & (window[:, 0] > 0)
+        none = torch.zeros(batch_size, self.config.num_tokens, dtype=torch.bool, device=window.device)
+        return none.scatter(1, window, hide[:, None].expand(window.shape))
 
 
 def _saved_weights(state: dict | None, files: list[str]) -> dict[str, tuple[torch.Size, bool]]:
@@ -1186,73 +893,3 @@ def rand_tensor(size: int, generator: torch.Generator | None, device: torch.devi
     """Uniform draws on the generator's device, moved to ``device``."""
     source = device if generator is None else generator.device
     return torch.rand(size, generator=generator, device=source).to(device)
-
-
-def _check_times(name: str, times: torch.Tensor | float) -> None:
-    """Raises ValueError for times outside [0, 1], but for rounding, where reading them costs no waiting."""
-    if torch.compiler.is_compiling() or (isinstance(times, torch.Tensor) and times.device.type != "cpu"):
-        return
-    times = torch.as_tensor(times, dtype=torch.float32)
-    if not ((times >= -1e-6) & (times <= 1 + 1e-6)).all():  # also catches NaN
-        low, high = (float(value) for value in times.aminmax())
-        raise ValueError(f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}.")
-
-
-def _pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
-
-
-_FLAGS = ("low_rank_queries", "share_time_embedding", "adaptive_head", "strict_sample_size")
-_NUMBERS = ("data_std", "time_shift", "rope_theta", "diffusion_rope_theta")
-_OPTIONAL = ("diffusion_rope_theta", "tokens_per_group", "num_inference_steps", "condition_dim", "repa_layer")
-# what an option must be; sizes, all others, are integers
-_KINDS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(_FLAGS, (bool, "True or False")),
-    **dict.fromkeys(_NUMBERS, (Real, "a number")),
-}
-
-
-def _check_kinds(config: Any) -> None:
-    """Refuse options of the wrong type, as damaged files hold them, and sizes below 1."""
-    for name, value in config.items():
-        if name.startswith("_") or name == "sample_size" or (name in _OPTIONAL and value is None):
-            continue
-        kind, words = _KINDS.get(name, (Integral, "an integer"))
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{name} must be {words}, got {value!r}.")
-        if kind is Integral and name not in ("repa_layer", "tokens_per_group") and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-
-
-def _check_config(config: Any) -> None:
-    size = config.sample_size
-    pair = (size, size) if isinstance(size, int) else size
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(x, int) and x > 0 for x in pair):
-        raise ValueError(f"sample_size must be a positive integer or (height, width), got {size!r}.")
-    for name in ("encoder_dim", "decoder_dim", "diffusion_dim"):
-        if config[name] % config.attention_head_dim:
-            raise ValueError(f"{name}={config[name]} is not a multiple of {config.attention_head_dim=}.")
-    if config.attention_head_dim % 4:
-        raise ValueError(
-            f"attention_head_dim must be a multiple of 4 (two rotary axes), got {config.attention_head_dim}."
-        )
-    if config.num_tokens % config.num_groups or config.num_tokens > config.max_num_tokens:
-        raise ValueError(
-            f"num_tokens={config.num_tokens} must be a multiple of num_groups={config.num_groups} "
-            f"and at most max_num_tokens={config.max_num_tokens}."
-        )
-    if not 0 < config.tokens_per_group <= config.num_tokens:
-        raise ValueError(f"tokens_per_group={config.tokens_per_group} does not fit num_tokens={config.num_tokens}.")
-    if config.condition_dim != config.decoder_dim:
-        raise ValueError(f"condition_dim={config.condition_dim} must equal decoder_dim={config.decoder_dim}.")
-    for name in _NUMBERS:
-        if not 0 < config[name] <= sys.float_info.max:
-            raise ValueError(f"{name} must be positive and finite, got {config[name]}.")
-    if config.adaptive_head and not config.share_time_embedding:
-        raise ValueError("adaptive_head=True reads the shared time embedding: set share_time_embedding=True.")
-    if config.repa_layer is not None and not 0 <= config.repa_layer < config.diffusion_depth:
-        raise ValueError(f"repa_layer={config.repa_layer} is not one of the {config.diffusion_depth} denoiser blocks.")
-    for patch in (config.encoder_patch_size, config.diffusion_patch_size):
-        if any(side % patch for side in _pair(config.sample_size)):
-            raise ValueError(f"sample_size={config.sample_size} is not a multiple of the patch size {patch}.")

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import set_seed
 from transformers import LlamaConfig
 
+from ..acceleration_dar import SHORT_SEQUENCE
 from ..configuration_dar import DARConfig
 from ..data import ImageSamples, ImageTransform, StreamedImages, available_splits, load_images, stream_images
 from ..data.classes import whole_number
@@ -17,7 +18,7 @@ from ..data.sources import first_rows
 from ..loading import load
 from ..modeling_dar import DARForCausalLM
 from ..presets import get_preset, parse_options
-from ..tokenizer_dar import SHORT_SEQUENCE, DARTokenizer
+from ..tokenizer_dar import DARTokenizer
 from .ar_stage import ARArguments, ARStage
 from .arguments import LoopArguments
 from .codes import CodeSamples, load_codes, stored_samples

@@ -18,12 +18,14 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
+from ..acceleration_dar import SHORT_SEQUENCE
 from ..data import ImageSamples, SeedFor, StreamedImages, draw_seed, dropped, normal_noise, sample_times
+from ..layers_dar import NUM_REPA_ROWS, DARAttention
 from ..metrics import codebook_statistics, psnr
 from ..metrics.lpips import MIN_SIZE, load_lpips
 from ..options import option
 from ..pictures import image_grid, interleave_rows
-from ..tokenizer_dar import NUM_REPA_ROWS, DARTokenizer, DARTokenizerOutput
+from ..tokenizer_dar import DARTokenizer, DARTokenizerOutput
 from .adversary import Adversary, PatchDiscriminator, discriminator_sum, generator_sum
 from .arguments import LoopArguments
 from .codebook import CodebookKeeper
@@ -224,6 +226,8 @@ class TokenizerStage(Stage):
 
     def prepare(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
+        if accelerator.device.type == "cpu":
+            use_unfused_attention(self.model)
         self.model.make_tables()
         for network in self._frozen:
             network.to(accelerator.device)
@@ -340,3 +344,24 @@ class TokenizerStage(Stage):
 
     def describe(self) -> dict:
         return {k: v for k, v in dict(self.model.config).items() if not k.startswith("_")}
+
+
+def use_unfused_attention(model: DARTokenizer) -> None:
+    """Have short sequences attended by plain matrix products, whose backward pass is the faster one on CPUs.
+
+    It is a setting of the model in memory, and not saved.
+    """
+    config = model.config
+    pixels = model.image_size[0] * model.image_size[1]
+    num_keys = {
+        "encoder_blocks": pixels // config.encoder_patch_size**2 + config.num_tokens,
+        "causal_blocks": config.num_tokens,
+        "denoiser": pixels // config.diffusion_patch_size**2,
+        "cross_attn": config.tokens_per_group,
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, DARAttention):
+            parts = name.split(".")
+            length = num_keys["cross_attn" if "cross_attn" in parts else parts[0]]
+            if length <= SHORT_SEQUENCE:
+                module.set_attention_backend("_native_math")
