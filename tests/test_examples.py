@@ -141,7 +141,7 @@ def test_commands_read_images_as_the_pipeline_does(folder, run, tiny_pipeline):
         assert np.array_equal(np.asarray(Image.open(folder / "out" / "0000.png")), np.asarray(expected))
         printed = run("reconstruct.py", "--images", folder / name, "--output", folder / "out.png")
         result = tiny_pipeline.reconstruct(image, generator=seeded(), output_type="pt").images * 2 - 1
-        error = (result - tiny_pipeline._pixels("image", image, None, None)).square().mean() / 4
+        error = (result - tiny_pipeline.prepare_images("image", image)).square().mean() / 4
         assert printed.splitlines()[0].endswith(f"{float(-10 * error.log10()):.2f}")
 
 

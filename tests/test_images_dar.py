@@ -375,10 +375,10 @@ def test_the_pipeline_training_and_the_page_read_the_same(name, tiny_pipeline, r
     lazy, decoded = PIL.Image.open(io.BytesIO(data)), PIL.Image.open(io.BytesIO(data))
     decoded.load()
     for image in (lazy, decoded):
-        assert torch.equal(tiny_pipeline._pixels("image", image, None, None)[0], trained)
+        assert torch.equal(tiny_pipeline.prepare_images("image", image)[0], trained)
     (tmp_path / "upload").write_bytes(data)
     uploaded, _ = read_upload(str(tmp_path / "upload"), 8, 8, 3)
-    assert torch.equal(tiny_pipeline._pixels("image", uploaded, None, None)[0], trained)
+    assert torch.equal(tiny_pipeline.prepare_images("image", uploaded)[0], trained)
 
 
 @pytest.mark.parametrize("argument", ["layout_image", "image", "images"])

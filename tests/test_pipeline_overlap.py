@@ -6,8 +6,8 @@ import pytest
 import torch
 from pipeline_helpers import picture, same, seeded
 
-from dar_hf import DARPipeline
-from dar_hf.pipeline_dar import _SideStream
+from dar_hf import pipeline_dar
+from dar_hf.acceleration_dar import SideStream
 
 
 class Streams:
@@ -47,7 +47,7 @@ class Streams:
 
 @pytest.fixture
 def streams(monkeypatch, tiny_pipeline):
-    monkeypatch.setattr(DARPipeline, "_can_overlap", lambda self, decoding: decoding.callback is None)
+    monkeypatch.setattr(pipeline_dar, "can_overlap", lambda transformer, tokenizer: True)
     streams = Streams(monkeypatch)
     streams.watch(tiny_pipeline.transformer.model, "code")
     streams.watch(tiny_pipeline.tokenizer.denoiser, "step")
@@ -87,7 +87,7 @@ def test_an_error_ends_the_language_model_too(streams):
         finally:
             closed.append(True)
 
-    handed = _SideStream(torch.device("cpu")).hand_over(codes())
+    handed = SideStream(torch.device("cpu")).hand_over(codes())
     next(handed)
     handed.close()
     assert closed

@@ -12,7 +12,7 @@ compiled or offloaded parts) are not copied: they run as they are.
 import copy
 import functools
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -275,3 +275,61 @@ class FilledCacheLayer(DynamicLayer):
             buffer[:, :, start:stop].copy_(new)
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
         return self.keys, self.values
+
+
+class SideStream:
+    """A CUDA stream on which denoising runs while the language model goes on on the stream that was current.
+
+    What one stream makes and the other reads is recorded there: else its memory could be given away too early.
+    """
+
+    def __init__(self, device: torch.device):
+        self.main = torch.cuda.current_stream(device)
+        self.side = torch.cuda.Stream(device)
+        self.side.wait_stream(self.main)
+
+    def hand_over(self, codes: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Codes for the side stream, on which this is run, made on the main one."""
+        try:
+            while True:
+                with torch.cuda.stream(self.main):
+                    group = next(codes, None)
+                if group is None:
+                    return
+                self.side.wait_stream(self.main)
+                group.record_stream(self.side)
+                yield group
+        finally:
+            getattr(codes, "close", lambda: None)()
+
+    def run(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """The steps, all of which run on the side stream. At their end the main one waits, and may use the last."""
+        last = None
+        try:
+            while True:
+                with torch.cuda.stream(self.side):
+                    step = next(steps, None)
+                if step is None:
+                    break
+                last = step
+                yield step
+        finally:
+            getattr(steps, "close", lambda: None)()
+            self.main.wait_stream(self.side)
+        if last is not None:
+            last.sample.record_stream(self.main)
+            last.latents.record_stream(self.main)
+
+
+def can_overlap(transformer: nn.Module, tokenizer: nn.Module) -> bool:
+    """Whether denoising may run beside the language model: both stay on one CUDA device.
+
+    Compiled tokenizers are left out: CUDA graphs share memory, and must not be replayed on two streams at once.
+    """
+    devices = {tokenizer.device, transformer.device}
+    if len(devices) > 1 or devices.pop().type != "cuda":
+        return False
+    parts = [*tokenizer.modules(), *transformer.modules()]
+    moved = any(hasattr(part, name) for part in parts for name in ("_hf_hook", "_diffusers_hook"))
+    compiled = any(part._compiled_call_impl or hasattr(part, "_orig_mod") for part in tokenizer.modules())
+    return not moved and not compiled

@@ -5,14 +5,17 @@ pixels everywhere. The file stands alone, because self-contained repositories ca
 """
 
 import io
+import math
 import os
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+IMAGE_KINDS = (Image.Image, np.ndarray, torch.Tensor)
+ROUNDING = 1e-3  # how far pixels may lie outside their range
 MODES = {1: "L", 3: "RGB"}
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -237,3 +240,47 @@ def image_to_pixels(image: Image.Image, height: int, width: int, channels: int) 
         ValueError: for images that `load_image` refuses.
     """
     return to_tensor(center_crop(convert_channels(image, channels), height, width))
+
+
+def image_list(name: str, images: Any) -> list:
+    """Images of one kind as a list: PIL images, arrays or tensors.
+
+    Raises:
+        ValueError: for anything else, by the argument's ``name``.
+    """
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    kinds = {kind for image in images for kind in IMAGE_KINDS if isinstance(image, kind)}
+    if len(kinds) != 1 or not all(isinstance(image, IMAGE_KINDS) for image in images):
+        given = ", ".join(sorted({type(image).__name__ for image in images})) or "an empty list"
+        raise ValueError(f"{name} must be PIL images, or arrays, or tensors, got {given}.")
+    return images
+
+
+def arrays_to_pixels(name: str, arrays: list, channels: int) -> torch.Tensor:
+    """Pixels ``(B, C, H, W)`` in [-1, 1] of arrays ``([B,] H, W, C)`` or tensors ``([B,] C, H, W)`` of one size.
+
+    Their values lie in [0, 1], or in [-1, 1] if any is negative.
+
+    Raises:
+        ValueError: for other shapes, types and ranges, by the argument's ``name``.
+    """
+    of_numpy = isinstance(arrays[0], np.ndarray)
+    if of_numpy:
+        floating = all(array.dtype.kind == "f" for array in arrays)
+        form, axis = f"(height, width, {channels})", -1
+    else:
+        floating = all(array.is_floating_point() for array in arrays)
+        form, axis = f"({channels}, height, width)", -3
+    sizes = {tuple(array.shape[-3:]) for array in arrays}
+    if not floating or len(sizes) != 1 or arrays[0].ndim not in (3, 4) or arrays[0].shape[axis] != channels:
+        given = ", ".join(f"{array.dtype} of shape {tuple(array.shape)}" for array in arrays[:3])
+        raise ValueError(f"{name} must be floating point in [0, 1], each of shape {form}, got {given}.")
+    if of_numpy:
+        arrays = [torch.from_numpy(array.astype(np.float32)).movedim(-1, -3) for array in arrays]
+    pixels = torch.cat([array.reshape(-1, *array.shape[-3:]) for array in arrays])
+    low, high = (float(value) for value in pixels.aminmax()) if pixels.numel() else (math.nan, math.nan)
+    if not (low >= -1 - ROUNDING and high <= 1 + ROUNDING):  # also catches NaN
+        raise ValueError(f"{name} must lie in [0, 1] or [-1, 1], got values from {low:.4g} to {high:.4g}.")
+    if low >= -ROUNDING:
+        pixels = 2 * pixels - 1
+    return pixels.clamp(-1, 1)

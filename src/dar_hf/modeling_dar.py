@@ -1,8 +1,7 @@
 """The D-AR language model: transformers' Llama over image codes, with batched classifier-free guidance.
 
 The layers are Llama's own (the original is LlamaGen's Llama). Ours are three dropouts, the split vocabulary, guidance
-in one doubled forward pass, and `stream_codes`, which yields every group of codes as soon as it is there. Pure
-functions on tensors first, then the layer, then the models.
+in one doubled forward pass, and `stream_codes`, which yields every group of codes as soon as it is there.
 """
 
 import inspect
@@ -11,16 +10,14 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers import initialization as init
 from transformers.cache_utils import Cache, StaticCache
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -34,72 +31,23 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from .acceleration_dar import FilledCacheLayer, accelerated
 from .checks_dar import Generators, check_generators, check_integer
 from .configuration_dar import DARConfig
+from .sampling_dar import (
+    ClassifierFreeGuidance,
+    FiniteLogits,
+    GeneratorSampling,
+    GuidanceScale,
+    apply_guidance,
+    check_finite,
+    guidance_schedule,
+    sample_index,
+    sampling_warpers,
+)
 from .weights_dar import some_of
 
-GuidanceScale: TypeAlias = float | tuple[float, float] | list[float] | None
 NextLogits: TypeAlias = Callable[[torch.LongTensor], torch.Tensor]
 
 # what transformers calls the cache: past_key_values up to version 5.23
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
-GREEDY_BELOW = 1e-30  # temperature: logits divided by less overflow in float32; the limit is the most probable code
-
-
-def guidance_schedule(scale: GuidanceScale, num_image_tokens: int) -> list[float] | None:
-    """One guidance scale for each image token: constant, or linear from start to end, both included.
-
-    Args:
-        scale: a number, a pair (start, end), or None for no guidance.
-        num_image_tokens: N; the schedule always spans the whole sequence, however many codes are generated.
-
-    Returns:
-        N scales, or None where every scale is 1, so that one unguided pass does.
-
-    Raises:
-        ValueError: for anything but a finite number >= 0 or a pair of them.
-    """
-    if scale is None:
-        return None
-    ends = tuple(scale) if isinstance(scale, (tuple, list)) else (scale, scale)
-    if len(ends) != 2:
-        raise ValueError(f"guidance_scale must be a number or a pair (start, end), got {len(ends)} values: {scale!r}.")
-    if not all(_is_scale(end) for end in ends):
-        raise ValueError(f"guidance scales must be finite numbers >= 0, got {scale!r}.")
-    start, end = (float(x) for x in ends)
-    if start == end == 1.0:
-        return None
-    return [start + (end - start) * i / max(num_image_tokens - 1, 1) for i in range(num_image_tokens)]
-
-
-def _is_scale(value: Any) -> bool:
-    """Whether this is a number >= 0, finite as a float; True and False are none."""
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
-    except OverflowError:
-        return False
-
-
-def apply_guidance(logits: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """``uncond + scale * (cond - uncond)``, ``(B, V)``, of logits ``(2B, V)``: class rows, then null-class rows.
-
-    ``scale`` is a number, or one for each row, ``(B, 1)``.
-    """
-    conditional, unconditional = logits.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
-
-
-def draw(scores: torch.Tensor, generator: Generators = None) -> torch.Tensor:
-    """Sample one index per row of unnormalised log-probabilities ``(B, V)``; ``(B,)`` long.
-
-    An exponential race instead of ``torch.multinomial``: no host sync, and with a list of generators row i uses only
-    the i-th, so an image does not depend on its neighbours in the batch.
-    """
-    shape = scores.shape
-    if generator is None or isinstance(generator, torch.Generator):
-        device = scores.device if generator is None else generator.device
-        race = torch.empty(shape, device=device).exponential_(generator=generator)
-    else:
-        race = torch.stack([torch.empty(shape[1:], device=g.device).exponential_(generator=g) for g in generator])
-    return (scores.float().softmax(dim=-1) / race.to(scores.device)).argmax(dim=-1)
 
 
 @contextmanager
@@ -113,44 +61,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-class ClassifierFreeGuidance(LogitsProcessor):
-    """Merges the doubled rows of a guided step; stands first among the processors of `generate`."""
-
-    def __init__(self, schedule: list[float], codebook_size: int):
-        self.scales = torch.tensor(schedule)
-        self.codebook_size = codebook_size
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.scales = self.scales.to(scores.device)
-        padding = (input_ids >= self.codebook_size).int().argmax(dim=-1)  # what stands before the class token
-        position = (input_ids.shape[1] - 1 - padding).clamp(max=len(self.scales) - 1)
-        return apply_guidance(scores, self.scales[position][:, None])
-
-
-class FiniteLogits(LogitsProcessor):
-    """Refuses logits that are not finite, of which `generate` would make code 0; stands before all others."""
-
-    supports_continuous_batching = True
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        capturing = scores.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not capturing:  # CUDA graphs of continuous batching cannot wait
-            check_finite(scores.aminmax())
-        return scores
-
-
-class GeneratorSampling(LogitsProcessor):
-    """Samples with the caller's generator; stands last, and `generate` then picks the only finite score."""
-
-    def __init__(self, generator: Generators):
-        self.generator = generator
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        check_generators(self.generator, len(scores))
-        chosen = draw(scores, self.generator)[:, None]
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
 class DARRotaryEmbedding(LlamaRotaryEmbedding):
@@ -253,7 +163,7 @@ class DARModel(DARPreTrainedModel, LlamaModel):
             if drop_class is None and self.training and self.config.class_dropout > 0:
                 drop_class = torch.rand(len(input_ids), device=input_ids.device) < self.config.class_dropout
             if drop_class is not None:
-                input_ids = torch.where(drop_class[:, None], self.without_class(input_ids), input_ids)
+                input_ids = torch.where(drop_class[:, None], self.to_unconditional(input_ids), input_ids)
             if inputs_embeds is None:
                 inputs_embeds = self.embed_tokens(input_ids)
                 input_ids = None
@@ -271,7 +181,7 @@ class DARModel(DARPreTrainedModel, LlamaModel):
             **kwargs,
         )
 
-    def without_class(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+    def to_unconditional(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """The same tokens with every class replaced by the null class."""
         return torch.where(input_ids >= self.config.codebook_size, self.config.null_token_id, input_ids)
 
@@ -472,17 +382,13 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict:
         if guidance is not None:
-            input_ids = self._with_null_rows(input_ids)
+            input_ids = torch.cat([input_ids, self.model.to_unconditional(input_ids)])
             attention_mask = None if attention_mask is None else torch.cat([attention_mask] * 2)
             if kwargs.get("position_ids") is not None:
                 kwargs["position_ids"] = torch.cat([kwargs["position_ids"]] * 2)
         return super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-
-    def _with_null_rows(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """``(2B, L)``: the rows, then the same rows under the null class."""
-        return torch.cat([input_ids, self.model.without_class(input_ids)])
 
     # The stream of codes that the pipeline composes with the tokenizer's
 
@@ -544,6 +450,11 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         warpers = sampling_warpers(temperature, top_k, top_p)
         return self._stream_groups(tokens, schedule, warpers, generator, num_tokens, group_size)
 
+    def check_sampling(self, guidance_scale: GuidanceScale, temperature: float, top_k: int, top_p: float) -> None:
+        """Raises ValueError for sampling options that `stream_codes` would refuse."""
+        guidance_schedule(guidance_scale, self.config.num_image_tokens)
+        sampling_warpers(temperature, top_k, top_p)
+
     def check_prefix(
         self, codes: torch.Tensor, batch_size: int, num_tokens: int, repeats: int = 1
     ) -> torch.LongTensor:
@@ -596,7 +507,9 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
                 stop = min(yielded + group_size, num_tokens)
                 with evaluating(model):
                     while codes.shape[1] < stop:
-                        logits = step(tokens if schedule is None else self._with_null_rows(tokens))
+                        if schedule is not None:  # the same rows once more, under the null class
+                            tokens = torch.cat([tokens, self.model.to_unconditional(tokens)])
+                        logits = step(tokens)
                         extremes.extend(logits.aminmax())
                         codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
                         if schedule is not None:
@@ -604,7 +517,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
                         if warpers is None:
                             tokens = logits.argmax(dim=-1, keepdim=True)
                         else:
-                            tokens = draw(warpers(None, logits), generator)[:, None]
+                            tokens = sample_index(warpers(None, logits), generator)[:, None]
                         codes = torch.cat([codes, tokens], dim=1)
                 if codes.device.type == "cpu" or stop == num_tokens:  # a GPU is waited for at the end only
                     check_finite(extremes)
@@ -644,37 +557,3 @@ def _next_logits(forward: Callable, tokens: torch.LongTensor, cache: Cache) -> t
     """float32 logits ``(rows, codebook_size)`` after ``tokens (rows, L)``, which follow those in the cache."""
     logits = forward(tokens, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].float()
-
-
-def check_finite(tensors: Iterable[torch.Tensor]) -> None:
-    """Raises ValueError if logits, or their extremes, hold NaN or infinity."""
-    tensors = list(tensors)
-    if tensors and not torch.stack(tensors).isfinite().all():
-        raise ValueError(
-            "the language model's logits are not finite (NaN or infinity): its weights are damaged, its training went "
-            "wrong, or values overflowed on the way (float16: load it with dtype=torch.float32 or torch.bfloat16)."
-        )
-
-
-def sampling_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList | None:
-    """transformers' own warpers for these options; None stands for greedy decoding (temperature 0).
-
-    Raises:
-        ValueError: for a negative temperature or top_k, or top_p outside (0, 1].
-    """
-    if not _is_scale(temperature):
-        raise ValueError(f"temperature must be a finite number >= 0, got {temperature!r}.")
-    if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 0:
-        raise ValueError(f"top_k must be an integer >= 0 (0 keeps every code), got {top_k!r}.")
-    if isinstance(top_p, bool) or not (isinstance(top_p, Real) and 0 < top_p <= 1):
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p!r}.")
-    if temperature < GREEDY_BELOW:
-        return None
-    warpers = LogitsProcessorList()
-    if temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(int(top_k)))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(float(top_p)))
-    return warpers

@@ -6,13 +6,10 @@ schedule twice there (the steps it skips are skipped again); here the schedule i
 ``strength`` selects.
 """
 
-import difflib
-import inspect
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from numbers import Integral, Real
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Self
 
 import numpy as np
@@ -23,15 +20,16 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .acceleration_dar import SideStream, can_overlap
 from .checks_dar import check_generators, check_integer, described
-from .images_dar import image_to_pixels
-from .modeling_dar import DARForCausalLM, GuidanceScale, guidance_schedule, sampling_warpers
+from .images_dar import arrays_to_pixels, image_list, image_to_pixels
+from .labels_dar import index_names, known_names, names_by_id
+from .modeling_dar import DARForCausalLM
+from .sampling_dar import GuidanceScale
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, to_adams_bashforth
 from .tokenizer_dar import DARPreview, DARTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
-_ROUNDING = 1e-3  # how far pixels may lie outside their range
-_IMAGE_KINDS = (PIL.Image.Image, np.ndarray, torch.Tensor)
 
 
 @dataclass
@@ -54,71 +52,21 @@ class DARPipelineOutput(BaseOutput):
 
 
 @dataclass
-class _Decoding:
-    """How codes become images: the checked part of a call that generating and reconstructing share."""
+class CodesStep:
+    """A denoising step whose codes are there, and which is not computed (``output_type="codes"``).
 
-    num_steps: int
-    noise: torch.Tensor
-    output_type: str
-    start_step: int = 0
-    callback: Callable | None = None
-    callback_inputs: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Sampling:
-    """What codes to generate: arguments of `DARForCausalLM.stream_codes`, checked, by their names there."""
-
-    class_labels: list[int]
-    num_tokens: int
-    prefix_codes: torch.Tensor | None
-    guidance_scale: GuidanceScale
-    temperature: float
-    top_k: int
-    top_p: float
-    generator: torch.Generator | list[torch.Generator] | None
-
-
-class _SideStream:
-    """A CUDA stream on which denoising runs while the language model goes on on the stream that was current.
-
-    What one stream makes and the other reads is recorded there: else its memory could be given away too early.
+    Attributes:
+        step, num_steps: this step, counted from 1, and how many there are.
+        num_tokens: how many codes there are.
+        codes: ``(B, num_tokens)``, all of them so far.
+        timestep: 0, since no time passes.
     """
 
-    def __init__(self, device: torch.device):
-        self.main, self.side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        self.side.wait_stream(self.main)
-
-    def hand_over(self, codes: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Codes for the side stream, on which this is run, made on the main one."""
-        try:
-            while True:
-                with torch.cuda.stream(self.main):
-                    group = next(codes, None)
-                if group is None:
-                    return
-                self.side.wait_stream(self.main)
-                group.record_stream(self.side)
-                yield group
-        finally:
-            getattr(codes, "close", lambda: None)()
-
-    def last(self, steps: Iterator[DARPreview]) -> DARPreview:
-        """The last of the steps, all of which run on the side stream."""
-        last = None
-        try:
-            while True:
-                with torch.cuda.stream(self.side):
-                    step = next(steps, None)
-                if step is None:
-                    break
-                last = step
-        finally:
-            self.main.wait_stream(self.side)
-        assert last is not None  # a call that completes no step was refused
-        for tensor in (last.sample, last.latents):
-            tensor.record_stream(self.main)
-        return last
+    step: int
+    num_steps: int
+    num_tokens: int
+    codes: torch.Tensor
+    timestep: float = 0.0
 
 
 class DARPipeline(DiffusionPipeline):
@@ -153,13 +101,7 @@ class DARPipeline(DiffusionPipeline):
         _check_components(tokenizer, transformer)
         scheduler = to_adams_bashforth(scheduler)
         if id2label is not None:
-            id2label = _names_by_id(id2label, transformer.config.num_classes)
-        for name, ours, theirs in (
-            ("codebook_size", tokenizer.config.codebook_size, transformer.config.codebook_size),
-            ("number of tokens", tokenizer.config.num_tokens, transformer.config.num_image_tokens),
-        ):
-            if ours != theirs:
-                raise ValueError(f"tokenizer and transformer disagree: {name} {ours} and {theirs}.")
+            id2label = names_by_id(id2label, transformer.config.num_classes)
         self.register_modules(tokenizer=tokenizer, transformer=transformer, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
         self.labels, self._shared_names = index_names(id2label or {})
@@ -216,17 +158,8 @@ class DARPipeline(DiffusionPipeline):
                 ids = ", ".join(map(str, self._shared_names[name]))
                 raise ValueError(f"the class name {name!r} is shared by the classes {ids}: give the id.")
             if name not in self.labels:
-                raise ValueError(f"unknown class name {name!r}; {self._known_names(name)}.")
+                raise ValueError(f"unknown class name {name!r}; {known_names(self.labels, name)}.")
         return [self.labels[name] for name in names]
-
-    def _known_names(self, name: Any) -> str:
-        known = [known for known in self.labels if "," not in known]
-        if not known:
-            return "known names: none: the pipeline has no id2label"
-        more = f", … ({len(known)} in all)" if len(known) > 20 else ""
-        close = difflib.get_close_matches(str(name), known)
-        similar = f"; similar: {', '.join(close)}" if close else ""
-        return f"known names: {', '.join(known[:20])}{more}{similar}"
 
     def __call__(
         self,
@@ -250,7 +183,7 @@ class DARPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> DARPipelineOutput | tuple:
-        """Generate images.
+        """Generate images: the last element of `stream`.
 
         Args:
             class_labels: classes by id or name, one or a list.
@@ -281,30 +214,127 @@ class DARPipeline(DiffusionPipeline):
         Raises:
             ValueError: for arguments out of range or that exclude each other, before any model runs.
         """
-        arguments = {name: value for name, value in locals().items() if name in _ARGUMENTS}
-        decoding, sampling = self._prepare(**arguments)
-        if self._can_overlap(decoding):
-            side = _SideStream(self.tokenizer.device)
-            last = side.last(self._generate(decoding, sampling, side))
-        else:
-            (last,) = deque(self._generate(decoding, sampling), maxlen=1)
-        if decoding.output_type != "codes":
-            self.tokenizer.check_finite(last.sample)
-        output = self._output(decoding, last)  # only the last preview is converted
+        (output,) = self.stream(
+            class_labels,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            num_inference_steps=num_inference_steps,
+            num_tokens=num_tokens,
+            num_images_per_prompt=num_images_per_prompt,
+            prefix_codes=prefix_codes,
+            layout_image=layout_image,
+            layout_tokens=layout_tokens,
+            image=image,
+            strength=strength,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            previews=False,
+        )
         return output if return_dict else (output.images,)
 
-    def stream(self, *args: Any, **kwargs: Any) -> Iterator[DARPipelineOutput]:
-        """The same call as a generator: one `DARPipelineOutput` per denoising step, as soon as its codes are there.
+    @torch.no_grad()
+    def stream(
+        self,
+        class_labels: int | str | list[int] | list[str],
+        guidance_scale: GuidanceScale = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        num_inference_steps: int | None = None,
+        num_tokens: int | None = None,
+        num_images_per_prompt: int = 1,
+        prefix_codes: torch.Tensor | None = None,
+        layout_image: Any = None,
+        layout_tokens: int | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        previews: bool = True,
+    ) -> Iterator[DARPipelineOutput]:
+        """Generate images and yield one `DARPipelineOutput` per denoising step, as soon as its codes are there.
 
-        Takes every argument of calling the pipeline but ``return_dict``. The last output is what the call returns.
+        The last one is what calling the pipeline returns, where the arguments are explained.
+
+        Args:
+            previews: False yields the last output only.
 
         Raises:
             ValueError: as calling the pipeline, at once and not at the first step.
         """
-        bound = _STREAM_SIGNATURE.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        decoding, sampling = self._prepare(**{name: bound.arguments[name] for name in _ARGUMENTS})
-        return (self._output(decoding, step) for step in self._generate(decoding, sampling))
+        config = self.tokenizer.config
+        if num_inference_steps is None:
+            num_inference_steps = config.num_inference_steps
+        if num_tokens is None:
+            num_tokens = config.num_tokens
+        if guidance_scale is None:
+            guidance_scale = self.transformer.generation_config.guidance_scale
+        if callback_on_step_end_tensor_inputs is None:
+            callback_on_step_end_tensor_inputs = self._callback_tensor_inputs
+        self.check_inputs(
+            num_inference_steps,
+            num_tokens,
+            output_type,
+            prefix_codes=prefix_codes,
+            layout_image=layout_image,
+            layout_tokens=layout_tokens,
+            image=image,
+            strength=strength,
+            latents=latents,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+        self.transformer.check_sampling(guidance_scale, temperature, top_k, top_p)
+        labels = self.prepare_labels(class_labels, num_images_per_prompt)
+        batch_size = len(labels)
+        if prefix_codes is not None:
+            prefix_codes = self.transformer.check_prefix(prefix_codes, batch_size, num_tokens, num_images_per_prompt)
+        height, width = self.tokenizer.image_size
+        repeats = num_images_per_prompt
+        if layout_image is not None:
+            pixels = self.prepare_images("layout_image", layout_image, height, width, batch_size, repeats)
+        if image is not None:
+            pixels = self.prepare_images("image", image, height, width, batch_size, repeats)
+        noise = self.prepare_latents((batch_size, config.in_channels, height, width), generator, latents)
+
+        # everything is checked: from here on models run
+        start_step = 0
+        if layout_image is not None:
+            prefix_codes = self.tokenizer.encode(pixels).codes[:, :layout_tokens]
+        if image is not None and strength is not None:
+            prefix_codes, noise, start_step = self.prepare_image_to_image(
+                pixels, noise, strength, num_inference_steps, num_tokens
+            )
+        self._guidance_scale = guidance_scale
+        codes = self.transformer.stream_codes(
+            labels,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+            prefix_codes=prefix_codes,
+            num_tokens=num_tokens,
+            group_size=math.gcd(config.num_tokens // config.num_groups, config.tokens_per_group),
+        )
+        return self._decode(
+            codes,
+            noise,
+            num_inference_steps,
+            output_type,
+            start_step=start_step,
+            callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
+            previews=previews,
+        )
 
     @torch.no_grad()
     def reconstruct(
@@ -334,233 +364,207 @@ class DARPipeline(DiffusionPipeline):
         Raises:
             ValueError: for arguments out of range, before any model runs.
         """
-        _check_output(output_type)
-        self._check_scheduler()
-        num_steps = self._num_steps(num_inference_steps)
-        num_tokens = self._num_tokens(num_tokens, num_steps, output_type)
-        pixels = self._pixels("images", images, height, width)
-        noise = self._noise(pixels.shape, generator, latents)
-        decoding = _Decoding(num_steps, noise, output_type)
+        if num_inference_steps is None:
+            num_inference_steps = self.tokenizer.config.num_inference_steps
+        if num_tokens is None:
+            num_tokens = self.tokenizer.config.num_tokens
+        self.check_inputs(num_inference_steps, num_tokens, output_type)
+        pixels = self.prepare_images("images", images, height, width)
+        noise = self.prepare_latents(tuple(pixels.shape), generator, latents)
         codes = self.tokenizer.encode(pixels).codes[:, :num_tokens]
-        steps = self._run(decoding, iter([codes]))
-        outputs = [self._output(decoding, step) for step in (steps if previews else deque(steps, maxlen=1))]
+        outputs = list(self._decode(iter([codes]), noise, num_inference_steps, output_type, previews=previews))
         result = outputs[-1]
-        result.previews = [output.images for output in outputs] if previews else None
+        if previews:
+            result.previews = [output.images for output in outputs]
         if return_dict:
             return result
         return (result.images, result.previews) if previews else (result.images,)
 
-    def _output(self, decoding: _Decoding, step: DARPreview) -> DARPipelineOutput:
-        if decoding.output_type in ("codes", "latent"):
-            state = step.sample if decoding.output_type == "codes" else step.latents
-            images = state.clone()  # the stream goes on with its own
-        else:
-            if decoding.output_type != "pt":  # the device is waited for anyway
-                self.tokenizer.check_finite(step.sample)
-            images = self.image_processor.postprocess(step.sample, decoding.output_type)
-        return DARPipelineOutput(images, step.step, step.num_steps, step.num_tokens)
-
-    def _can_overlap(self, decoding: _Decoding) -> bool:
-        """Whether denoising may run beside the language model: both stay on one CUDA device, no step is looked at.
-
-        Compiled tokenizers are left out: CUDA graphs share memory, and must not be replayed on two streams at once.
-        """
-        devices = {self.tokenizer.device, self.transformer.device}
-        if len(devices) > 1 or devices.pop().type != "cuda" or decoding.callback or decoding.output_type == "codes":
-            return False
-        parts = [*self.tokenizer.modules(), *self.transformer.modules()]
-        moved = any(hasattr(part, name) for part in parts for name in ("_hf_hook", "_diffusers_hook"))
-        compiled = any(part._compiled_call_impl or hasattr(part, "_orig_mod") for part in self.tokenizer.modules())
-        return not moved and not compiled
-
-    def _generate(
-        self, decoding: _Decoding, sampling: _Sampling, side: _SideStream | None = None
-    ) -> Iterator[DARPreview]:
-        """The composition: groups of codes from the transformer, a denoising step of the tokenizer for each."""
-        config = self.tokenizer.config
-        self._guidance_scale = sampling.guidance_scale
-        codes = self.transformer.stream_codes(
-            **vars(sampling),
-            group_size=math.gcd(config.num_tokens // config.num_groups, config.tokens_per_group),
-        )
-        return self._run(decoding, codes if side is None else side.hand_over(codes))
+    # Codes to images
 
     @torch.no_grad()
-    def _run(self, decoding: _Decoding, codes: Iterator[torch.Tensor]) -> Iterator[DARPreview]:
-        """Decode codes while they arrive, and report every step."""
+    def _decode(
+        self,
+        codes: Iterator[torch.Tensor],
+        noise: torch.Tensor,
+        num_steps: int,
+        output_type: str,
+        *,
+        start_step: int = 0,
+        callback: Callable | None = None,
+        callback_inputs: Sequence[str] = (),
+        previews: bool = True,
+    ) -> Iterator[DARPipelineOutput]:
+        """Decode codes while they arrive, report every step, and yield its output, or the last one's only."""
         self._interrupt = False
-        self._num_timesteps = decoding.num_steps - decoding.start_step
-        pieces: list[torch.Tensor] = []
-
-        def groups() -> Iterator[torch.Tensor]:
-            for group in codes:
-                pieces.append(group)
-                yield group
-
-        if decoding.output_type == "codes":
-            steps = self._undecoded(decoding, groups())
-        else:
-            steps = self.tokenizer.decode_stream(
-                groups(),
-                noise=decoding.noise,
-                num_inference_steps=decoding.num_steps,
-                scheduler=self.scheduler,
-                start_step=decoding.start_step,
-                check_codes=False,  # they are the transformer's or the tokenizer's own
-            )
+        self._num_timesteps = num_steps - start_step
+        seen: list[torch.Tensor] = []
+        steps = self._steps(codes, seen, noise, num_steps, start_step, output_type, overlap=not (previews or callback))
         try:
             with self.progress_bar(total=self._num_timesteps) as progress:
                 for step in steps:
                     progress.update()
-                    stop = self._report(decoding, step, pieces)
-                    yield step
+                    stop = False
+                    if callback is not None:
+                        index = max(step.step - start_step, 1) - 1  # codes alone may complete no step
+                        tensors = _callback_tensors(step, torch.cat(seen, dim=1), noise)
+                        tensors = {name: tensors[name] for name in callback_inputs}
+                        stop = self._take_answer(callback(self, index, step.timestep, tensors), step)
+                    if previews:
+                        yield self._output(step, output_type)
                     if stop or self._interrupt:
-                        return
+                        break
         finally:
             for generator in (steps, codes):  # now, not when whoever holds an error's traceback lets go of it
                 getattr(generator, "close", lambda: None)()
             self.maybe_free_model_hooks()
+        if not previews:
+            if isinstance(step, DARPreview):
+                self.tokenizer.check_finite(step.sample)
+            yield self._output(step, output_type)
 
-    def _undecoded(self, decoding: _Decoding, groups: Iterator[torch.Tensor]) -> Iterator[DARPreview]:
-        """The steps that codes complete, with the codes so far in the place of the picture; nothing is decoded.
+    def _steps(
+        self,
+        codes: Iterator[torch.Tensor],
+        seen: list[torch.Tensor],
+        noise: torch.Tensor,
+        num_steps: int,
+        start_step: int,
+        output_type: str,
+        overlap: bool,
+    ) -> Iterator[DARPreview] | Iterator[CodesStep]:
+        """The denoising steps that codes complete; all codes that were read are appended to ``seen``."""
 
-        Where the last step needs fewer codes than there are, it comes once more with all of them.
-        """
-        windows = self.tokenizer.step_windows(decoding.num_steps)
-        num_steps, step, shown, codes = decoding.num_steps, decoding.start_step, 0, None
+        def remembered(groups: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+            for group in groups:
+                seen.append(group)
+                yield group
+
+        def decode(groups: Iterator[torch.Tensor]) -> Iterator[DARPreview]:
+            return self.tokenizer.decode_stream(
+                remembered(groups),
+                noise=noise,
+                num_inference_steps=num_steps,
+                scheduler=self.scheduler,
+                start_step=start_step,
+                check_codes=False,  # they are the transformer's or the tokenizer's own
+            )
+
+        if output_type == "codes":
+            return self._undecoded_steps(remembered(codes), num_steps, start_step)
+        if overlap and can_overlap(self.transformer, self.tokenizer):
+            side = SideStream(self.tokenizer.device)
+            return side.run(decode(side.hand_over(codes)))
+        return decode(codes)
+
+    def _undecoded_steps(self, groups: Iterator[torch.Tensor], num_steps: int, start_step: int) -> Iterator[CodesStep]:
+        """The steps that codes complete. Where the last needs fewer codes than there are, it comes again with all."""
+        windows = self.tokenizer.step_windows(num_steps)
+        step = start_step
+        reported = 0
+        codes = None
         for group in groups:
             codes = group if codes is None else torch.cat([codes, group], dim=1)
             while step < num_steps and windows[step][1] <= codes.shape[1]:
-                step, shown = step + 1, codes.shape[1]
-                yield DARPreview(step, num_steps, shown, codes, timestep=0.0, latents=decoding.noise)
-        if codes is not None and shown < codes.shape[1]:
-            yield DARPreview(step, num_steps, codes.shape[1], codes, timestep=0.0, latents=decoding.noise)
+                step += 1
+                reported = codes.shape[1]
+                yield CodesStep(step, num_steps, reported, codes)
+        if codes is not None and reported < codes.shape[1]:
+            yield CodesStep(step, num_steps, codes.shape[1], codes)
 
-    def _report(self, decoding: _Decoding, step: DARPreview, pieces: list[torch.Tensor]) -> bool:
-        """Run the caller's callback and do as it says; True if it asks to stop."""
-        if decoding.callback is None:
+    def _take_answer(self, answer: Any, step: Any) -> bool:
+        """Do as the caller's callback says; True if it asks to stop."""
+        if answer is None:
             return False
-        tensors = {"preview": step.sample, "codes": torch.cat(pieces, dim=1), "latents": step.latents}
-        tensors = {name: tensors[name] for name in decoding.callback_inputs}
-        index = max(step.step - decoding.start_step, 1) - 1  # codes alone may complete no step
-        answer = decoding.callback(self, index, step.timestep, tensors)
-        if answer is not None and not isinstance(answer, dict):
+        if not isinstance(answer, dict):
             raise ValueError(f"callback_on_step_end must return a dictionary or None, got {type(answer).__name__}.")
-        answer = answer or {}
-        if "latents" in answer:
+        if "latents" in answer and isinstance(step, DARPreview):
             latents = answer["latents"]
             if not isinstance(latents, torch.Tensor) or latents.shape != step.latents.shape:
                 raise ValueError(f"latents returned by callback_on_step_end must have {tuple(step.latents.shape)}.")
             step.latents = latents.to(step.latents)
-            if step.step == step.num_steps and decoding.output_type != "codes":
+            if step.step == step.num_steps:
                 step.sample = step.latents / self.tokenizer.config.data_std
         return bool(answer.get("stop"))
 
+    def _output(self, step: DARPreview | CodesStep, output_type: str) -> DARPipelineOutput:
+        images: Any
+        if isinstance(step, CodesStep):
+            images = step.codes.clone()  # the stream goes on with its own
+        elif output_type == "latent":
+            images = step.latents.clone()
+        else:
+            if output_type != "pt":  # the device is waited for anyway
+                self.tokenizer.check_finite(step.sample)
+            images = self.image_processor.postprocess(step.sample, output_type)
+        return DARPipelineOutput(images, step.step, step.num_steps, step.num_tokens)
+
     # Arguments
 
-    @torch.no_grad()
-    def _prepare(
+    def check_inputs(
         self,
-        class_labels: int | str | list[int] | list[str],
-        num_inference_steps: int | None,
-        num_tokens: int | None,
-        num_images_per_prompt: int,
-        prefix_codes: torch.Tensor | None,
-        layout_image: Any,
-        layout_tokens: int | None,
-        image: Any,
-        strength: float | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
+        num_inference_steps: int,
+        num_tokens: int,
         output_type: str,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str] | None,
-        **sampling: Any,
-    ) -> tuple[_Decoding, _Sampling]:
-        """Check a call's arguments, all of them before any model runs, and make of them what `_generate` needs.
+        *,
+        prefix_codes: Any = None,
+        layout_image: Any = None,
+        layout_tokens: int | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        latents: torch.Tensor | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = (),
+    ) -> None:
+        """Check what the methods that prepare labels, images, codes and noise do not.
 
         Raises:
             ValueError: that says what was given and what is accepted.
         """
-        _exclude(prefix_codes=prefix_codes, layout_image=layout_image, image=image)
-        _exclude(image=image, latents=latents)  # the noise of image-to-image is drawn
-        _check_output(output_type)
-        self._check_scheduler()
-        callback_inputs = self._callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        repeats = check_integer("num_images_per_prompt", num_images_per_prompt)
-        labels = self._label_ids(class_labels, repeats)
-        num_steps = self._num_steps(num_inference_steps)
-        start_step = _start_step(image, strength, num_steps)
-        num_tokens = self._num_tokens(num_tokens, num_steps, output_type, start_step)
-        layout_tokens = _layout_tokens(layout_image, layout_tokens, num_tokens)
-        sampling = self._sampling_options(**sampling)
-        if prefix_codes is not None:
-            prefix_codes = self.transformer.check_prefix(prefix_codes, len(labels), num_tokens, repeats)
-        height, width = self.tokenizer.image_size
-        name, reference = ("image", image) if layout_image is None else ("layout_image", layout_image)
-        pixels = None if reference is None else self._pixels(name, reference, height, width, len(labels), repeats)
-        noise = self._noise((len(labels), self.tokenizer.config.in_channels, height, width), generator, latents)
-
-        if pixels is not None:  # everything is checked: from here on a model may run
-            codes = self.tokenizer.encode(pixels).codes
-            if layout_image is not None:
-                prefix_codes = codes[:, :layout_tokens]
-            elif start_step == num_steps:  # strength 0, nothing is generated anew: the reconstruction, from pure noise
-                start_step, prefix_codes = 0, codes[:, :num_tokens]
-            else:
-                prefix_codes = codes[:, : self.tokenizer.step_windows(num_steps)[start_step][0]]
-                noise = self._noised(pixels, noise, start_step, num_steps)
-        return (
-            _Decoding(num_steps, noise, output_type, start_step, callback_on_step_end, callback_inputs),
-            _Sampling(labels, num_tokens, prefix_codes, generator=generator, **sampling),
-        )
-
-    def _check_scheduler(self) -> None:
-        """Refuse a foreign scheduler that was put in the place of the constructor's, or put ours there."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         scheduler = to_adams_bashforth(self.scheduler)
-        if scheduler is not self.scheduler:
+        if scheduler is not self.scheduler:  # a foreign one was put in the place of the constructor's
             self.register_modules(scheduler=scheduler)
+        _check_exclusive(prefix_codes=prefix_codes, layout_image=layout_image, image=image)
+        _check_exclusive(image=image, latents=latents)  # the noise of image-to-image is drawn
+        _check_together(image=image, strength=strength)
+        _check_together(layout_image=layout_image, layout_tokens=layout_tokens)
 
-    def _callback_inputs(self, callback: Callable | None, names: list[str] | None) -> list[str]:
-        if callback is not None and not callable(callback):
-            raise ValueError(f"callback_on_step_end must be callable, got {type(callback).__name__}.")
-        names = self._callback_tensor_inputs if names is None else names
-        if not isinstance(names, (list, tuple)) or not all(name in self._callback_tensor_inputs for name in names):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {names!r}."
-            )
-        return list(names)
-
-    def _num_steps(self, num_inference_steps: int | None) -> int:
-        default = self.tokenizer.config.num_inference_steps
-        return check_num_steps(default if num_inference_steps is None else num_inference_steps)
-
-    def _num_tokens(self, num_tokens: int | None, num_steps: int, output_type: str, start_step: int = 0) -> int:
+        check_num_steps(num_inference_steps)
+        if strength is not None and (
+            isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1
+        ):
+            raise ValueError(f"strength must lie in [0, 1], got {strength!r}.")
         most = self.tokenizer.config.num_tokens
-        num_tokens = check_integer("num_tokens", most if num_tokens is None else num_tokens)
-        if num_tokens > most:
+        if check_integer("num_tokens", num_tokens) > most:
             raise ValueError(f"num_tokens must lie in [1, {most}], got {num_tokens}.")
-        kept, needed = self.tokenizer.step_windows(num_steps)[start_step % num_steps]
+        start_step = _start_step(strength, num_inference_steps)
+        kept, needed = self.tokenizer.step_windows(num_inference_steps)[start_step]
         if num_tokens < needed and output_type != "codes":
             raise ValueError(f"num_tokens={num_tokens} completes no step: the first one needs {needed}.")
         if num_tokens < kept:
             raise ValueError(
                 f"num_tokens={num_tokens} is less than the {kept} tokens of the image that strength keeps."
             )
-        return num_tokens
+        if layout_tokens is not None and check_integer("layout_tokens", layout_tokens, least=0) > num_tokens:
+            raise ValueError(f"layout_tokens={layout_tokens} is more than num_tokens={num_tokens}.")
 
-    def _sampling_options(self, guidance_scale: GuidanceScale, temperature: float, top_k: int, top_p: float) -> dict:
-        if guidance_scale is None:
-            guidance_scale = self.transformer.generation_config.guidance_scale
-        guidance_schedule(guidance_scale, self.tokenizer.config.num_tokens)
-        sampling_warpers(temperature, top_k, top_p)
-        return {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"callback_on_step_end must be callable, got {type(callback_on_step_end).__name__}.")
+        names = callback_on_step_end_tensor_inputs
+        if not isinstance(names, (list, tuple)) or not all(name in self._callback_tensor_inputs for name in names):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {names!r}."
+            )
 
-    def _label_ids(self, class_labels: int | str | list[int] | list[str], repeats: int) -> list[int]:
+    def prepare_labels(self, class_labels: Any, num_images_per_prompt: int = 1) -> list[int]:
+        """Class ids, one for each image, of classes by id or name."""
+        repeats = check_integer("num_images_per_prompt", num_images_per_prompt)
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
             class_labels = class_labels.tolist()
         single = isinstance(class_labels, (str, bytes)) or not isinstance(class_labels, Iterable)
-        labels: list[Any] = [class_labels] if single else list(class_labels)  # type: ignore[arg-type]
+        labels: list[Any] = [class_labels] if single else list(class_labels)
         while any(isinstance(label, (list, tuple)) for label in labels):  # flattened, as diffusers' DiT does
             labels = [one for label in labels for one in (label if isinstance(label, (list, tuple)) else [label])]
         if not labels:
@@ -569,9 +573,14 @@ class DARPipeline(DiffusionPipeline):
         config = self.transformer.config
         return [config.class_token_id(label) - config.codebook_size for label in ids for _ in range(repeats)]
 
-    def _noise(self, shape: Iterable[int], generator: Any, latents: torch.Tensor | None) -> torch.Tensor:
-        """Start noise: the caller's, or drawn with the caller's generator."""
-        shape, device = tuple(shape), self._execution_device
+    def prepare_latents(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Start noise ``(B, C, H, W)`` in float32: the caller's, or drawn with the caller's generator."""
+        device = self._execution_device
         check_generators(generator, shape[0], device)
         if latents is None:
             generator = list(generator) if isinstance(generator, tuple) else generator
@@ -583,33 +592,43 @@ class DARPipeline(DiffusionPipeline):
             raise ValueError(f"latents must be finite and of shape {shape}, got {tuple(latents.shape)}.")
         return latents
 
-    def _pixels(
+    def prepare_images(
         self,
         name: str,
         images: Any,
-        height: int | None,
-        width: int | None,
+        height: int | None = None,
+        width: int | None = None,
         batch_size: int | None = None,
         repeats: int = 1,
     ) -> torch.Tensor:
-        """Pixels ``(B, C, H, W)`` in [-1, 1] of images in the forms that `__call__` names.
+        """Pixels ``(B, C, H, W)`` in [-1, 1] of images in the forms that calling the pipeline takes.
 
-        With ``batch_size`` one image serves all, and one for each label its ``repeats`` images.
+        Args:
+            name: of the argument that they are, for messages.
+            height, width: in pixels; default the size of arrays and tensors, and the tokenizer's for PIL images.
+            batch_size, repeats: repeat one image ``batch_size`` times, or one for each label ``repeats`` times.
         """
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
-        kinds = {kind for image in images for kind in _IMAGE_KINDS if isinstance(image, kind)}
-        if len(kinds) != 1 or not all(isinstance(image, _IMAGE_KINDS) for image in images):
-            given = ", ".join(sorted({type(image).__name__ for image in images})) or "an empty list"
-            raise ValueError(f"{name} must be PIL images, or arrays, or tensors, got {given}.")
+        images = image_list(name, images)
+        channels = self.tokenizer.config.in_channels
         height = None if height is None else check_integer("height", height)
         width = None if width is None else check_integer("width", width)
-        if kinds == {PIL.Image.Image}:
-            default = self.tokenizer.image_size
-            height, width = height or default[0], width or default[1]
+        if isinstance(images[0], PIL.Image.Image):
+            height = height or self.tokenizer.image_size[0]
+            width = width or self.tokenizer.image_size[1]
             self.tokenizer.check_size(height, width)
-            pixels = torch.stack([self._pixels_of_image(name, image, height, width) for image in images])
+            try:
+                pixels = torch.stack([image_to_pixels(image, height, width, channels) for image in images])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         else:
-            pixels = self._pixels_of_arrays(name, images, height, width)
+            pixels = arrays_to_pixels(name, images, channels)
+            size = tuple(pixels.shape[2:])
+            if (height or size[0], width or size[1]) != size:
+                raise ValueError(
+                    f"{name}: arrays and tensors must have {height}x{width} pixels, got {size}; only PIL images are "
+                    "resized."
+                )
+            self.tokenizer.check_size(*size)
         if len(pixels) * repeats == batch_size:
             pixels = pixels.repeat_interleave(repeats, dim=0)
         if batch_size is not None and len(pixels) not in (1, batch_size):
@@ -617,129 +636,59 @@ class DARPipeline(DiffusionPipeline):
             raise ValueError(f"got {len(pixels)} images for {labels} labels: give one image, or one for each.")
         return pixels.to(self._execution_device, torch.float32).expand(batch_size or -1, -1, -1, -1)
 
-    def _pixels_of_image(self, name: str, image: PIL.Image.Image, height: int, width: int) -> torch.Tensor:
-        """Pixels ``(C, H, W)`` in [-1, 1], as in training."""
-        try:
-            return image_to_pixels(image, height, width, self.tokenizer.config.in_channels)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-
-    def _pixels_of_arrays(self, name: str, images: list, height: int | None, width: int | None) -> torch.Tensor:
-        shapes, channels = {tuple(image.shape[-3:]) for image in images}, self.tokenizer.config.in_channels
-        given = ", ".join(f"{image.dtype} of shape {tuple(image.shape)}" for image in images[:3])
-        if isinstance(images[0], np.ndarray):
-            floating, axis = all(image.dtype.kind == "f" for image in images), -1
-        else:
-            floating, axis = all(image.is_floating_point() for image in images), -3
-        if not floating or len(shapes) != 1 or images[0].ndim not in (3, 4) or images[0].shape[axis] != channels:
-            form = f"(height, width, {channels})" if axis == -1 else f"({channels}, height, width)"
-            raise ValueError(f"{name} must be floating point in [0, 1], each of shape {form}, got {given}.")
-        tensors = [
-            torch.from_numpy(image.astype(np.float32)).movedim(-1, -3) if axis == -1 else image for image in images
-        ]
-        pixels = torch.cat([tensor.reshape(-1, *tensor.shape[-3:]) for tensor in tensors])
-        rows, columns = pixels.shape[2:]
-        if (height or rows, width or columns) != (rows, columns):
-            raise ValueError(
-                f"{name}: arrays and tensors must have {height}x{width} pixels, got {given}; PIL images are resized."
-            )
-        self.tokenizer.check_size(rows, columns)
-        low, high = (float(value) for value in pixels.aminmax()) if pixels.numel() else (math.nan, math.nan)
-        if not (low >= -1 - _ROUNDING and high <= 1 + _ROUNDING):  # also catches NaN
-            raise ValueError(f"{name} must lie in [0, 1] or [-1, 1], got values from {low:.4g} to {high:.4g}.")
-        return (pixels if low < -_ROUNDING else 2 * pixels - 1).clamp(-1, 1)
-
-    def _noised(self, pixels: torch.Tensor, noise: torch.Tensor, start_step: int, num_steps: int) -> torch.Tensor:
-        """Image-to-image: the noisy sample at ``start_step``."""
+    def prepare_image_to_image(
+        self, pixels: torch.Tensor, noise: torch.Tensor, strength: float, num_inference_steps: int, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Codes of an image that are kept, the noisy sample to start from, and the step to start at."""
+        codes = self.tokenizer.encode(pixels).codes
+        if strength * num_inference_steps < 1:  # nothing is generated anew: the reconstruction, from pure noise
+            return codes[:, :num_tokens], noise, 0
+        start_step = _start_step(strength, num_inference_steps)
+        kept, _ = self.tokenizer.step_windows(num_inference_steps)[start_step]
         scheduler = FlowMatchAdamsBashforthScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(num_steps)
+        scheduler.set_timesteps(num_inference_steps)
         clean = pixels * self.tokenizer.config.data_std
-        return scheduler.add_noise(clean, noise, float(scheduler.timesteps[start_step]))
+        noisy = scheduler.add_noise(clean, noise, float(scheduler.timesteps[start_step]))
+        return codes[:, :kept], noisy, start_step
 
 
-_SIGNATURE = inspect.signature(DARPipeline.__call__)
-_ARGUMENTS = [name for name in _SIGNATURE.parameters if name not in ("self", "return_dict")]
-_STREAM_SIGNATURE = _SIGNATURE.replace(
-    parameters=[parameter for name, parameter in _SIGNATURE.parameters.items() if name != "return_dict"],
-    return_annotation=Iterator[DARPipelineOutput],
-)
-DARPipeline.stream.__signature__ = _STREAM_SIGNATURE  # type: ignore[attr-defined]  # for help() and editors
+def _callback_tensors(step: DARPreview | CodesStep, codes: torch.Tensor, noise: torch.Tensor) -> dict:
+    """What a callback may look at; undecoded, codes stand for the preview, and the state is still the noise."""
+    if isinstance(step, CodesStep):
+        return {"preview": codes, "codes": codes, "latents": noise}
+    return {"preview": step.sample, "codes": codes, "latents": step.latents}
 
 
 def _check_components(tokenizer: Any, transformer: Any) -> None:
-    """Refuse what are no models of this package, None among them; by their methods, as adapters wrap them."""
+    """Refuse what are no models of this package, or do not fit together; by methods, as adapters wrap models."""
     for name, model, kind, method in (
         ("tokenizer", tokenizer, "DARTokenizer", "decode_stream"),
         ("transformer", transformer, "DARForCausalLM", "stream_codes"),
     ):
         if not hasattr(model, method):
             raise ValueError(f"{name} must be a {kind}, got {type(model).__name__}.")
+    for name, ours, theirs in (
+        ("codebook_size", tokenizer.config.codebook_size, transformer.config.codebook_size),
+        ("number of tokens", tokenizer.config.num_tokens, transformer.config.num_image_tokens),
+    ):
+        if ours != theirs:
+            raise ValueError(f"tokenizer and transformer disagree: {name} {ours} and {theirs}.")
 
 
-def _names_by_id(id2label: Any, num_classes: int) -> dict[int, str]:
-    """Class names by id, checked; JSON files hold the ids as text."""
-    if not isinstance(id2label, dict):
-        raise ValueError(f"id2label must be a dictionary of names by class id, got {type(id2label).__name__}.")
-    names: dict[int, str] = {}
-    for key, name in id2label.items():
-        whole = isinstance(key, Integral) and not isinstance(key, bool)
-        if not (whole or (isinstance(key, str) and key.isdecimal())) or not 0 <= int(key) < num_classes:
-            raise ValueError(f"id2label must name classes in [0, {num_classes}), got the id {described(key)}.")
-        if not isinstance(name, str):
-            raise ValueError(f"id2label must hold names, got {described(name)} for class {int(key)}.")
-        names[int(key)] = name
-    return names
-
-
-def _exclude(**arguments: Any) -> None:
-    """Refuse more than one of arguments that exclude each other."""
+def _check_exclusive(**arguments: Any) -> None:
     given = [name for name, value in arguments.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other.")
 
 
-def index_names(id2label: dict) -> tuple[dict[str, int], dict[str, list[int]]]:
-    """Class ids by name, and the classes that share a name: ImageNet has two cranes, and a crayfish by two names.
-
-    A whole entry wins over a first name, and that over any other.
-    """
-    levels: list[dict[str, set[int]]] = [{}, {}, {}]
-    for label, entry in id2label.items():
-        first, *others = str(entry).split(",")
-        for level, names in zip(levels, ([str(entry)], [first], others), strict=True):
-            for name in names:
-                level.setdefault(name.strip(), set()).add(int(label))
-    owners: dict[str, set[int]] = {}
-    for level in levels:
-        for name, ids in level.items():
-            owners.setdefault(name, ids)
-    owners.pop("", None)
-    labels = {name: min(ids) for name, ids in owners.items() if len(ids) == 1}
-    return labels, {name: sorted(ids) for name, ids in owners.items() if len(ids) > 1}
+def _check_together(**arguments: Any) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if len(given) == 1:
+        raise ValueError(f"{' and '.join(arguments)} go together: give both or neither.")
 
 
-def _check_output(output_type: Any) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-
-
-def _layout_tokens(layout_image: Any, layout_tokens: int | None, num_tokens: int) -> int | None:
-    if (layout_image is None) != (layout_tokens is None):
-        raise ValueError("layout_image and layout_tokens go together: give both or neither.")
-    if layout_tokens is None:
-        return None
-    layout_tokens = check_integer("layout_tokens", layout_tokens, least=0)
-    if layout_tokens > num_tokens:
-        raise ValueError(f"layout_tokens={layout_tokens} is more than num_tokens={num_tokens}.")
-    return layout_tokens
-
-
-def _start_step(image: Any, strength: float | None, num_steps: int) -> int:
-    """First step that image-to-image runs; ``num_steps`` where strength leaves none, 0 without an image."""
-    if (image is None) != (strength is None):
-        raise ValueError("image and strength go together: give both or neither.")
+def _start_step(strength: float | None, num_steps: int) -> int:
+    """First step of those that image-to-image generates anew; 0 without an image, and where strength leaves none."""
     if strength is None:
         return 0
-    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 <= strength <= 1:
-        raise ValueError(f"strength must lie in [0, 1], got {strength!r}.")
-    return num_steps - min(int(num_steps * strength), num_steps)
+    return (num_steps - int(num_steps * strength)) % num_steps

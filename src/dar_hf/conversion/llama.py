@@ -11,8 +11,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from ..configuration_dar import DARConfig
 from ..files import write_json
+from ..labels_dar import index_names
 from ..modeling_dar import DARForCausalLM
-from ..pipeline_dar import index_names
 from .reading import fill, without_weights
 
 # a Llama has no use for these; everything else in our configuration is Llama's own

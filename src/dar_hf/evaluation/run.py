@@ -20,7 +20,7 @@ from ..metrics import CodeStatistics, FeatureExtractor, load_feature_extractor, 
 from ..metrics.features import INCEPTION
 from ..metrics.lpips import MIN_SIZE, LPIPSNetwork, load_lpips
 from ..metrics.weights import check_hash, weights_hash
-from ..modeling_dar import guidance_schedule, sampling_warpers
+from ..sampling_dar import guidance_schedule, sampling_warpers
 from .arguments import EvaluationArguments, GenerationArguments, ReconstructionArguments
 from .images import EXTRACTOR, DatasetImages, NpzImages, read_reference, to_float, to_uint8, write_npz
 from .measure import (

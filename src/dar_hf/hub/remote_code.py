@@ -43,31 +43,39 @@ AUTO_MAPS = {
 }
 
 
-def standalone_source(module: str) -> str:
+def standalone_source(module: str, included: set[str] | None = None) -> str:
     """Source of a model file of this package with the siblings it imports put where the import statement stood.
 
     Args:
         module: its name, such as "tokenizer_dar".
+        included: siblings that stand further up already, to which those of this module are added.
 
     Raises:
         ValueError: if two of the files define the same name, or an import is not ``from .sibling import name``.
     """
     source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
+    included = set() if included is None else included
     names = _defined(source)
-    for node in reversed(ast.parse(source).body):
+    parts = []
+    end = 0
+    for node in ast.parse(source).body:
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
             continue
         if node.level != 1 or not node.module or any(alias.asname for alias in node.names):
             raise ValueError(f"{module}.py, line {node.lineno}: only `from .sibling import name` can be exported.")
-        sibling = standalone_source(node.module)
+        parts += lines[end : node.lineno - 1]
+        end = node.end_lineno or node.lineno
+        if node.module in included:
+            continue
+        included.add(node.module)
+        sibling = standalone_source(node.module, included)
         if twice := names & _defined(sibling):
             raise ValueError(f"{module}.py and {node.module}.py both define {', '.join(sorted(twice))}.")
         names |= _defined(sibling)
-        lines[node.lineno - 1 : node.end_lineno] = [
-            f"# {node.module}.py of the package, in the place of its import\n{sibling}\n# {module}.py again\n"
-        ]
-    return "".join(lines)
+        heading = f"# {node.module}.py of the package, in the place of its import\n"
+        parts += [heading, sibling, f"\n# {module}.py again\n"]
+    return "".join(parts + lines[end:])
 
 
 def _siblings(source: str) -> list[str]:
