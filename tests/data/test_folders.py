@@ -74,9 +74,11 @@ def counts(root, split="train", **options):
         ("evaluation", "a-test-b"),
     ],
 )
-def test_classes_named_like_splits(folder, classes):
+def test_classes_named_like_splits(folder, classes, caplog):
     root = folder(*images(*classes))
     assert available_splits(root) == ["train"]
+    is_named = any(name.lower() in ("train", "dev", "val", "evaluation") for name in classes)
+    assert ("not taken for splits, because there are others next to them" in caplog.text) == is_named
     assert counts(root) == dict.fromkeys(sorted(classes), 2)
     assert len(load_images(root, label_column=None)) == 2 * len(classes)
     assert len(list(stream_images(root))) == 2 * len(classes)
@@ -213,6 +215,11 @@ def test_folders_inside_of_classes(folder, caplog):
     assert "the outer ones are their classes" in caplog.text
 
 
+def test_a_split_of_one_class_has_the_classes_of_the_others(folder):
+    root = folder(*images("train/cat", "train/dog", "val/cat/more"))
+    assert counts(root, "val", class_names=["cat", "dog"]) == {"cat": 2, "dog": 0}
+
+
 def test_tiny_imagenets_folders(folder):
     root = folder(*images("train/n1/images", "train/n2/images", "val/images"))
     assert counts(root) == {"n1": 2, "n2": 2}
@@ -270,6 +277,12 @@ def test_brackets_in_the_path(folder, tmp_path):
 def test_hidden_files_are_no_data(folder):
     root = folder("a/0.png", "a/.1.png", "a/._0.png", ".git/x.png", "__MACOSX/a/0.png", "b/0.png")
     assert counts(root) == {"a": 1, "b": 1}
+
+
+def test_names_that_are_not_utf8_are_left_out_and_named(folder, caplog):
+    root = folder(*images("a", "b"), os.fsdecode(b"a/\xe9.png"), os.fsdecode(b"\xe9/0.png"))
+    assert counts(root) == {"a": 2, "b": 2}
+    assert caplog.text.count("whose name is not UTF-8: rename it") == 2
 
 
 def test_every_ending_that_pillow_opens(folder):
