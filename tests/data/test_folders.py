@@ -134,9 +134,10 @@ def test_an_unknown_split_says_what_was_found(folder):
 
 
 @pytest.mark.parametrize("split, count", [("train[:50%]", 4), ("train[2:3]", 1), ("train[-1:]+test[:1]", 2)])
-def test_parts_of_splits(folder, split, count):
+def test_parts_of_splits(folder, split, count, caplog):
     data = load_images(folder(*images("train/a", "train/b", "test/a", count=4)), split)
     assert len(data) == count and data.features["label"].names == ["a", "b"]
+    assert (f"{split} has images of 1 of 2 classes only" in caplog.text) == ("test" not in split)
 
 
 def test_what_is_no_part(folder):
@@ -178,6 +179,14 @@ def test_a_few_files_named_like_splits(tmp_path, caplog):
     write_parquet(tmp_path / "set" / "bus.parquet", [0])
     with pytest.raises(ValueError, match="train.parquet is named like a split, bus.parquet, extra.parquet are not"):
         load_images(str(tmp_path / "set"))
+
+
+def test_missing_shards_are_named(tmp_path, caplog):
+    for name in ("train-00000-of-00003", "train-00002-of-00003", "test-00000-of-00001"):
+        write_parquet(tmp_path / "set" / f"{name}.parquet", [0])
+    assert len(load_images(str(tmp_path / "set"))) == 2
+    assert "there are 2 of the 3 files train-*-of-00003; the others are missing" in caplog.text
+    assert "00001" not in caplog.text
 
 
 def test_images_next_to_parquet_files(tmp_path, caplog):
@@ -275,7 +284,7 @@ def test_brackets_in_the_path(folder, tmp_path):
 
 
 def test_hidden_files_are_no_data(folder):
-    root = folder("a/0.png", "a/.1.png", "a/._0.png", ".git/x.png", "__MACOSX/a/0.png", "b/0.png")
+    root = folder("a/0.png", "a/.1.png", "a/._0.png", ".git/x.png", "__MACOSX/0.png", "@eaDir/0.png", "b/0.png")
     assert counts(root) == {"a": 1, "b": 1}
 
 

@@ -6,6 +6,7 @@ import tarfile
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -332,6 +333,9 @@ def test_a_parquet_cut_off_or_empty(tmp_path, load):
     datasets.Dataset.from_dict({"image": [], "label": []}).to_parquet(path)
     with pytest.raises(ValueError, match="data.parquet: no data"):
         load(str(path))
+    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([], pyarrow.binary())}), path)
+    write_parquet(tmp_path / "more.parquet", [1, 2], [0, 1])
+    assert len(list(load(str(tmp_path)))) == 2
 
 
 @pytest.mark.parametrize("load", [load_images, stream_images])

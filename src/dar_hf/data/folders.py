@@ -43,6 +43,7 @@ _SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in wor
 _FOLDER_NAME = re.compile(r"([a-z]+)[-_. ]?[0-9]*")
 _FILE_NAME = re.compile(r"([a-z]+)(?:[-_. ]?[0-9].*)?")
 _SHARD_NAME = re.compile(r"data/(\w+)-[0-9]{5}-of-[0-9]{5}.*")
+_SHARD_NUMBER = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5}).*")
 _SEPARATORS = re.compile(r"[-._ 0-9]+")
 
 PARQUET, WEBDATASET, IMAGES = "parquet", "webdataset", "images"
@@ -52,7 +53,7 @@ ARCHIVES = (".zip", ".tgz", ".gz", ".7z", ".rar", ".bz2", ".xz", ".zst")
 OTHER_FORMATS = (".arrow", ".csv", ".tsv", ".json", ".jsonl")  # datasets reads them
 SIDE_FILES = (".md", ".txt", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".yml", ".py", ".ini", ".log", ".db")
 NOT_ONE_IMAGE = {".h5", ".hdf"}  # pillow knows the endings, but cannot open them
-SYSTEM_FOLDERS = ("__MACOSX", "__pycache__")
+SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN")
 MAX_NAMED = 5  # names in a message
 
 
@@ -142,7 +143,7 @@ def read_folder(path: str) -> LocalFiles | None:
     if kind == IMAGES:
         found.metadata = _metadata(files, splits, depth if by_folders else None)
         found.depth = _class_depth(splits, depth)
-    found.warnings = _left_out(files, found)
+    found.warnings = [*_left_out(files, found), *_missing_shards(found)]
     return found
 
 
@@ -212,10 +213,9 @@ def _archives(files: list[str]) -> list[str]:
 def _choose_kind(files: list[str]) -> tuple[str | None, list[str]]:
     """The kind of data and its files: of two kinds parquet or tars if their names say splits, else what is more."""
     endings = image_endings()
-    by_kind: dict[str, list[str]] = {IMAGES: [file for file in files if _ending(file) in endings]}
+    by_kind = {IMAGES: [file for file in files if _ending(file) in endings]}
     for kind in (PARQUET, WEBDATASET):
         by_kind[kind] = [file for file in files if data_kind(file) == kind]
-    for kind in (PARQUET, WEBDATASET):
         if any(_file_split(file) == "train" for file in by_kind[kind]):
             return kind, by_kind[kind]
     best = max(by_kind, key=lambda kind: len(by_kind[kind]))
@@ -268,16 +268,14 @@ def _splits_by_folders(path: str, files: list[str]) -> tuple[int, dict[str, list
         tops = {tuple(folder.split("/")[: depth + 1]) for folder in folders if folder.count("/") >= depth}
         names = _folder_splits(path, tops, folders)
         if names:
-            splits: dict[str, list[str]] = defaultdict(list)
-            for file in files:
-                parts = tuple(file.split("/")[: depth + 1])
-                if parts in names:
-                    splits[names[parts]].append(file)
-            return depth + 1, dict(splits)
+            break
         if len(tops) != 1 or "/".join(*tops) in folders:
             _refuse_inner_splits(path, folders, depth)
             return depth, {}
         depth += 1  # a folder that holds only one folder
+    splits = _grouped(files, lambda file: names.get(tuple(file.split("/")[: depth + 1])))
+    splits.pop("", None)
+    return depth + 1, splits
 
 
 def _folder_splits(path: str, tops: set[tuple], folders: set[str]) -> dict[tuple, str]:
@@ -383,8 +381,7 @@ def _left_out(files: list[str], found: LocalFiles) -> list[str]:
     rest = [file for file in files if file not in used]
     archives = _archives(rest)
     endings = image_endings()
-    data = [file for file in rest if _ending(file) in endings or data_kind(file) or _ending(file) == ".parquet"]
-    data += [file for file in rest if os.path.basename(file) in METADATA and _ending(file) != ".parquet"]
+    data = [f for f in rest if _ending(f) in endings or data_kind(f) or os.path.basename(f) in METADATA]
     others = sorted(set(rest) - set(archives) - set(data))
     others = [file for file in others if _ending(file) not in SIDE_FILES and not os.path.basename(file).isupper()]
     texts = []
@@ -397,3 +394,17 @@ def _left_out(files: list[str], found: LocalFiles) -> list[str]:
     if others:
         texts.append(f"{len(others)} files that are no images: {first_names(others)}")
     return [f"{found.path}: leaving out {text}." for text in texts]
+
+
+def _missing_shards(found: LocalFiles) -> list[str]:
+    """Which splits lack files, as far as names like train-00000-of-00002 say it."""
+    numbers: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for file in sorted(file for files in found.splits.values() for file in files):
+        match = _SHARD_NUMBER.fullmatch(file)
+        if match:
+            numbers[match[1], match[3]].add(match[2])
+    return [
+        f"{found.path}: there are {len(there)} of the {int(total)} files {name}-*-of-{total}; the others are missing."
+        for (name, total), there in numbers.items()
+        if len(there) < int(total)
+    ]

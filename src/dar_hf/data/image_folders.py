@@ -41,7 +41,13 @@ def load_image_folder(
         if label_column == "label":
             images, classes = _with_class(files, name, classes)
         by_split[name] = _image_table(files.absolute(images), classes, all_classes if label_column else [])
-    return pick(split, by_split)
+    rows = pick(split, by_split)
+    if label_column == "label" and len(set(rows["label"][:])) < len(all_classes):
+        warn_once(
+            f"{files.path}: {split} has images of {len(set(rows['label'][:]))} of {len(all_classes)} classes only, as "
+            "the images are in the order of their classes."
+        )
+    return rows
 
 
 def _load_metadata(

@@ -5,6 +5,7 @@ found, `classes` how labels are numbered.
 """
 
 import gzip
+import itertools
 import os
 import tarfile
 import zlib
@@ -189,8 +190,11 @@ def _load(
         images = load_image_folder(files, split, image_column, label_column)
         return images.to_iterable_dataset() if streaming else images
     wanted = {part: files.absolute(files.splits[part]) for part in split_names(split)}
-    for paths in wanted.values():
-        _check_files(paths, files.kind, streaming)
+    if files.kind == WEBDATASET:
+        for path in itertools.chain(*wanted.values()):
+            _check_tar(path, streaming)
+    else:
+        wanted = {part: _with_rows(paths) for part, paths in wanted.items()}
     with clear_errors(name, split):
         return datasets.load_dataset(files.kind, data_files=escaped(wanted), split=split, streaming=streaming)
 
@@ -217,20 +221,22 @@ def local_files(name: str, config_name: str | None = None) -> LocalFiles | None:
     return None
 
 
-def _check_files(paths: list[str], kind: str, streaming: bool) -> None:
-    """Raise a ValueError for files that are damaged, not complete, or empty all together."""
-    if kind == WEBDATASET:
-        for path in paths:
-            _check_tar(path, streaming)
-        return
-    count = 0
+def _with_rows(paths: list[str]) -> list[str]:
+    """The parquet files that have rows. Some writers leave empty ones, which `datasets` may fail to read.
+
+    Raises:
+        ValueError: if one is damaged, or all are empty.
+    """
+    found = []
     for path in paths:
         try:
-            count += pyarrow.parquet.read_metadata(path).num_rows
+            if pyarrow.parquet.read_metadata(path).num_rows:
+                found.append(path)
         except pyarrow.ArrowException as error:
             raise ValueError(f"{path} is damaged or no parquet file: {error}") from error
-    if count == 0:
+    if not found:
         raise ValueError(f"{', '.join(paths)}: no data, all of them are empty.")
+    return found
 
 
 def _check_tar(path: str, streaming: bool) -> None:
@@ -246,7 +252,7 @@ def _check_tar(path: str, streaming: bool) -> None:
             if streaming and _ends_with_mark(path):
                 return
             while tar.next() is not None:
-                tar.members = []  # or it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
             _check_end(path, cast("IO[bytes]", tar.fileobj), tar.offset)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is damaged or no tar file: {error}.") from error
