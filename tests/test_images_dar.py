@@ -184,6 +184,17 @@ def test_twelve_bit_tiffs_are_refused():
         read_image(data)
 
 
+def test_sixteen_bits_that_pillow_reads_wrongly_are_refused():
+    values = np.full((8, 8), 1000, dtype=np.uint16)
+    white_is_zero = content(Image.fromarray(values), "TIFF", tiffinfo={262: 0})
+    header = ["SIMPLE  = T", "BITPIX  = 16", "NAXIS   = 2", "NAXIS1  = 8", "NAXIS2  = 8", "END"]
+    fits = "".join(line.ljust(80) for line in header).ljust(2880).encode() + values.astype(">u2").tobytes()
+    for data in (white_is_zero, fits.ljust(5760, bytes(1))):
+        assert Image.open(io.BytesIO(data)).mode == "I;16"
+        with pytest.raises(ValueError, match="with zero as black"):
+            read_image(data)
+
+
 def test_a_transparent_grey_of_16_bits_becomes_white():
     data = png(2, 1, 16, 0, b"\0" + struct.pack(">2H", 1000, 0x5678), tRNS=struct.pack(">H", 1000))
     assert np.asarray(convert_channels(read_image(data), 1)).tolist() == [[255, 0x56]]

@@ -78,7 +78,7 @@ def load_image(image: Image.Image) -> None:
     if 0 in image.size or not _has_known_range(image):
         raise ValueError(
             f"an image must have pixels, of 8 bits a channel, got mode {image.mode!r} and size {image.size}; "
-            "grey ones may also have 16 bits."
+            "grey ones may also have 16 bits, with zero as black."
         )
 
 
@@ -93,8 +93,12 @@ def _has_known_range(image: Image.Image) -> bool:
         if low < 0 or high >= 1 << 16:
             return False
         return image.format in ("PPM", "PNG") or (image.format is None and high > 255)
-    bits_per_sample = getattr(image, "tag_v2", {}).get(258)
-    return image.mode != "F" and bits_per_sample != (12,)  # pillow does not scale 12-bit TIFFs to its 16 bits
+    if image.mode.startswith("I;16"):
+        # pillow does not scale TIFFs of 12 bits, nor invert those whose white is zero, and swaps the bytes of FITS
+        tags = getattr(image, "tag_v2", {})
+        is_scaled = tags.get(ExifTags.Base.BitsPerSample) != (12,)
+        return is_scaled and tags.get(ExifTags.Base.PhotometricInterpretation) != 0 and image.format != "FITS"
+    return image.mode != "F"
 
 
 def convert_channels(image: Image.Image, channels: int) -> Image.Image:

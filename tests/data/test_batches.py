@@ -1,5 +1,7 @@
 """The order of samples and every sample's own randomness."""
 
+import os
+
 import datasets
 import pytest
 import torch
@@ -231,6 +233,14 @@ def test_rows_without_an_image_are_left_out_and_named(caplog):
     assert sample["index"] == 3 and sample["skipped"] == [1, 2]
     assert "leaving out image 1, which cannot be read: the row holds no image" in caplog.text
     assert samples.readable() == [0, 3] and samples.readable(1) == [0]
+
+
+def test_pipes_and_folders_are_no_images(tmp_path, caplog):
+    os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for ever
+    paths = [str(tmp_path / "pipe.png"), str(tmp_path)]
+    data = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
+    assert ImageSamples(data, ImageTransform((8, 8), 1)).readable() == []
+    assert caplog.text.count("this is no regular file") == 2
 
 
 def test_images_that_cannot_be_converted_are_left_out(caplog):

@@ -32,6 +32,7 @@ def numbers(count):
         (["10", "2", "0"], None),
         (["10", "2", "0"], "large_string"),
         (["10.0", "2.0", "0.0"], None),
+        (["10", "2", "0"], "binary"),
     ],
 )
 def test_numbers_keep_their_values(labels, dtype):

@@ -74,9 +74,11 @@ def counts(root, split="train", **options):
         ("evaluation", "a-test-b"),
     ],
 )
-def test_classes_named_like_splits(folder, classes):
+def test_classes_named_like_splits(folder, classes, caplog):
     root = folder(*images(*classes))
     assert available_splits(root) == ["train"]
+    is_named = any(name.lower() in ("train", "dev", "val", "evaluation") for name in classes)
+    assert ("not taken for splits, because there are others next to them" in caplog.text) == is_named
     assert counts(root) == dict.fromkeys(sorted(classes), 2)
     assert len(load_images(root, label_column=None)) == 2 * len(classes)
     assert len(list(stream_images(root))) == 2 * len(classes)
@@ -132,9 +134,10 @@ def test_an_unknown_split_says_what_was_found(folder):
 
 
 @pytest.mark.parametrize("split, count", [("train[:50%]", 4), ("train[2:3]", 1), ("train[-1:]+test[:1]", 2)])
-def test_parts_of_splits(folder, split, count):
+def test_parts_of_splits(folder, split, count, caplog):
     data = load_images(folder(*images("train/a", "train/b", "test/a", count=4)), split)
     assert len(data) == count and data.features["label"].names == ["a", "b"]
+    assert (f"{split} has images of 1 of 2 classes only" in caplog.text) == ("test" not in split)
 
 
 def test_what_is_no_part(folder):
@@ -178,6 +181,14 @@ def test_a_few_files_named_like_splits(tmp_path, caplog):
         load_images(str(tmp_path / "set"))
 
 
+def test_missing_shards_are_named(tmp_path, caplog):
+    for name in ("train-00000-of-00003", "train-00002-of-00003", "test-00000-of-00001"):
+        write_parquet(tmp_path / "set" / f"{name}.parquet", [0])
+    assert len(load_images(str(tmp_path / "set"))) == 2
+    assert "there are 2 of the 3 files train-*-of-00003; the others are missing" in caplog.text
+    assert "00001" not in caplog.text
+
+
 def test_images_next_to_parquet_files(tmp_path, caplog):
     write_parquet(tmp_path / "set" / "train.parquet", [0])
     for index in range(3):
@@ -211,6 +222,11 @@ def test_folders_around_classes_are_passed_through(folder):
 def test_folders_inside_of_classes(folder, caplog):
     assert counts(folder(*images("cat/small", "cat/large", "dog"))) == {"cat": 4, "dog": 2}
     assert "the outer ones are their classes" in caplog.text
+
+
+def test_a_split_of_one_class_has_the_classes_of_the_others(folder):
+    root = folder(*images("train/cat", "train/dog", "val/cat/more"))
+    assert counts(root, "val", class_names=["cat", "dog"]) == {"cat": 2, "dog": 0}
 
 
 def test_tiny_imagenets_folders(folder):
@@ -268,8 +284,14 @@ def test_brackets_in_the_path(folder, tmp_path):
 
 
 def test_hidden_files_are_no_data(folder):
-    root = folder("a/0.png", "a/.1.png", "a/._0.png", ".git/x.png", "__MACOSX/a/0.png", "b/0.png")
+    root = folder("a/0.png", "a/.1.png", "a/._0.png", ".git/x.png", "__MACOSX/0.png", "@eaDir/0.png", "b/0.png")
     assert counts(root) == {"a": 1, "b": 1}
+
+
+def test_names_that_are_not_utf8_are_left_out_and_named(folder, caplog):
+    root = folder(*images("a", "b"), os.fsdecode(b"a/\xe9.png"), os.fsdecode(b"\xe9/0.png"))
+    assert counts(root) == {"a": 2, "b": 2}
+    assert caplog.text.count("whose name is not UTF-8: rename it") == 2
 
 
 def test_every_ending_that_pillow_opens(folder):

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import zipfile
 import zlib
 from itertools import islice
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dar_hf.data import BatchStream, DataError, ImageTransform, StreamedImages
+from dar_hf.data import BatchStream, DataError, ImageTransform, StreamedImages, stream_images
 
 NUM = 23
 
@@ -188,6 +189,16 @@ def test_damage_in_the_middle_of_a_stream():
         batches = iter(BatchStream(StreamedImages(data, ImageTransform((4, 4), 1), 4, 1), 1, num_workers=workers))
         with pytest.raises(DataError, match="^the streamed data set cannot be read: invalid block type"):
             next(batches)
+
+
+def test_images_in_an_archive(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for value in range(4):
+            archive.writestr(f"{value}.png", encoded(value)["bytes"])
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: images.zip\n---\n")
+    images = StreamedImages(stream_images(str(tmp_path), label_column=None), ImageTransform((4, 4), 1))
+    assert sorted(values(next(iter(BatchStream(images, 4))))) == [0, 1, 2, 3]
 
 
 def test_what_ends_a_stream():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 
+from dar_hf.data import ImageTransform
 from dar_hf.training import codes as codes_module
 from dar_hf.training import train
 from dar_hf.training.build import build_ar_stage
@@ -140,6 +141,36 @@ def test_sets_that_are_not_complete(tmp_path, tokenizer, stored):
     (tmp_path / "copy" / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(ValueError, match="holds 24 rows, its stamp says 40"):
         ar_stage(tmp_path / "run", tokenizer, **SUBSET, crop="ten", codes=str(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b'{"num_', b"\xff\xfe"])
+def test_damaged_stamps(tmp_path, tokenizer, small_digits, content):
+    for name in ("codes.json", "extraction.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_bytes(content)
+    with pytest.raises(ValueError, match="no finished set of codes at.*codes.json|they are of tokenizer None"):
+        load_codes(str(tmp_path / "codes.json"), tiny_tokenizer(), ImageTransform((8, 8), 1, "ten"))
+    if content != b"{}":
+        with pytest.raises(ValueError, match="extraction.json"):
+            extract_codes(arguments(tmp_path / "extraction.json", tokenizer, small_digits), Accelerator(cpu=True))
+
+
+def test_damaged_shards(tmp_path, tokenizer, small_digits, stored):
+    folder = tmp_path / "my [codes]"
+    shutil.copytree(stored, folder)
+    model, transform = tiny_tokenizer(), ImageTransform((8, 8), 1, "ten")
+    assert len(load_codes(str(folder), model, transform)) == 40
+    shard = folder / "train-00001-of-00003.parquet"
+    whole = shard.read_bytes()
+    for damaged in (b"", whole[:200], whole[:60] + b"\xff" * 40 + whole[100:]):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot load .*my .codes"):
+            load_codes(str(folder), model, transform)
+    shard.write_bytes(whole[:200])  # as a crash of the machine may leave it
+    (folder / "codes.json").rename(folder / "extraction.json")
+    extract_codes(arguments(folder, tokenizer, small_digits), Accelerator(cpu=True))
+    again, before = (load_codes(str(path), model, transform) for path in (folder, stored))
+    assert again.to_dict() == before.to_dict()
 
 
 def test_more_classes_than_the_model_has(tmp_path, tokenizer, stored):
@@ -274,6 +305,12 @@ def test_a_folder_of_other_codes_is_left_alone(tmp_path, tokenizer, small_digits
     with pytest.raises(ValueError, match="holds codes of another tokenizer, data set or crop"):
         extract_codes(args, Accelerator(cpu=True))
     assert same_set(tmp_path / "codes", stored)
+    rows = datasets.Dataset.from_parquet(str(Path(small_digits) / "train.parquet"))
+    other = tmp_path / Path(small_digits).name  # of the same name and size
+    other.mkdir()
+    rows.select(reversed(range(40))).to_parquet(other / "train.parquet")
+    with pytest.raises(ValueError, match="holds codes of another tokenizer, data set or crop"):
+        extract_codes(arguments(tmp_path / "codes", tokenizer, str(other)), Accelerator(cpu=True))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(ValueError, match="not empty and holds no codes"):
@@ -282,8 +319,6 @@ def test_a_folder_of_other_codes_is_left_alone(tmp_path, tokenizer, small_digits
 
 
 def test_the_stamp_names_what_codes_depend_on():
-    from dar_hf.data import ImageTransform
-
     model = tiny_tokenizer()
     stamp = make_stamp(model, ImageTransform((8, 8), 3, "ten"))
     assert make_stamp(model, ImageTransform((8, 8), 3, "ten", flip=True)) == stamp  # the ten crops are mirrored anyway

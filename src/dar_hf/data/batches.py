@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import torch
+from datasets.utils.file_utils import is_local_path, xopen
 from PIL import Image
 
 from ..images_dar import read_image
@@ -214,10 +215,19 @@ def open_image(source: dict) -> Image.Image:
 
     Raises:
         ValueError: if there is none, or it cannot be read.
+        OSError: for a path on the Hub or in an archive that cannot be opened.
     """
-    if source is None or (source["bytes"] is None and source["path"] is None):
+    if source is None or (source["bytes"] is None and not source["path"]):
         raise ValueError("the row holds no image.")
-    return read_image(source["path"] if source["bytes"] is None else source["bytes"])
+    path = source["path"]
+    if source["bytes"] is not None:
+        return read_image(source["bytes"])
+    if not is_local_path(path):  # streams name images on the Hub (hf://) and in archives (zip://)
+        with xopen(path, "rb") as file:
+            return read_image(file.read(), path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: this is no regular file.")  # reading a pipe would wait for ever
+    return read_image(path)
 
 
 def image_path(source: dict | None) -> str:

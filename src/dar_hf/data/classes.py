@@ -51,6 +51,8 @@ def with_class_labels(dataset: datasets.Dataset, name: str, class_names: list[st
     Raises:
         ValueError: for labels that are missing, negative, no whole numbers, or not among ``class_names``.
     """
+    if dataset.features["label"] in (datasets.Value("binary"), datasets.Value("large_binary")):
+        dataset = dataset.cast_column("label", datasets.Value("string"))
     feature, labels = dataset.features["label"], dataset["label"][:]
     if isinstance(feature, datasets.ClassLabel):
         _refuse_missing(labels, name)

@@ -2,8 +2,9 @@
 
 **Splits by folders.** The folders at the top are splits if *each* of them is named like one: train or training;
 validation, valid, val or dev; test, testing, eval or evaluation; in any case, perhaps with a number (train2017). A
-folder ``train`` among folders with other names is a class. There is one exception: where two splits are there and
-hold nothing but folders (of classes), the other folders next to them are splits too, under their own names.
+folder ``train`` among folders with other names is a class, and a warning says so. There is one exception: where two
+splits are there and hold nothing but folders (of classes), the other folders next to them are splits too, under their
+own names.
 
 **Splits by files.** Names of parquet files and tars that begin with the name of a split and go on with a number
 (train-00000-of-00002.parquet, test.tar) say the split; so do names that hold such a word elsewhere, if each file's
@@ -13,28 +14,23 @@ them does, and ``train`` is one of them.
 Where neither says anything, everything is the split ``train``.
 
 **Classes.** The class of an image is the first folder below its split, as in torchvision. Folders that hold only one
-folder and nothing else are passed through. Images outside the folders of classes have no class, and are left out where
-labels are asked for.
+folder and nothing else, in all splits, are passed through. Images outside the folders of classes have no class, and
+are left out where labels are asked for.
 
-Links are followed. Hidden files are no data. A folder whose README.md configures it (as clones of Hub data sets do)
-is left to `datasets`, and so is one of other formats (csv, json, arrow).
+Links are followed. Hidden files are no data, and neither are files whose names are not UTF-8. A folder whose README.md
+configures it (as clones of Hub data sets do) is left to `datasets`, and so is one of other formats (csv, json, arrow).
 """
 
 import functools
-import glob
 import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import datasets
 from huggingface_hub import metadata_load
 from PIL import Image
-
-from .classes import in_order
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +43,7 @@ _SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in wor
 _FOLDER_NAME = re.compile(r"([a-z]+)[-_. ]?[0-9]*")
 _FILE_NAME = re.compile(r"([a-z]+)(?:[-_. ]?[0-9].*)?")
 _SHARD_NAME = re.compile(r"data/(\w+)-[0-9]{5}-of-[0-9]{5}.*")
+_SHARD_NUMBER = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5}).*")
 _SEPARATORS = re.compile(r"[-._ 0-9]+")
 
 PARQUET, WEBDATASET, IMAGES = "parquet", "webdataset", "images"
@@ -56,7 +53,7 @@ ARCHIVES = (".zip", ".tgz", ".gz", ".7z", ".rar", ".bz2", ".xz", ".zst")
 OTHER_FORMATS = (".arrow", ".csv", ".tsv", ".json", ".jsonl")  # datasets reads them
 SIDE_FILES = (".md", ".txt", ".json", ".jsonl", ".csv", ".xml", ".yaml", ".yml", ".py", ".ini", ".log", ".db")
 NOT_ONE_IMAGE = {".h5", ".hdf"}  # pillow knows the endings, but cannot open them
-SYSTEM_FOLDERS = ("__MACOSX", "__pycache__")
+SYSTEM_FOLDERS = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN")
 MAX_NAMED = 5  # names in a message
 
 
@@ -142,10 +139,11 @@ def read_folder(path: str) -> LocalFiles | None:
     by_folders = bool(splits)
     if not by_folders:
         splits = _splits_by_files(path, chosen, kind) or {"train": chosen}
-    found = LocalFiles(path, kind, _in_order(splits), depth)
+    found = LocalFiles(path, kind, _in_order(splits))
     if kind == IMAGES:
         found.metadata = _metadata(files, splits, depth if by_folders else None)
-    found.warnings = _left_out(files, found)
+        found.depth = _class_depth(splits, depth)
+    found.warnings = [*_left_out(files, found), *_missing_shards(found)]
     return found
 
 
@@ -182,6 +180,9 @@ def list_files(path: str) -> list[str]:
                 name = os.path.join(folder, entry.name)
                 if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
                     continue
+                if not _is_utf8(entry.name):
+                    warn_once(f"leaving out {ascii(entry.path)}, whose name is not UTF-8: rename it.")
+                    continue
                 if entry.is_dir():
                     pending.append((name, (*above, identity)))
                 elif entry.is_file():
@@ -190,6 +191,15 @@ def list_files(path: str) -> list[str]:
                     found.append(name)
                     warn_once(f"the link {entry.path} leads nowhere.")
     return sorted(found)
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a file's name can be stored in a table; the file system allows other bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _ending(file: str) -> str:
@@ -203,10 +213,9 @@ def _archives(files: list[str]) -> list[str]:
 def _choose_kind(files: list[str]) -> tuple[str | None, list[str]]:
     """The kind of data and its files: of two kinds parquet or tars if their names say splits, else what is more."""
     endings = image_endings()
-    by_kind: dict[str, list[str]] = {IMAGES: [file for file in files if _ending(file) in endings]}
+    by_kind = {IMAGES: [file for file in files if _ending(file) in endings]}
     for kind in (PARQUET, WEBDATASET):
         by_kind[kind] = [file for file in files if data_kind(file) == kind]
-    for kind in (PARQUET, WEBDATASET):
         if any(_file_split(file) == "train" for file in by_kind[kind]):
             return kind, by_kind[kind]
     best = max(by_kind, key=lambda kind: len(by_kind[kind]))
@@ -217,14 +226,14 @@ def _what_else(files: list[str]) -> str:
     """What a folder without data has instead."""
     archives = _archives(files)
     if archives:
-        return f"archives must be unpacked first ({_some(archives)})"
+        return f"archives must be unpacked first ({first_names(archives)})"
     if not files:
         return "it is empty"
     counts = Counter(_ending(file) or "without an ending" for file in files)
     return "its files are " + ", ".join(f"{count} {ending}" for ending, count in counts.most_common(MAX_NAMED))
 
 
-def _some(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
     """The first few names."""
     more = [f"and {len(names) - MAX_NAMED} more"] if len(names) > MAX_NAMED else []
     return ", ".join([*names[:MAX_NAMED], *more])
@@ -257,27 +266,31 @@ def _splits_by_folders(path: str, files: list[str]) -> tuple[int, dict[str, list
     depth = 0
     while True:
         tops = {tuple(folder.split("/")[: depth + 1]) for folder in folders if folder.count("/") >= depth}
-        names = _folder_splits(tops, folders)
+        names = _folder_splits(path, tops, folders)
         if names:
-            splits: dict[str, list[str]] = defaultdict(list)
-            for file in files:
-                parts = tuple(file.split("/")[: depth + 1])
-                if parts in names:
-                    splits[names[parts]].append(file)
-            return depth + 1, dict(splits)
+            break
         if len(tops) != 1 or "/".join(*tops) in folders:
             _refuse_inner_splits(path, folders, depth)
             return depth, {}
         depth += 1  # a folder that holds only one folder
+    splits = _grouped(files, lambda file: names.get(tuple(file.split("/")[: depth + 1])))
+    splits.pop("", None)
+    return depth + 1, splits
 
 
-def _folder_splits(tops: set[tuple], folders: set[str]) -> dict[tuple, str]:
-    """The split of each folder on one level, or nothing if they are classes."""
+def _folder_splits(path: str, tops: set[tuple], folders: set[str]) -> dict[tuple, str]:
+    """The split of each folder on one level, or nothing if they are no splits."""
     found = {top: _folder_split(top[-1]) for top in tops}
     named = {top: split for top, split in found.items() if split}
     of_folders = not any("/".join(top) in folders for top in named)
     if len(named) == len(tops) or (len(set(named.values())) > 1 and of_folders):
         return {top: split or re.sub(r"\W+", "_", top[-1]) for top, split in found.items()}
+    if named:
+        words, others = (sorted(top[-1] for top in part) for part in (named, tops - named.keys()))
+        warn_once(
+            f"{path}: folders named like splits ({first_names(words)}) are not taken for splits, because there are "
+            f"others next to them ({first_names(others)})."
+        )
     return {}
 
 
@@ -298,6 +311,15 @@ def _refuse_inner_splits(path: str, folders: set[str], depth: int) -> None:
             )
 
 
+def _class_depth(splits: dict[str, list[str]], depth: int) -> int:
+    """How many folders lie around the classes, if ``depth`` of them lie around the images of a split."""
+    inner = {tuple(file.split("/")[depth:-1]) for files in splits.values() for file in files} - {()}
+    while inner and len({parts[0] for parts in inner}) == 1 and min(map(len, inner)) > 1:
+        inner = {parts[1:] for parts in inner}
+        depth += 1
+    return depth
+
+
 def _splits_by_files(path: str, files: list[str], kind: str) -> dict[str, list[str]]:
     """Files by split, as far as their names say it."""
     if kind == IMAGES:
@@ -313,8 +335,8 @@ def _splits_by_files(path: str, files: list[str], kind: str) -> dict[str, list[s
     if len(splits) == 1 and len(others) > len(files) / 2:
         named = next(iter(splits.values()))
         raise ValueError(
-            f"{path}: {_some(named)} is named like a split, {_some(others)} are not. Give all of them names like "
-            "train-00000-of-00002 and test-00000-of-00001, or none, or put them into folders train and test."
+            f"{path}: {first_names(named)} is named like a split, {first_names(others)} are not. Give all of them "
+            "names like train-00000-of-00002 and test-00000-of-00001, or none, or use folders train and test."
         )
     return splits
 
@@ -359,183 +381,30 @@ def _left_out(files: list[str], found: LocalFiles) -> list[str]:
     rest = [file for file in files if file not in used]
     archives = _archives(rest)
     endings = image_endings()
-    data = [file for file in rest if _ending(file) in endings or data_kind(file) or _ending(file) == ".parquet"]
-    data += [file for file in rest if os.path.basename(file) in METADATA and _ending(file) != ".parquet"]
+    data = [f for f in rest if _ending(f) in endings or data_kind(f) or os.path.basename(f) in METADATA]
     others = sorted(set(rest) - set(archives) - set(data))
     others = [file for file in others if _ending(file) not in SIDE_FILES and not os.path.basename(file).isupper()]
     texts = []
     if data:
-        texts.append(f"{len(data)} files that belong to none of the splits {', '.join(found.splits)}: {_some(data)}")
+        texts.append(
+            f"{len(data)} files that belong to none of the splits {', '.join(found.splits)}: {first_names(data)}"
+        )
     if archives:
-        texts.append(f"archives, which must be unpacked to be read: {_some(archives)}")
+        texts.append(f"archives, which must be unpacked to be read: {first_names(archives)}")
     if others:
-        texts.append(f"{len(others)} files that are no images: {_some(others)}")
+        texts.append(f"{len(others)} files that are no images: {first_names(others)}")
     return [f"{found.path}: leaving out {text}." for text in texts]
 
 
-# Images
-
-
-def load_image_folder(
-    files: LocalFiles, split: str, image_column: str = "image", label_column: str | None = "label"
-) -> datasets.Dataset:
-    """Images of a folder as a data set of paths: "image", and "label" where they lie in folders of classes.
-
-    Where there are captions (metadata.csv, .jsonl or .parquet) with the columns asked for, the data set is their rows.
-
-    Args:
-        files: from `read_folder`.
-        split: a split or parts of some, with the names in ``files`` ("train[:10%]").
-        image_column, label_column: columns asked for.
-
-    Raises:
-        ValueError: if there are no folders of classes where labels are asked for, or most images lie outside of them.
-    """
-    names = split_names(split)
-    parts = {name: _class_folders(files, name) for name in names}
-    all_classes = in_order(kind for part in parts.values() for kind in part if kind is not None)
-    metadata = {name: files.absolute(files.metadata[name]) for name in names if files.metadata.get(name)}
-    if metadata and (image_column != "image" or label_column):
-        rows = _load_metadata(files, metadata, split, image_column, label_column, bool(all_classes))
-        if rows is not None:
-            return rows
-    if label_column == "label" and not all_classes:
-        raise ValueError(
-            f"{files.path} has no column 'label' for the labels; it has image. Images get their labels from folders "
-            "of classes: put them into one for each class (one for all, if there is only one)."
-        )
-    by_split = {}
-    for name, classes in parts.items():
-        images = files.splits[name]
-        if label_column == "label":
-            images, classes = _with_class(files, name, classes)
-        by_split[name] = _image_table(files.absolute(images), classes, all_classes if label_column else [])
-    return pick(split, by_split)
-
-
-def _load_metadata(
-    files: LocalFiles,
-    metadata: dict[str, list[str]],
-    split: str,
-    image_column: str,
-    label_column: str | None,
-    has_classes: bool,
-) -> datasets.Dataset | None:
-    """Rows of the captions; None if the folders of classes have to give the labels."""
-    use_folders = has_classes and image_column == "image" and label_column in (None, "label")
-    try:
-        with clear_errors(files.path, split):
-            rows = datasets.load_dataset("imagefolder", data_files=escaped(metadata), split=split)
-    except ValueError as error:
-        if not use_folders:
-            raise
-        warn_once(f"{files.path}: the captions are not read ({error}); labels come from the folders.")
-        return None
-    if use_folders and label_column not in rows.column_names:
-        return None
-    count = sum(len(files.splits[name]) for name in metadata)
-    if split in files.splits and len(rows) < count:
-        warn_once(f"{files.path}: {count} images, but rows for {len(rows)} of them: the others are left out.")
-    return rows
-
-
-def _class_folders(files: LocalFiles, split: str) -> list[str | None]:
-    """The class of each image of a split; None for those in no folder."""
-    folders = {os.path.dirname(file) for file in files.splits[split]}
-    inner = {tuple(folder.split("/")[files.depth :]) for folder in folders} - {(), ("",)}
-    passed = 0
-    while len({parts[: passed + 1] for parts in inner}) == 1 and not any(len(parts) == passed + 1 for parts in inner):
-        passed += 1
-    place = files.depth + passed
-    if any(len(parts) > passed + 1 for parts in inner):
-        warn_once(f"{files.path}: images lie in folders inside of others; the outer ones are their classes.")
-    classes: list[str | None] = []
-    for file in files.splits[split]:
-        parts = file.split("/")
-        classes.append(parts[place] if len(parts) > place + 1 else None)
-    return classes
-
-
-def _with_class(files: LocalFiles, split: str, classes: list[str | None]) -> tuple[list[str], list[str | None]]:
-    """The images that lie in folders of classes, and their classes."""
-    pairs = list(zip(files.splits[split], classes, strict=True))
-    stray = [file for file, label in pairs if label is None]
-    if 2 * len(stray) > len(pairs):
-        raise ValueError(
-            f"{len(stray)} of {len(pairs)} images in the split {split} of {files.path} lie in no folder of a class "
-            f"({_some(stray)}): put them into one for each class."
-        )
-    if stray:
-        warn_once(
-            f"{files.path}: leaving out {len(stray)} images that lie in no folder of a class, and so have no label: "
-            f"{_some(stray)}."
-        )
-    kept = [(file, label) for file, label in pairs if label is not None]
-    return [file for file, _ in kept], [label for _, label in kept]
-
-
-def _image_table(paths: list[str], classes: list[str | None], all_classes: list[str]) -> datasets.Dataset:
-    features = datasets.Features({"image": datasets.Image()})
-    columns: dict[str, list] = {"image": paths}
-    if all_classes and None not in classes:
-        features["label"] = datasets.ClassLabel(names=all_classes)
-        numbers = {name: number for number, name in enumerate(all_classes)}
-        columns["label"] = [numbers[label] for label in classes if label is not None]
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-# Parts of splits
-
-
-def split_names(split: str) -> list[str]:
-    """The splits that "train[:10%]+test" is made of."""
-    return [part.split("[")[0].split("(")[0].strip() for part in split.split("+")]
-
-
-def with_known_splits(split: str, known: Callable[[str], str]) -> str:
-    """The same parts, of splits whose names ``known`` returns."""
-    parts = []
-    for part, name in zip(split.split("+"), split_names(split), strict=True):
-        parts.append(known(name) + part.strip()[len(name) :])
-    return "+".join(parts)
-
-
-def pick(split: str, by_split: dict[str, datasets.Dataset]) -> datasets.Dataset:
-    """Parts of data sets that are in memory, in the notation of `datasets`.
-
-    Raises:
-        ValueError: for another notation.
-    """
-    if split in by_split:
-        return by_split[split]
-    sizes = {name: len(dataset) for name, dataset in by_split.items()}
-    parts = []
-    for part in datasets.ReadInstruction.from_spec(split).to_absolute(sizes):
-        parts.append(by_split[part.splitname].select(range(part.from_, max(part.from_, part.to))))
-    return datasets.concatenate_datasets(parts)
-
-
-def escaped(files: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Paths for `datasets`, which takes them as patterns."""
-    return {split: [glob.escape(path) for path in paths] for split, paths in files.items()}
-
-
-@contextmanager
-def clear_errors(name: str, split: str | None = None) -> Iterator[None]:
-    """Whatever damaged or unknown data raises, as a ValueError; trouble with network or disk stays what it is."""
-    what = name
-    if split is not None:
-        what = f"split {split!r} of {name}"
-    try:
-        yield
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise ValueError(f"no data set {name!r} (digits, a folder, a file, a Hub id): {error}") from error
-    except FileNotFoundError as error:
-        raise ValueError(f"cannot load {what}: {error}") from error
-    except (OSError, ImportError, MemoryError):
-        raise
-    except Exception as error:  # tarfile, zlib, pyarrow and pandas have their own
-        cause: BaseException = error
-        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-            cause = error.__cause__
-        raise ValueError(f"cannot load {what}: {str(cause) or type(cause).__name__}") from error
+def _missing_shards(found: LocalFiles) -> list[str]:
+    """Which splits lack files, as far as names like train-00000-of-00002 say it."""
+    numbers: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for file in sorted(file for files in found.splits.values() for file in files):
+        match = _SHARD_NUMBER.fullmatch(file)
+        if match:
+            numbers[match[1], match[3]].add(match[2])
+    return [
+        f"{found.path}: there are {len(there)} of the {int(total)} files {name}-*-of-{total}; the others are missing."
+        for (name, total), there in numbers.items()
+        if len(there) < int(total)
+    ]

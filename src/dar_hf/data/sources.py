@@ -4,10 +4,12 @@ Each is loaded whole (indexed, on disk) or as a stream. `folders` says how the s
 found, `classes` how labels are numbered.
 """
 
+import gzip
+import itertools
 import os
 import tarfile
 import zlib
-from typing import Any
+from typing import IO, Any, cast
 
 import datasets
 import numpy as np
@@ -16,24 +18,11 @@ import pyarrow.parquet
 from PIL import Image
 
 from .classes import whole_number, with_class_labels
-from .folders import (
-    IMAGES,
-    PARQUET,
-    WEBDATASET,
-    LocalFiles,
-    clear_errors,
-    escaped,
-    image_endings,
-    load_image_folder,
-    pick,
-    read_folder,
-    split_names,
-    warn_once,
-    with_known_splits,
-)
+from .folders import DATA_ENDINGS, IMAGES, WEBDATASET, LocalFiles, data_kind, image_endings, read_folder, warn_once
+from .image_folders import load_image_folder
+from .loading import clear_errors, escaped, pick, split_names, with_known_splits
 
 DIGITS = "digits"
-FORMATS = {".parquet": PARQUET, ".tar": WEBDATASET}
 NUM_TRAIN_DIGITS = 1437  # the first 80 %; the split is fixed so that figures can be compared
 TAR_BLOCK = 512
 
@@ -131,6 +120,8 @@ def _select(dataset: Any, name: str, image_column: str, label_column: str | None
         raise ValueError(f"{name} holds no images.")
     if "__key__" in dataset.column_names:
         image_column, label_column = _webdataset_fields(dataset, image_column, label_column)
+    if image_column == label_column:
+        raise ValueError(f"the images and the labels of {name} cannot both be the column {image_column!r}.")
     columns = {"image": image_column} | ({"label": label_column} if label_column else {})
     for role, column in columns.items():
         if column not in dataset.column_names:
@@ -199,8 +190,11 @@ def _load(
         images = load_image_folder(files, split, image_column, label_column)
         return images.to_iterable_dataset() if streaming else images
     wanted = {part: files.absolute(files.splits[part]) for part in split_names(split)}
-    for paths in wanted.values():
-        _check_files(paths, files.kind)
+    if files.kind == WEBDATASET:
+        for path in itertools.chain(*wanted.values()):
+            _check_tar(path, streaming)
+    else:
+        wanted = {part: _with_rows(paths) for part, paths in wanted.items()}
     with clear_errors(name, split):
         return datasets.load_dataset(files.kind, data_files=escaped(wanted), split=split, streaming=streaming)
 
@@ -218,47 +212,71 @@ def local_files(name: str, config_name: str | None = None) -> LocalFiles | None:
             raise ValueError(f"{name} has no configuration {config_name!r}: its README.md names none.")
         return files
     if os.path.isfile(path):
-        ending = os.path.splitext(path)[1].lower()
-        if ending not in FORMATS:
-            raise ValueError(f"cannot load {name}: a single file must end in {' or '.join(FORMATS)}.")
-        return LocalFiles(path, FORMATS[ending], {"train": [os.path.abspath(path)]})
+        kind = data_kind(path)
+        if kind is None:
+            raise ValueError(f"cannot load {name}: a single file must end in {' or '.join(DATA_ENDINGS)}.")
+        return LocalFiles(path, kind, {"train": [os.path.abspath(path)]})
     if name.startswith((".", "/", "~")) or os.path.lexists(path):
         raise ValueError(f"no such file or folder: {path}.")
     return None
 
 
-def _check_files(paths: list[str], kind: str) -> None:
-    """Raise a ValueError for files that are damaged, not complete, or empty all together."""
-    if kind == WEBDATASET:
-        for path in paths:
-            _check_tar(path)
-        return
-    count = 0
+def _with_rows(paths: list[str]) -> list[str]:
+    """The parquet files that have rows. Some writers leave empty ones, which `datasets` may fail to read.
+
+    Raises:
+        ValueError: if one is damaged, or all are empty.
+    """
+    found = []
     for path in paths:
         try:
-            count += pyarrow.parquet.read_metadata(path).num_rows
+            if pyarrow.parquet.read_metadata(path).num_rows:
+                found.append(path)
         except pyarrow.ArrowException as error:
             raise ValueError(f"{path} is damaged or no parquet file: {error}") from error
-    if count == 0:
+    if not found:
         raise ValueError(f"{', '.join(paths)}: no data, all of them are empty.")
+    return found
 
 
-def _check_tar(path: str) -> None:
-    """Raise a ValueError for a tar without members, or without the block of zeros that ends it."""
+def _check_tar(path: str, streaming: bool) -> None:
+    """Raise a ValueError for a tar without members, or one that cannot be read to its end.
+
+    What reads it stops in silence at a damaged header, and where another tar was appended. The headers of a stream
+    are not looked through, which may take minutes, if it ends as a tar should.
+    """
     try:
         with tarfile.open(path) as tar:
-            first = tar.next()
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or no tar file.") from error
-    if first is None:
-        raise ValueError(f"{path}: no data, it is empty.")
+            if tar.next() is None:
+                raise ValueError(f"{path}: no data, it is empty.")
+            if streaming and _ends_with_mark(path):
+                return
+            while tar.next() is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+            _check_end(path, cast("IO[bytes]", tar.fileobj), tar.offset)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged or no tar file: {error}.") from error
+
+
+def _ends_with_mark(path: str) -> bool:
+    """Whether a file's last block holds zeros only. That of a compressed tar never does."""
     with open(path, "rb") as file:
-        header = file.read(TAR_BLOCK)
         file.seek(max(0, os.path.getsize(path) - TAR_BLOCK))
-        end = file.read()
-    is_compressed = b"ustar" not in header
-    if not is_compressed and end.strip(bytes(1)):
-        raise ValueError(f"{path} is not complete: the end of the tar is missing.")
+        return not file.read().strip(bytes(1))
+
+
+def _check_end(path: str, tar: IO[bytes], end: int) -> None:
+    """Raise a ValueError if anything but zeros follows the last member."""
+    tar.seek(end)
+    block = tar.read(TAR_BLOCK)
+    if not block:
+        warn_once(f"{path} has no mark at its end: if it was cut off, the files after its last one are missing.")
+    while block:
+        if block.strip(bytes(1)):
+            raise ValueError(
+                f"{path} is damaged, or several tars in one file: nothing after its byte {end} can be read."
+            )
+        block = tar.read(1 << 20)
 
 
 def available_splits(name: str, config_name: str | None = None) -> list[str]:

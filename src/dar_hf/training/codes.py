@@ -5,8 +5,8 @@ and size the codes are of. `dar_hf.training` reads no set whose stamp does not f
 """
 
 import fnmatch
+import glob
 import hashlib
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from pyarrow.parquet import read_metadata
 from tqdm.auto import tqdm
 
 from ..data import ImageSamples, ImageTransform, load_images
-from ..files import write_json, write_text
+from ..data.loading import clear_errors
+from ..files import read_object, write_json, write_text
 from ..hub import advice, matching_files, prepare_repository, push_card
 from ..hub.blocks import stamp as stamp_card
 from ..loading import load
@@ -158,7 +159,7 @@ def load_codes(source: str, tokenizer: DARTokenizer, transform: ImageTransform) 
         tokenizer, transform: what the codes must be of.
 
     Raises:
-        ValueError: if there is no finished set, or it is of another tokenizer, crop or size.
+        ValueError: if there is no finished set, it is damaged, or it is of another tokenizer, crop or size.
     """
     stamp, files = _find_codes(source)
     wanted = make_stamp(tokenizer, transform)
@@ -168,9 +169,10 @@ def load_codes(source: str, tokenizer: DARTokenizer, transform: ImageTransform) 
             f"the codes in {source} do not fit this run: they are of {'; '.join(wrong)}. Extract them again with "
             "examples/extract_codes.py, or give the options that they were made with."
         )
-    dataset = datasets.load_dataset("parquet", data_files={"train": files}, split="train")
-    if len(dataset) != stamp["num_rows"]:
-        raise ValueError(f"{source} holds {len(dataset)} rows, its stamp says {stamp['num_rows']}.")
+    with clear_errors(source):
+        dataset = datasets.load_dataset("parquet", data_files={"train": files}, split="train")
+    if len(dataset) != stamp.get("num_rows"):
+        raise ValueError(f"{source} holds {len(dataset)} rows, its stamp says {stamp.get('num_rows')}.")
     return dataset
 
 
@@ -180,14 +182,13 @@ def stored_samples(dataset: datasets.Dataset, transform: ImageTransform) -> Code
 
 
 def _find_codes(source: str) -> tuple[dict, list[str]]:
-    """Stamp of a finished set and its shards."""
+    """Stamp of a finished set, and patterns for its shards."""
     folder = Path(source).expanduser()
     try:
         if folder.is_dir():
-            stamp = json.loads((folder / STAMP_FILE).read_text())
-            return stamp, sorted(str(path) for path in folder.glob(SHARDS))
-        stamp = json.loads(Path(hf_hub_download(source, STAMP_FILE, repo_type="dataset")).read_text())
-    except (OSError, HFValidationError, json.JSONDecodeError) as error:
+            return read_object(folder / STAMP_FILE), [glob.escape(str(path)) for path in sorted(folder.glob(SHARDS))]
+        stamp = read_object(Path(hf_hub_download(source, STAMP_FILE, repo_type="dataset")))
+    except (OSError, ValueError) as error:  # of the Hub's client, too
         raise ValueError(
             f"no finished set of codes at {source!r}: no readable {STAMP_FILE}, which examples/extract_codes.py "
             f"leaves last. ({error})"
@@ -248,6 +249,8 @@ def extract_codes(args: ExtractArguments, accelerator: Accelerator) -> dict[str,
     Raises:
         ValueError: for a missing tokenizer or data set, a folder that holds other codes, or no image that can be read.
     """
+    from .fingerprint import data_fingerprint  # which imports this file
+
     tokenizer = load(DARTokenizer, args.tokenizer, "tokenizer").to(accelerator.device).eval()
     transform = ImageTransform(tokenizer.image_size, tokenizer.config.in_channels, args.crop, args.flip)
     with accelerator.main_process_first():
@@ -260,6 +263,7 @@ def extract_codes(args: ExtractArguments, accelerator: Accelerator) -> dict[str,
         )
     samples = ImageSamples(dataset, transform, memory_budget=0)
     stamp = make_stamp(tokenizer, transform) | {
+        "data": data_fingerprint(samples),
         "dataset": Path(args.dataset_name).name if Path(args.dataset_name).exists() else args.dataset_name,
         "split": args.split,
         "num_images": len(dataset),
@@ -334,8 +338,8 @@ def _claim_folder(folder: Path, stamp: dict[str, Any]) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (STAMP_FILE, UNFINISHED_FILE):
         if (folder / name).is_file():
-            found = json.loads((folder / name).read_text())
-            if found | {"num_rows": None} != stamp | {"num_rows": None}:
+            found = read_object(folder / name)
+            if any(found.get(key, value) != value for key, value in stamp.items()):
                 raise ValueError(
                     f"{folder} holds codes of another tokenizer, data set or crop (see {name}): choose another folder."
                 )
@@ -344,6 +348,15 @@ def _claim_folder(folder: Path, stamp: dict[str, Any]) -> bool:
         raise ValueError(f"{folder} is not empty and holds no codes: choose another folder.")
     write_json(folder / UNFINISHED_FILE, stamp)
     return False
+
+
+def _is_whole(shard: Path) -> bool:
+    """Whether a shard is there, and not cut off by a crash of the machine."""
+    try:
+        read_metadata(shard)
+    except (FileNotFoundError, pyarrow.ArrowInvalid):
+        return False
+    return True
 
 
 def _write_shards(
@@ -362,7 +375,7 @@ def _write_shards(
     own = range(accelerator.process_index, len(starts), accelerator.num_processes)
     for shard in tqdm(own, desc="shards", disable=not accelerator.is_main_process, mininterval=1.0):
         path = folder / f"train-{shard:05d}-of-{len(starts):05d}.parquet"
-        if path.is_file():
+        if _is_whole(path):
             continue
         stop = min(starts[shard] + stamp["shard_size"], len(samples))
         codes, labels = _encode(samples, _batches(range(starts[shard], stop), batch_size), tokenizer)
