@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..options import option
+from ..options import check_texts, option
 
 
 @dataclass
@@ -66,6 +66,7 @@ class LoopArguments:
     push_steps: int = option(0, "upload the model so far after every so many steps, too; 0 for the finished one alone")
 
     def __post_init__(self):
+        check_texts(self)
         precision = str(self.mixed_precision).lower()
         if precision in ("false", "off"):  # YAML's reading of a bare no, and of its other spellings
             precision = "no"

@@ -6,6 +6,7 @@ They arrive as environment variables. Each is taken over, or refused where it co
 import os
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from ..acceleration_dar import has_fast_bf16
 from .arguments import LoopArguments
@@ -50,7 +51,9 @@ def _native_precision() -> str:
 def precision_reason(precision: str) -> str:
     """Why "auto" became this, for the log."""
     if os.environ.get(PRECISION):
-        return f"from accelerate's launcher, {PRECISION}"
+        native = _native_precision()
+        faster = f"; {native} is native here: --mixed_precision {native}" if native != "no" == precision else ""
+        return f"from accelerate's launcher, {PRECISION}{faster}"
     return "computed natively here" if precision == "bf16" else "no native bf16 here"
 
 
@@ -61,7 +64,7 @@ def check_launcher(args: LoopArguments) -> None:
         ValueError: saying what to give instead.
     """
     for name, what in REFUSED.items():
-        if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
+        if parse_flag_from_env(name):
             raise ValueError(f"accelerate's configuration asks for {what}, which is not supported: use DDP or FSDP.")
     # 1 is the launcher's default and contradicts nothing
     agree(
