@@ -45,7 +45,9 @@ class LoopArguments:
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "gradient norm is clipped to this")
     ema_decay: float | None = option(None, "decay of the averaged weights that are validated and saved; none if unset")
-    mixed_precision: str = option("auto", "auto (the launcher's, or bf16 where the hardware has it), no, bf16 or fp16")
+    mixed_precision: str = option(
+        "auto", "auto (what the launcher says; without one, bf16 where native), no, bf16 or fp16"
+    )
     torch_compile: bool = option(False, "compile the model's forward pass with torch's inductor")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     seed: int = option(0, "seed of everything random")
