@@ -31,11 +31,12 @@ _CLEAR_LIBRARIES = {
     "pyarrow", "safetensors", "safetensors_rust", "tarfile", "yaml", "zipfile", "zlib",
 }  # fmt: skip
 _CLEAR_TYPES = (ValueError, OSError, ImportError, MemoryError, EOFError, torch.OutOfMemoryError)
-# what torch says in plain RuntimeErrors about memory, devices, full disks and files that do not fit
+# what torch says in plain RuntimeErrors and AssertionErrors about memory, devices, disks and files that do not fit
 _CLEAR_TEXTS = (
     "out of memory", "not enough memory", "bad_alloc", "allocate memory", "No space left", "unexpected pos",
     "PytorchStream", "inline_container", "in loading state_dict", "No CUDA GPUs", "NVIDIA driver",
-    "invalid device ordinal", "device of type", "file in archive is not in a subdirectory", "determine home directory",
+    "invalid device ordinal", "device of type", "Torch not compiled with", "start of device string",
+    "file in archive is not in a subdirectory", "determine home directory",
 )  # fmt: skip
 _ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM}
 
@@ -114,7 +115,7 @@ def explain(error: BaseException) -> str | None:
         return f"out of memory: {text or 'use a smaller batch or model'}"
     if isinstance(error, _CLEAR_TYPES) or libraries & _CLEAR_LIBRARIES:
         return text or type(error).__name__
-    if isinstance(error, RuntimeError) and any(part in text for part in _CLEAR_TEXTS):
+    if isinstance(error, (RuntimeError, AssertionError)) and any(part in text for part in _CLEAR_TEXTS):
         return text
     return None
 

@@ -6,7 +6,6 @@ They arrive as environment variables. Each is taken over, or refused where it co
 import os
 
 import torch
-from accelerate.utils import parse_flag_from_env
 
 from ..acceleration_dar import has_fast_bf16
 from .arguments import LoopArguments
@@ -64,7 +63,7 @@ def check_launcher(args: LoopArguments) -> None:
         ValueError: saying what to give instead.
     """
     for name, what in REFUSED.items():
-        if parse_flag_from_env(name):
+        if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
             raise ValueError(f"accelerate's configuration asks for {what}, which is not supported: use DDP or FSDP.")
     # 1 is the launcher's default and contradicts nothing
     agree(
