@@ -15,7 +15,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    license_files=["LICENSE"],
+    license_files=["LICENSE", "NOTICE"],
     keywords=["image generation", "autoregressive", "diffusion", "flow matching", "tokenizer", "diffusers"],
     project_urls={
         "Paper": "https://arxiv.org/abs/2505.23660",

@@ -602,7 +602,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    artist = Artist(load_pipeline(args.model or sample_pipeline(), device=args.device))
+    artist = Artist(load_pipeline(sample_pipeline() if args.model is None else args.model, device=args.device))
     limit_threads(artist.pipe.tokenizer, artist.pipe.transformer)
     warm_up(artist)
     launch(build(artist), server_name=args.host, server_port=args.port)

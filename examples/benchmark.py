@@ -19,7 +19,6 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
 from dar_hf.acceleration_dar import accelerated, has_fast_bf16
-from dar_hf.commands import check_output, command, device_option, positive_option, writing
+from dar_hf.commands import check_output, command, device_option, path_option, positive_option, writing
 from dar_hf.conversion import to_original
 from dar_hf.evaluation import versions
 from dar_hf.files import write_json
@@ -601,7 +600,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=positive_option, default=5)
     parser.add_argument("--slow_repeats", type=positive_option, default=2, help="repeats of the yardsticks")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS + OPTIONAL_PARTS)
-    parser.add_argument("--json", type=Path, help="write every figure there")
+    parser.add_argument("--json", type=path_option, help="write every figure there")
     args = parser.parse_args(argv)
     if args.json:
         check_output(args.json, folder=False)

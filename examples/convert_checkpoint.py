@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dar_hf import DARPipeline, FlowMatchAdamsBashforthScheduler
-from dar_hf.commands import FAILURE, check_output, command, writing
+from dar_hf.commands import FAILURE, check_output, command, path_option, writing
 from dar_hf.conversion import convert_tokenizer, convert_transformer
 from dar_hf.files import new_folder
 from dar_hf.hub import model_card
@@ -64,9 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="tokenizer checkpoint (.pt)")
     parser.add_argument("--transformer", help="language model checkpoint (.pt)")
-    parser.add_argument("--output_dir", required=True, help="folder to make; must not exist or be empty")
-    parser.add_argument("--id2label", help="class names: JSON by id, or one a line; ImageNet's where there are 1,000")
-    parser.add_argument("--config", help="YAML file with the tokenizer's options in the original's names")
+    parser.add_argument(
+        "--output_dir", type=path_option, required=True, help="folder to make; must not exist or be empty"
+    )
+    parser.add_argument(
+        "--id2label", type=path_option, help="class names: JSON by id, or one a line; ImageNet's where there are 1,000"
+    )
+    parser.add_argument("--config", type=path_option, help="YAML of the tokenizer's options in the original's names")
     parser.add_argument("--sampling", help="take the sampling of this preset (L, XL) instead of the model's own")
     parser.add_argument("--tokenizer_options", nargs="*", metavar="NAME=VALUE", help="options of DARTokenizer")
     parser.add_argument("--transformer_options", nargs="*", metavar="NAME=VALUE", help="options of DARConfig")
@@ -86,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sources = ", ".join(f"`{Path(path).name}`" for path in (args.tokenizer, args.transformer) if path)
         card = model_card(
             model,
-            args.output_dir,
+            str(args.output_dir),
             summary="Converted from a checkpoint of the original D-AR code (showlab/D-AR).",
             facts={"converted from": sources},
         )

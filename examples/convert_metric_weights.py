@@ -7,7 +7,7 @@ python examples/convert_metric_weights.py lpips vgg16-397923af.pth vgg.pth lpips
 import argparse
 from collections.abc import Sequence
 
-from dar_hf.commands import check_output, command, writing
+from dar_hf.commands import check_output, command, path_option, writing
 from dar_hf.loading import check_weights
 from dar_hf.metrics.inception import convert_inception
 from dar_hf.metrics.lpips import convert_lpips
@@ -20,11 +20,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="network", required=True)
     inception = commands.add_parser("inception", help="FID's Inception, of pytorch-fid or torch-fidelity")
     inception.add_argument("source")
-    inception.add_argument("target")
+    inception.add_argument("target", type=path_option)
     lpips = commands.add_parser("lpips", help="LPIPS v0.1: torchvision's VGG16 and the linear heads")
     lpips.add_argument("vgg16")
     lpips.add_argument("heads")
-    lpips.add_argument("target")
+    lpips.add_argument("target", type=path_option)
     args = parser.parse_args(argv)
     check_output(args.target, folder=False)
     sources = [args.source] if args.network == "inception" else [args.vgg16, args.heads]

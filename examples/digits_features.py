@@ -7,13 +7,12 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dar_hf.commands import check_output, command, positive_option, seed_option, writing
+from dar_hf.commands import check_output, command, path_option, positive_option, seed_option, writing
 from dar_hf.data import ImageSamples, ImageTransform, load_images
 from dar_hf.metrics import ImageFeatures, label_agreement
 from dar_hf.metrics.weights import load_exactly, read_weights, write_weights
@@ -77,13 +76,13 @@ def train(steps: int, seed: int) -> tuple[DigitsClassifier, float]:
 @command("digits_features.py")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", default="outputs/digits/features")
+    parser.add_argument("--output_dir", type=path_option, default="outputs/digits/features")
     parser.add_argument("--steps", type=positive_option, default=1_500)
     parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
     check_output(args.output_dir)
     network, accuracy = train(args.steps, args.seed)
-    path = Path(args.output_dir) / "model.safetensors"
+    path = args.output_dir / "model.safetensors"
     with writing(path):
         digest = write_weights(network.state_dict(), path)
     print(f"{path}: accuracy on the test digits {accuracy:.3f}, hash {digest}")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from sklearn.svm import SVC
 
 from dar_hf import DARPipeline
-from dar_hf.commands import CommandError, check_output, command, seed_option, writing
+from dar_hf.commands import CommandError, check_output, command, path_option, seed_option, writing
 from dar_hf.data import ImageSamples, ImageTransform, load_images, normal_noise
 from dar_hf.evaluation import metric, versions, write_report
 from dar_hf.evaluation.measure import table
@@ -114,15 +114,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", default="outputs/digits/pipeline")
     parser.add_argument("--dataset_name", default="digits", help="digits, a folder, a parquet file or a Hub id")
-    parser.add_argument("--output_dir", default="outputs/digits")
+    parser.add_argument("--output_dir", type=path_option, default="outputs/digits")
     parser.add_argument("--num_images", type=int, default=500, help="digits to generate")
     parser.add_argument("--guidance_scale", type=float, default=None, help="default: the pipeline's own")
     parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
     if args.num_images < 10:
         parser.error(f"--num_images must be at least 10, one of each class, got {args.num_images}")
-    started, folder = time.perf_counter(), Path(args.output_dir)
-
+    started, folder = time.perf_counter(), args.output_dir
     check_output(folder)
     pipe = load_pipeline(args.pipeline)
     train_images, train_labels = load_split(args.dataset_name, "train", pipe)

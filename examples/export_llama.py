@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dar_hf import DARForCausalLM, DARPipeline
-from dar_hf.commands import FAILURE, check_output, command, writing
+from dar_hf.commands import FAILURE, check_output, command, path_option, writing
 from dar_hf.conversion import save_llama
 from dar_hf.files import new_folder
 from dar_hf.loading import load
@@ -20,7 +20,7 @@ from dar_hf.loading import load
 
 def class_names(model: str, subfolder: str) -> dict[int, str]:
     """Class names of the pipeline that the language model is part of; none where it is alone."""
-    folder = Path(model, subfolder)
+    folder = Path(model, subfolder).expanduser()
     if folder.is_dir():
         model = os.path.dirname(os.path.abspath(folder))
         if not Path(model, "model_index.json").is_file():
@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of the language model")
     parser.add_argument("--subfolder", default="", help="where it is in there; transformer for a pipeline")
-    parser.add_argument("--output_dir", required=True, help="folder to make; must not exist or be empty")
+    parser.add_argument(
+        "--output_dir", type=path_option, required=True, help="folder to make; must not exist or be empty"
+    )
     args = parser.parse_args(argv)
     check_output(args.output_dir)
     with new_folder(args.output_dir) as folder:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dar_hf import DARPipeline
-from dar_hf.commands import check_output, command, device_option, seed_option, writing
+from dar_hf.commands import check_output, command, device_option, path_option, seed_option, writing
 from dar_hf.data import read_image
 from dar_hf.loading import load_pipeline
 from dar_hf.pictures import image_grid, save_animation, save_picture
@@ -32,7 +32,7 @@ TIMED_RUNS = 20
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", required=True, help="folder or Hub id")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/samples"))
+    parser.add_argument("--output_dir", type=path_option, default=Path("outputs/samples"))
     parser.add_argument("--class_labels", nargs="+", help="names or ids; default the first ten classes")
     parser.add_argument("--num_images_per_prompt", type=int, default=1, help="images of each class")
     parser.add_argument("--guidance_scale", type=float, nargs="+", help="a scale, or its start and end")
@@ -41,9 +41,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--num_tokens", type=int, help="generate only the first tokens: a preview")
-    parser.add_argument("--layout_image", type=Path, help="an image whose layout every class takes over")
+    parser.add_argument("--layout_image", type=path_option, help="an image whose layout every class takes over")
     parser.add_argument("--layout_tokens", type=int, help="how many of its tokens are kept")
-    parser.add_argument("--image", type=Path, help="image-to-image: the image to start from")
+    parser.add_argument("--image", type=path_option, help="image-to-image: the image to start from")
     parser.add_argument("--strength", type=float, help="share of the steps generated anew, in [0, 1]")
     parser.add_argument("--previews", nargs="+", choices=["strip", "gif"], default=[])
     parser.add_argument("--seed", type=seed_option, default=0)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dar_hf.commands import check_output, command
+from dar_hf.commands import check_output, command, path_option
 from dar_hf.files import new_folder, write_json
 from dar_hf.loading import check_weights, load_pipeline, read_config
 from dar_hf.sample import FOLDER
@@ -102,8 +102,8 @@ def replace(source: Path, target: Path) -> int:
 @command("make_sample.py")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipeline", type=Path, required=True, help="folder that stage 2 left")
-    parser.add_argument("--output_dir", type=Path, default=FOLDER, help="default the package's own sample")
+    parser.add_argument("--pipeline", type=path_option, required=True, help="folder that stage 2 left")
+    parser.add_argument("--output_dir", type=path_option, default=FOLDER, help="default the package's own sample")
     args = parser.parse_args(argv)
     check_output(args.output_dir)
     size = replace(args.pipeline, args.output_dir)

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from dar_hf.commands import FAILURE, command
 from dar_hf.evaluation import read_report
-from dar_hf.hub import empty_model, export_remote_code, model_files, prepare_repository, push_folder
+from dar_hf.hub import (
+    check_complete,
+    empty_model,
+    export_remote_code,
+    model_files,
+    prepare_repository,
+    push_folder,
+)
 from dar_hf.training.cards import take_report, write_run_card
 
 
@@ -33,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit_message")
     args = parser.parse_args(argv)
     options = {"private": args.private or None, "revision": args.revision}
-    model_files(args.folder)  # refuses links that lead out of the folder before anything is read through them
+    files, _ = model_files(args.folder)  # refuses links out of the folder before anything is read through them
     class_name = type(empty_model(args.folder)).__name__
+    check_complete(files, class_name)
     for report in args.report:
         read_report(report)
     prepare_repository(args.repo_id, class_name, **options)  # a Hub that refuses leaves the folder as it is

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dar_hf import DARPipeline, sample_pipeline
-from dar_hf.commands import check_output, command, positive_option, seed_option, writing
+from dar_hf.commands import check_output, command, path_option, positive_option, seed_option, writing
 from dar_hf.loading import load_pipeline
 from dar_hf.pictures import image_grid, save_picture
 from dar_hf.threads import limit_threads
@@ -54,12 +54,12 @@ def layouts(pipe: DARPipeline, seed: int, layout_tokens: int) -> torch.Tensor:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="pipeline folder or Hub id with ten classes; default the package's own")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--output_dir", type=path_option, default=Path("outputs/quickstart"))
     parser.add_argument("--layout_tokens", type=positive_option, default=1, help="tokens that the references hand on")
     parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
     check_output(args.output_dir)
-    pipe = load_pipeline(args.model or sample_pipeline())
+    pipe = load_pipeline(sample_pipeline() if args.model is None else args.model)
     pipe.set_progress_bar_config(disable=True)
     limit_threads(pipe.tokenizer, pipe.transformer)
     pictures = {

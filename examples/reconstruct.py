@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dar_hf.commands import check_output, command, device_option, positive_option, seed_option, writing
+from dar_hf.commands import check_output, command, device_option, path_option, positive_option, seed_option, writing
 from dar_hf.data import ImageSamples, ImageTransform, load_images, read_image
 from dar_hf.loading import load_pipeline
 from dar_hf.metrics import psnr
@@ -27,11 +27,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", required=True, help="folder or Hub id")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", nargs="+", type=Path, help="image files")
+    source.add_argument("--images", nargs="+", type=path_option, help="image files")
     source.add_argument("--dataset_name", help="digits, a folder of images, parquet files or a Hub id")
     parser.add_argument("--split", default="train")
     parser.add_argument("--num_images", type=int, default=MAX_COLUMNS, help="how many of the data set")
-    parser.add_argument("--output", type=Path, default=Path("outputs/reconstructions.png"))
+    parser.add_argument("--output", type=path_option, default=Path("outputs/reconstructions.png"))
     parser.add_argument("--previews", action="store_true", help="a row a step")
     parser.add_argument("--num_tokens", type=int, help="decode only the first tokens")
     parser.add_argument("--num_inference_steps", type=int)

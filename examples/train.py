@@ -29,7 +29,7 @@ def parse(stage: str, argv: list[str]) -> TokenizerArguments | ARArguments:
     first.add_argument("--config", default=None)
     first.set_defaults(preset=None)  # to tell whether the command line names one
     known, _ = first.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
-    from_file = read_options(known.config, STAGES[stage]) if known.config else {}
+    from_file = read_options(known.config, STAGES[stage]) if known.config is not None else {}
     preset = get_preset(known.preset or from_file.get("preset", STAGES[stage].preset))
 
     parser = HfArgumentParser(STAGES[stage], prog=f"train.py {stage}")

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import zipfile
+from pathlib import Path
 
 import huggingface_hub.errors
 import pytest
@@ -16,6 +17,9 @@ from safetensors import SafetensorError
 from dar_hf import commands
 from dar_hf.commands import CommandError, check_output, command, device_option, ending_with, exit_code, explain
 from dar_hf.data import DataError
+from dar_hf.evaluation import ReconstructionArguments
+from dar_hf.training import TokenizerArguments
+from dar_hf.training.codes import ExtractArguments
 
 
 def ended(error, code=2, capsys=None):
@@ -59,6 +63,10 @@ def unicode_error():
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "allocate"),
         (RuntimeError("Error(s) in loading state_dict for X:\n\tsize mismatch"), 1, "size mismatch"),
+        (RuntimeError("std::bad_alloc"), 1, "bad_alloc"),
+        (RuntimeError("Could not determine home directory."), 1, "home directory"),
+        (RuntimeError("Expected one of cpu device type at start of device string: x"), 1, "device string"),
+        (AssertionError("Torch not compiled with CUDA enabled"), 2, "CUDA"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), 1, "failed writing"),
         (SafetensorError("HeaderTooLarge"), 2, "HeaderTooLarge"),
         (zipfile.BadZipFile("File is not a zip file"), 2, "not a zip file"),
@@ -193,6 +201,9 @@ def test_places_to_write_to(tmp_path, monkeypatch):
     for path, message in ((tmp_path, "is a folder"), ("/dev/full", "no regular file"), ("file/x", "not a folder")):
         with pytest.raises(CommandError, match=message):
             check_output(path, folder=False)
+    for path in ("n" * 300, "n" * 300 + "/x"):
+        with pytest.raises(CommandError, match="File name too long"):
+            check_output(path)
     with pytest.raises(CommandError, match="cannot write /proc/x"):
         check_output("/proc/x")
     assert sorted(tmp_path.iterdir()) == before
@@ -222,6 +233,32 @@ def test_devices(monkeypatch):
         device_option("cuda:1")
     with pytest.raises(argparse.ArgumentTypeError, match="cpu or cuda"):
         device_option("mps")
+
+
+def test_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert [commands.path_option(path) for path in ("~/x", "x/~", ".")] == [
+        Path("/home/ada/x"),
+        Path("x/~"),
+        Path("."),
+    ]
+    with pytest.raises(argparse.ArgumentTypeError, match="a path is empty"):
+        commands.path_option("")
+
+
+@pytest.mark.parametrize(
+    "arguments_class, options",
+    [
+        (TokenizerArguments, {}),
+        (ReconstructionArguments, {"pipeline": "x", "dataset_name": "digits"}),
+        (ExtractArguments, {"tokenizer": "x", "dataset_name": "digits"}),
+    ],
+)
+def test_the_home_folder_in_options_that_no_shell_read(arguments_class, options, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert arguments_class(output_dir="~/run", **options).output_dir == "/home/ada/run"
+    with pytest.raises(ValueError, match="a path is empty"):
+        arguments_class(output_dir="", **options)
 
 
 def test_numbers():

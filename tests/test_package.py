@@ -26,6 +26,11 @@ def test_links_and_classifiers():
     assert version("dar-hf") == dar_hf.__version__
 
 
+def test_the_licences_of_what_it_follows_come_along():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert 'license_files=["LICENSE", "NOTICE"]' in setup
+
+
 def test_type_checkers_use_the_types():
     assert resources.files("dar_hf").joinpath("py.typed").is_file()
 

@@ -1,1 +1,612 @@
-../app.py
+"""A page that shows images while they are drawn: choose a class and watch the previews sharpen, token by token.
+
+    python examples/app.py                             # the pipeline that comes with the package
+    python examples/app.py --model outputs/digits/pipeline --port 7861
+
+Also layout control, image-to-image, and what the tokenizer keeps of an upload. Needs gradio
+(`pip install -c constraints.txt -e ".[app]"`) and no network. Several visitors share one model: their streams take
+turns, a denoising step at a time.
+"""
+
+import argparse
+import base64
+import contextlib
+import html
+import io
+import math
+import os
+import random
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from dar_hf import DARPipeline, sample_pipeline
+from dar_hf.commands import command, device_option, port_option
+from dar_hf.data import center_crop, convert_channels, to_tensor
+from dar_hf.hub import describe
+from dar_hf.loading import load_pipeline
+from dar_hf.metrics import psnr
+from dar_hf.pictures import image_grid
+from dar_hf.threads import limit_threads
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_FILE = 20 * 2**20  # bytes of an upload
+MIN_SIDE, MAX_SIDE, MAX_PIXELS = 4, 16_384, 50_000_000  # of an upload
+MAX_CLASSES = 10  # drawn at once
+SMALL = 128  # pixels a side; smaller images are shown pixel by pixel
+MAX_SEED = 2**32 - 1
+MAX_GUIDANCE = 20.0
+PAUSE, MAX_PAUSE = "Seconds between previews", 2.0
+NEW_SEED = "Another seed each time"
+VISITORS = 4  # who draw at once; others wait
+WAITING = 32  # at most; more are told so
+# one upload is decoded at a time, since a large one takes hundreds of megabytes, and by one thread, whose memory the
+# next one uses again
+READER = ThreadPoolExecutor(1, "reader")
+TOO_LARGE = f"This picture is too large: at most {MAX_PIXELS // 10**6} million pixels are taken."
+NO_UPLOAD = "This file was not uploaded here."
+
+# blocks of images above 32 MiB go back to the system when they are freed, and smaller ones may not
+Image.core.set_block_size(64 * 2**20)
+
+TITLE = "D-AR draws"
+INTRO = (
+    "A language model predicts the tokens of an image from left to right, and every few tokens give one step of a "
+    "diffusion decoder. So each image has a preview long before it is finished "
+    "([Diffusion via Autoregressive Models](https://arxiv.org/abs/2505.23660))."
+)
+CSS = """
+.page { display: grid; grid-template-columns: minmax(0, 1fr); gap: 24px }
+@media (min-width: 768px) {
+    .page { grid-template: "actions result" auto "settings result" 1fr / minmax(0, 1fr) minmax(0, 1fr) }
+    .page > .actions { grid-area: actions }
+    .page > .result { grid-area: result }
+    .page > .settings { grid-area: settings }
+}
+.view figure { margin: 0; text-align: center }
+.view img { border-radius: 4px; background: #8882 }
+.view.small .row img { image-rendering: pixelated }
+.view .row { display: flex; flex-wrap: wrap; gap: 12px; justify-content: center; align-items: flex-start }
+.view .now img { width: 320px }
+.view .now.many img { width: 480px }
+.view .given img { width: 96px }
+.view figure img { max-width: 100% }
+.view figcaption { margin-top: 6px }
+.view figcaption, .view .steps li { font-size: var(--text-sm) }
+.view ol.steps { display: flex; flex-wrap: wrap; gap: 6px; justify-content: center; list-style: none; padding: 0;
+    margin: 16px 0 }
+.view .steps li { margin: 0; text-align: center }
+.view .steps img, .view .steps .blank { display: block; width: 50px; height: auto; aspect-ratio: var(--shape) }
+.view.many .steps img, .view.many .steps .blank { width: 105px }
+.view .blank { border: 1px dashed var(--border-color-primary); border-radius: 4px }
+.view .tokens { display: flex; flex-wrap: wrap; gap: 4px; justify-content: center; font-family: var(--font-mono);
+    font-size: 11px }
+.view .tokens span { min-width: 34px; padding: 1px 4px; border-radius: 3px; text-align: center;
+    background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary) }
+.view .tokens .kept { border-color: var(--color-accent); border-width: 2px; padding: 0 3px }
+.upload img { width: 100%; height: 100%; object-fit: contain }
+.view .empty { margin: 0; padding: 144px 16px; text-align: center; border: 1px dashed var(--border-color-primary);
+    border-radius: 4px; color: var(--body-text-color-subdued) }
+"""
+EMPTY = '<div class="view"><p class="empty">Choose a class and press Draw.</p></div>'
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a visitor sees after one denoising step.
+
+    Attributes:
+        images: ``(B, C, H, W)`` in [0, 1].
+        step, num_steps: counted from 1.
+        codes: of the first image, all that exist.
+    """
+
+    images: torch.Tensor
+    step: int
+    num_steps: int
+    codes: list[int]
+
+
+class Artist:
+    """A pipeline that visitors share. Only one of them computes at a time, and nobody holds it while a step is shown.
+
+    So a visitor who leaves in the middle leaves nothing behind: the stream is dropped between two steps.
+    """
+
+    def __init__(self, pipe: DARPipeline):
+        pipe.set_progress_bar_config(disable=True)
+        self.pipe, self._turn = pipe, threading.Lock()
+        config = pipe.tokenizer.config
+        self.num_tokens: int = config.num_tokens
+        self.stops = sorted({stop for _, stop in pipe.tokenizer.step_windows(config.num_inference_steps)})
+        id2label = {int(label): name for label, name in (pipe.config.id2label or {}).items()}
+        self.names = [str(id2label.get(label, label)) for label in range(pipe.transformer.config.num_classes)]
+        scale = pipe.transformer.generation_config.guidance_scale
+        self.first_guidance, self.guidance = scale if isinstance(scale, (list, tuple)) else (None, scale or 1.0)
+        self.max_guidance = max(MAX_GUIDANCE, self.guidance)
+
+    def steps(self, **call: Any) -> Iterator[Step]:
+        """`DARPipeline.stream` with this call's arguments.
+
+        Raises:
+            ValueError: as the pipeline does, at the first step.
+        """
+        codes: list[int] = []
+
+        def remember(pipe: DARPipeline, step: int, timestep: float, tensors: dict[str, torch.Tensor]) -> None:
+            codes[:] = tensors["codes"][0].tolist()
+
+        with self._turn:
+            stream = self.pipe.stream(
+                **call,
+                output_type="pt",
+                callback_on_step_end=remember,
+                callback_on_step_end_tensor_inputs=["codes"],
+            )
+        while True:
+            with self._turn:
+                output = next(stream, None)
+            if output is None:
+                return
+            yield Step(output.images.float().cpu(), output.step, output.num_steps, list(codes))
+
+    def scale(self, guidance: float) -> float | tuple[float, float]:
+        """Guidance as the pipeline takes it: linear from the model's own start where its default is."""
+        guidance = number("Guidance", guidance, 1.0, self.max_guidance)
+        return guidance if self.first_guidance is None else (self.first_guidance, guidance)
+
+    def read(self, path: str | None) -> tuple[Image.Image, str]:
+        """An upload as the model takes it, see `read_upload`."""
+        return read_upload(path, *self.pipe.tokenizer.image_size, self.pipe.tokenizer.config.in_channels)
+
+
+# Checks: whatever comes from a visitor is wrong until it is shown to be right
+
+
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """A number in [low, high]; whole where ``low`` is an int.
+
+    Raises:
+        ValueError: that says what is accepted.
+    """
+    whole = isinstance(low, int)
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not valid or not low <= value <= high or (whole and value != int(value)):
+        kind, limits = ("whole number", f"{low} to {high}") if whole else ("number", f"{low:g} to {high:g}")
+        given = "empty" if value is None else repr(value)[:40]
+        raise ValueError(f"{name} must be a {kind} from {limits}, not {given}.")
+    return int(value) if whole else float(value)
+
+
+class UploadError(ValueError):
+    """What is wrong with an upload, as its visitor is told."""
+
+
+def uploaded(path: Any, folder: str | Path) -> str:
+    """The path of an upload, links resolved. Nothing is opened.
+
+    Raises:
+        ValueError: for anything but a regular file below ``folder``, and without a word about what it is instead.
+    """
+    try:
+        resolved = Path(os.path.realpath(path, strict=True))
+        inside = resolved.is_relative_to(os.path.realpath(folder))
+        if inside and stat.S_ISREG(resolved.lstat().st_mode):
+            return str(resolved)
+    except (OSError, ValueError, TypeError) as error:
+        raise UploadError(NO_UPLOAD) from error
+    raise UploadError(NO_UPLOAD)
+
+
+def only_uploads(value: Any, folder: str | Path) -> Any:
+    """A value of a request in which every file is an upload, and named as gradio names one; no file becomes None.
+
+    Gradio looks only at files that carry a mark, which a request can leave out, and fetches addresses.
+
+    Raises:
+        ValueError: if it names another file.
+    """
+    if isinstance(value, list):
+        return [only_uploads(item, folder) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("path") is None:
+        return None
+    return {"path": uploaded(value["path"], folder), "meta": {"_type": "gradio.FileData"}}
+
+
+class Page(gr.Blocks):
+    """Blocks in which no request opens anything but uploads, whichever of its inputs names it."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            inputs = only_uploads(inputs, gr.utils.get_upload_folder())
+        except (ValueError, RecursionError) as error:
+            raise gr.Error(NO_UPLOAD, print_exception=False) from error
+        try:
+            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:  # too few inputs, or others than gradio's components take
+            raise gr.Error("These are not the inputs that this button takes.", print_exception=False) from error
+
+
+def read_upload(path: str | None, height: int, width: int, channels: int) -> tuple[Image.Image, str]:
+    """An uploaded picture, its middle cut out and scaled to the model's size, and a remark or "".
+
+    Nothing is decoded before format and size are known.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read, or it is too small or too large.
+    """
+    if not path:
+        raise ValueError("Choose a picture first: upload one, or use the last drawing.")
+
+    def read() -> tuple[Image.Image, str]:
+        image, remark = _decode(path, channels)
+        return center_crop(image, height, width), remark
+
+    return READER.submit(read).result()
+
+
+def _decode(path: str, channels: int) -> tuple[Image.Image, str]:
+    """The upright image and a remark; what it was decoded to is given up here, before anything else is made."""
+    try:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+            _check_size(*image.size)
+            remark = "the first frame of an animation" if getattr(image, "is_animated", False) else ""
+            return convert_channels(image, channels), remark
+    except (UploadError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise UploadError(TOO_LARGE) from error
+    except Exception as error:  # pillow's readers raise nearly any type for damaged files
+        raise UploadError(f"This file is no picture that can be read here ({', '.join(FORMATS)}).") from error
+
+
+def _check_size(columns: int, rows: int) -> None:
+    if max(columns, rows) > MAX_SIDE or columns * rows > MAX_PIXELS:
+        raise UploadError(TOO_LARGE)
+    if min(columns, rows) < MIN_SIDE:
+        raise UploadError(
+            f"This picture is too small: {columns}x{rows} pixels, at least {MIN_SIDE} a side are needed."
+        )
+
+
+def open_regular(path: str) -> IO[bytes]:
+    """Open a file, if it is a regular one of at most ``MAX_FILE`` bytes; pipes and devices do not block.
+
+    Raises:
+        OSError: if it is not, or cannot be opened.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
+        file.close()
+        raise OSError("no regular file, or too large")
+    return file
+
+
+# What a visitor sees: one piece of HTML, in which pictures are embedded, so that no file is written for a preview
+
+
+def picture(images: torch.Tensor, alt: str) -> str:
+    """Images ``(B, C, H, W)`` in [0, 1] as an ``<img>``, five a row."""
+    buffer = io.BytesIO()
+    image_grid(images * 2 - 1, min(len(images), MAX_CLASSES // 2), gap=0 if len(images) == 1 else 2).save(
+        buffer, "PNG"
+    )
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
+
+
+@dataclass
+class View:
+    """The result's side of the page: the image so far, the steps that led to it, and its tokens.
+
+    Attributes:
+        title: of what is drawn.
+        num_tokens: of the whole image.
+        kept: how many of them are given.
+        given: the picture they come from ``(1, C, H, W)`` in [0, 1], and its caption.
+        compare: also tell the PSNR to the given picture.
+    """
+
+    title: str
+    num_tokens: int
+    kept: int = 0
+    given: torch.Tensor | None = None
+    given_caption: str = ""
+    compare: bool = False
+    steps: list[str] = field(default_factory=list)
+
+    def render(self, step: Step) -> str:
+        """The HTML after another step."""
+        known, many = len(step.codes), len(step.images) > 1
+        self.steps.append(f"<li>{picture(step.images, f'after {known} tokens')}{known}</li>")
+        height, width = step.images.shape[2:]
+        blanks = (step.num_steps - step.step) * '<li><span class="blank"></span>&nbsp;</li>'
+        caption = f"{self.title} · step {step.step} of {step.num_steps} · {known} of {self.num_tokens} tokens"
+        if self.compare and self.given is not None:
+            caption += f" · {float(psnr(step.images * 2 - 1, self.given * 2 - 1).mean()):.1f} dB"
+        now = f"<figure class='now{' many' * many}'>{picture(step.images, caption)}"
+        kind = f"view{' many' * many}{' small' * (max(height, width) < SMALL)}"
+        return (
+            f'<div class="{kind}" style="--shape: {width} / {height}" data-step="{step.step}" '
+            f'data-steps="{step.num_steps}"><div class="row{" many" * many}">{self._given()}{now}'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure></div>"
+            f'<ol class="steps" aria-label="Previews, by tokens">{"".join(self.steps)}{blanks}</ol>'
+            f"{'' if many else self._tokens(step.codes)}</div>"
+        )
+
+    def _given(self) -> str:
+        if self.given is None:
+            return ""
+        caption = html.escape(self.given_caption)
+        return f'<figure class="given">{picture(self.given, caption)}<figcaption>{caption}</figcaption></figure>'
+
+    def _tokens(self, codes: Sequence[int]) -> str:
+        boxes = [
+            f"<span{' class=kept' if index < self.kept else ''}>{code}</span>" for index, code in enumerate(codes)
+        ]
+        boxes += ["<span>&nbsp;</span>"] * (self.num_tokens - len(codes))
+        return f'<div class="tokens" role="group" aria-label="Tokens">{"".join(boxes)}</div>'
+
+
+# What the buttons do: generators of (HTML, seed, the finished picture)
+
+Shown = Iterator[tuple[str, int, Any]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings that all buttons share, as they come from the page."""
+
+    guidance: float
+    seed: float
+    new_seed: bool
+    pause: float
+
+    def draw_seed(self) -> int:
+        return random.randrange(MAX_SEED + 1) if self.new_seed else int(number("Seed", self.seed, 0, MAX_SEED))
+
+
+def show(artist: Artist, view: View, sampling: Sampling, labels: list[int], **call: Any) -> Shown:
+    """Run one call and show every step for a moment; image i has the generator ``seed + i``."""
+    seed, pause = sampling.draw_seed(), number(PAUSE, sampling.pause, 0.0, MAX_PAUSE)
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(labels))]
+    call |= {"class_labels": labels, "generator": generators, "guidance_scale": artist.scale(sampling.guidance)}
+    for step in artist.steps(**call):
+        last = step.step == step.num_steps or len(step.codes) == call.get("num_tokens")
+        finished = artist.pipe.image_processor.postprocess(step.images[:1] * 2 - 1, "pil")[0] if last else gr.skip()
+        yield view.render(step), seed, finished
+        if not last:
+            time.sleep(pause)
+
+
+def draw(artist: Artist, sampling: Sampling, label: Any, tokens: float) -> Shown:
+    """A class from nothing."""
+    label, tokens = _label(artist, label), number("Tokens", tokens, artist.stops[0], artist.num_tokens)
+    return show(artist, View(artist.names[label], artist.num_tokens), sampling, [label], num_tokens=tokens)
+
+
+def lay_out(artist: Artist, sampling: Sampling, path: str | None, keep: float, labels: Any) -> Shown:
+    """Several classes with the first tokens of one picture."""
+    keep = number("Tokens to keep", keep, 0, artist.num_tokens)
+    if not isinstance(labels, list) or not 1 <= len(labels) <= MAX_CLASSES:
+        raise ValueError(f"Choose 1 to {MAX_CLASSES} classes.")
+    labels = [_label(artist, label) for label in labels]
+    image, remark = artist.read(path)
+    names = ", ".join(artist.names[label].split(",")[0] for label in labels)
+    title = f"{names}: {keep} token{'s' * (keep != 1)} of the reference"
+    view = View(title, artist.num_tokens, keep, _pixels(image), remark or "reference")
+    return show(artist, view, sampling, labels, layout_image=image, layout_tokens=keep)
+
+
+def vary(artist: Artist, sampling: Sampling, path: str | None, label: Any, strength: float) -> Shown:
+    """Image-to-image."""
+    label, strength = _label(artist, label), number("Strength", strength, 0.0, 1.0)
+    image, remark = artist.read(path)
+    view = View(artist.names[label], artist.num_tokens, 0, _pixels(image), remark or "start")
+    return show(artist, view, sampling, [label], image=image, strength=strength)
+
+
+def reconstruct(artist: Artist, sampling: Sampling, path: str | None) -> Shown:
+    """What the tokens of a picture keep of it: image-to-image of strength 0, which generates nothing."""
+    image, remark = artist.read(path)
+    pixels = _pixels(image)
+    view = View("reconstruction", artist.num_tokens, 0, pixels, remark or "upload", compare=True)
+    return show(artist, view, sampling, [0], image=image, strength=0.0)
+
+
+def _label(artist: Artist, label: Any) -> int:
+    if label is None:
+        raise ValueError("Choose a class first.")
+    return int(number("The class", label, 0, len(artist.names) - 1))
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return to_tensor(image)[None] / 2 + 0.5
+
+
+def handler(action: Callable[..., Shown], artist: Artist) -> Callable[..., Shown]:
+    """A function for gradio: the shared settings come first, and what is wrong becomes a message on the page."""
+
+    def handle(guidance: float, seed: float, new_seed: bool, pause: float, *inputs: Any) -> Shown:
+        try:
+            if not isinstance(new_seed, bool):
+                raise ValueError(f"{NEW_SEED} must be true or false, not {repr(new_seed)[:40]}.")
+            yield from action(artist, Sampling(guidance, seed, new_seed, pause), *inputs)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise gr.Error("There is not enough memory for this now.", print_exception=False) from error
+
+    return handle
+
+
+# The page
+
+
+@dataclass
+class Tab:
+    """One tab: its button, what that does, and the inputs that it takes beside the shared settings."""
+
+    button: gr.Button
+    action: Callable[..., Shown]
+    inputs: list[Any]
+
+
+def unchecked(component: Any) -> Any:
+    """A component whose value comes as it was sent: `number` says what is wrong, and with what; gradio would not."""
+    component.preprocess = lambda value: value
+    return component
+
+
+def choose_class(artist: Artist) -> Any:
+    choices = [(name, label) for label, name in enumerate(artist.names)]
+    if len(choices) <= MAX_CLASSES:
+        return unchecked(gr.Radio(choices, value=0, label="Class"))
+    return unchecked(gr.Dropdown(choices, value=0, label="Class", filterable=True))
+
+
+def choose_picture(label: str, last: gr.State) -> gr.Image:
+    """An upload, given to the handlers as a path: `read_upload` opens the file with its limits, not gradio."""
+    upload = gr.Image(label=label, sources=["upload", "clipboard"], format="png", height=200, elem_classes="upload")
+
+    def path_of(payload: Any) -> str | None:
+        if payload is None or payload.path is None:
+            return None
+        try:
+            return uploaded(payload.path, upload.GRADIO_CACHE)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    upload.preprocess = path_of
+
+    def use(drawing: Any) -> Any:
+        if drawing is None:
+            raise gr.Error("Nothing is drawn yet.", print_exception=False)
+        return drawing
+
+    gr.Button("Use the last drawing", size="sm").click(
+        use, last, upload, show_progress="hidden", api_visibility="private"
+    )
+    return upload
+
+
+def tabs(artist: Artist, last: gr.State) -> list[Tab]:
+    """The four things this page does."""
+    group, most = artist.stops[0], artist.num_tokens
+    with gr.Tab("Draw"):
+        label = choose_class(artist)
+        tokens = gr.Slider(
+            group, most, most, step=math.gcd(*artist.stops), label="Tokens", info="fewer: it ends at a preview"
+        )
+        drawn = Tab(gr.Button("Draw", variant="primary"), draw, [label, unchecked(tokens)])
+    with gr.Tab("Layout"):
+        reference = choose_picture("Reference", last)
+        keep = gr.Slider(
+            0, most, max(1, group // 8), step=1, label="Tokens to keep", info="the first ones carry the layout"
+        )
+        names = [(name, number) for number, name in enumerate(artist.names)]
+        chosen = [number for _, number in names[:MAX_CLASSES]]
+        classes = gr.Dropdown(names, value=chosen, label="Classes", multiselect=True, max_choices=MAX_CLASSES)
+        inputs = [reference, unchecked(keep), unchecked(classes)]
+        laid = Tab(gr.Button("Draw the classes", variant="primary"), lay_out, inputs)
+    with gr.Tab("Image to image"):
+        start = choose_picture("Start", last)
+        target = choose_class(artist)
+        strength = gr.Slider(0.0, 1.0, 0.5, step=0.05, label="Strength", info="the share of the steps drawn anew")
+        varied = Tab(gr.Button("Change it", variant="primary"), vary, [start, target, unchecked(strength)])
+    with gr.Tab("Reconstruct"):
+        upload = choose_picture("Picture", last)
+        rebuilt = Tab(gr.Button("Reconstruct", variant="primary"), reconstruct, [upload])
+    return [drawn, laid, varied, rebuilt]
+
+
+def build(artist: Artist) -> gr.Blocks:
+    """The page."""
+    with Page(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(f"# {TITLE}\n{INTRO}")
+        last = gr.State(time_to_live=3600)
+        with gr.Row(elem_classes="page"):
+            with gr.Column(elem_classes="actions"):
+                actions = tabs(artist, last)
+            with gr.Column(elem_classes="result"):
+                view = gr.HTML(EMPTY, label="Result")
+                stop = gr.Button("Stop", size="sm")
+            with gr.Column(elem_classes="settings"):
+                guidance = gr.Slider(1.0, artist.max_guidance, artist.guidance, step=0.1, label="Guidance")
+                with gr.Group():
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+                    new_seed = gr.Checkbox(True, label=NEW_SEED)
+                pause = gr.Slider(0.0, MAX_PAUSE, 0.2, step=0.1, label=PAUSE)
+        facts = " · ".join(f"{name}: {fact}" for name, fact in describe(artist.pipe).items())
+        gr.Markdown(f"<small>{html.escape(facts)}</small>")
+        shared = [unchecked(guidance), unchecked(seed), new_seed, unchecked(pause)]
+        outputs = [view, seed, last]
+        events = [
+            tab.button.click(
+                handler(tab.action, artist),
+                shared + tab.inputs,
+                outputs,
+                show_progress="minimal",
+                show_progress_on=view,
+                concurrency_id="draw",
+                concurrency_limit=VISITORS,
+                api_name=tab.action.__name__,
+            )
+            for tab in actions
+        ]
+        for tab, event in zip(actions, events, strict=True):  # one drawing a visitor
+            tab.button.click(None, cancels=[other for other in events if other is not event])
+        stop.click(None, cancels=events)
+    return page.queue(max_size=WAITING, api_open=False)
+
+
+def warm_up(artist: Artist) -> None:
+    """Whatever happens once in a process happens before the first visitor waits for it."""
+    next(artist.steps(class_labels=0, num_tokens=artist.stops[0]))
+    with contextlib.suppress(ImportError):  # gradio asks for this at its first event, which takes most of a second
+        import matplotlib
+
+        matplotlib.get_backend()
+
+
+def launch(page: gr.Blocks, **options: Any) -> Any:
+    """Serve the page without anything from elsewhere: no fonts, no analytics, no share link."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # readable on white
+    options |= {"share": False, "ssr_mode": False}
+    options["_frontend"] = False  # or gradio ends where a busy machine does not answer it in 3 s
+    return page.launch(theme=theme, css=CSS, footer_links=[], max_file_size=MAX_FILE, **options)
+
+
+@command("app.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="pipeline folder or Hub id; default the one that comes with the package")
+    parser.add_argument("--host", help="address to listen on; default GRADIO_SERVER_NAME, else this machine only")
+    parser.add_argument(
+        "--port", type=port_option, help="default GRADIO_SERVER_PORT, else the first free one from 7860 on"
+    )
+    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    artist = Artist(load_pipeline(sample_pipeline() if args.model is None else args.model, device=args.device))
+    limit_threads(artist.pipe.tokenizer, artist.pipe.transformer)
+    warm_up(artist)
+    launch(build(artist), server_name=args.host, server_port=args.port)
+
+
+if __name__ == "__main__":
+    main()

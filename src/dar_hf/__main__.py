@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from . import DARPipeline, __version__, sample_pipeline
-from .commands import check_output, command, seed_option, writing
+from .commands import check_output, command, path_option, seed_option, writing
 from .hub import describe
 from .loading import load_pipeline
 from .pictures import image_grid, save_picture
@@ -44,14 +44,14 @@ def draw(pipe: DARPipeline, seed: int, path: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dar-hf", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="pipeline folder or Hub id; default the one that comes with the package")
-    parser.add_argument("--output", type=Path, default=Path("samples.png"), help="picture to write (PNG)")
+    parser.add_argument("--output", type=path_option, default=Path("samples.png"), help="picture to write (PNG)")
     parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
     check_output(args.output, folder=False)
     print(", ".join([f"dar_hf {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]))
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    model = args.model or sample_pipeline()
+    model = sample_pipeline() if args.model is None else args.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = load_pipeline(model, device=device)
     pipe.set_progress_bar_config(disable=True)

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from .hub import one_line
+from .options import expand_path
 
 USAGE, FAILURE = 2, 1  # exit codes: what was asked for cannot be done, or it went wrong
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells report SIGINT and SIGPIPE
@@ -30,11 +31,12 @@ _CLEAR_LIBRARIES = {
     "pyarrow", "safetensors", "safetensors_rust", "tarfile", "yaml", "zipfile", "zlib",
 }  # fmt: skip
 _CLEAR_TYPES = (ValueError, OSError, ImportError, MemoryError, EOFError, torch.OutOfMemoryError)
-# what torch says in plain RuntimeErrors about memory, devices, full disks and files that do not fit
+# what torch says in plain RuntimeErrors and AssertionErrors about memory, devices, disks and files that do not fit
 _CLEAR_TEXTS = (
-    "out of memory", "not enough memory", "allocate memory", "No space left", "unexpected pos", "PytorchStream",
-    "inline_container", "in loading state_dict", "No CUDA GPUs", "NVIDIA driver", "invalid device ordinal",
-    "device of type", "file in archive is not in a subdirectory",
+    "out of memory", "not enough memory", "bad_alloc", "allocate memory", "No space left", "unexpected pos",
+    "PytorchStream", "inline_container", "in loading state_dict", "No CUDA GPUs", "NVIDIA driver",
+    "invalid device ordinal", "device of type", "Torch not compiled with", "start of device string",
+    "file in archive is not in a subdirectory", "determine home directory",
 )  # fmt: skip
 _ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM}
 
@@ -113,7 +115,7 @@ def explain(error: BaseException) -> str | None:
         return f"out of memory: {text or 'use a smaller batch or model'}"
     if isinstance(error, _CLEAR_TYPES) or libraries & _CLEAR_LIBRARIES:
         return text or type(error).__name__
-    if isinstance(error, RuntimeError) and any(part in text for part in _CLEAR_TEXTS):
+    if isinstance(error, (RuntimeError, AssertionError)) and any(part in text for part in _CLEAR_TEXTS):
         return text
     return None
 
@@ -166,7 +168,7 @@ def check_output(path: str | Path, *, folder: bool = True) -> None:
     Raises:
         CommandError: if it is of the other kind, or its disk is full or read-only.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     with writing(path):
         if not folder:
             if path.is_dir():
@@ -174,13 +176,21 @@ def check_output(path: str | Path, *, folder: bool = True) -> None:
             if path.exists() and not stat.S_ISREG(path.stat().st_mode):
                 raise CommandError(f"{path} is no regular file: choose another one.")
             path = path.parent
-        while not os.path.lexists(path):
-            path = path.parent
+        path = _nearest(path)
         if not path.is_dir():
             raise CommandError(f"{path} is not a folder: choose another place to write to.")
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(b"\0" * 4096)
             file.flush()
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or of the folders that would hold it the first that is there; other faults than that are raised."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return _nearest(path.parent)
+    return path
 
 
 def device_option(name: str) -> torch.device:
@@ -202,6 +212,14 @@ def device_option(name: str) -> torch.device:
     if found.index is not None and found.index >= torch.accelerator.device_count():
         raise argparse.ArgumentTypeError(f"there is no device {name!r} here, only {torch.accelerator.device_count()}.")
     return found
+
+
+def path_option(value: str) -> Path:
+    """A file or folder, as the ``type`` of an option."""
+    try:
+        return Path(expand_path(value))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive_option(value: str) -> int:

@@ -7,6 +7,11 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
+POSITIVE = (
+    "codebook_size", "num_classes", "num_image_tokens", "tokens_per_group", "hidden_size", "intermediate_size",
+    "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+
 
 @strict
 class DARConfig(LlamaConfig):
@@ -74,6 +79,7 @@ class DARConfig(LlamaConfig):
         self._check()
         self._derive()
         super().__post_init__(**kwargs)
+        self._check_heads()
 
     def __setattr__(self, name, value):
         # from_pretrained(..., num_classes=3) sets options one by one after the file's
@@ -86,7 +92,7 @@ class DARConfig(LlamaConfig):
         self.max_position_embeddings = self.num_image_tokens + 1
 
     def _check(self) -> None:
-        for name in ("codebook_size", "num_classes", "num_image_tokens", "tokens_per_group"):
+        for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("resid_dropout", "ffn_dropout", "token_dropout"):
@@ -96,6 +102,15 @@ class DARConfig(LlamaConfig):
             raise ValueError(f"class_dropout must lie in [0, 1], got {self.class_dropout}.")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=True is impossible: input and output vocabularies differ.")
+
+    def _check_heads(self) -> None:
+        """Refuse heads that Llama's attention only fails on when it runs; they are known once defaults are put in."""
+        heads = self.num_attention_heads
+        shared = self.num_key_value_heads
+        if shared < 1 or heads % shared:
+            raise ValueError(f"num_key_value_heads={shared} must divide num_attention_heads={heads}.")
+        if self.head_dim < 1 or self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: its rotary embedding turns pairs.")
 
     @property
     def null_token_id(self) -> int:

@@ -1,5 +1,6 @@
 """Options of commands: dataclasses that transformers' HfArgumentParser reads, and files of options."""
 
+import os
 import types
 from collections.abc import Callable
 from dataclasses import field, fields
@@ -14,6 +15,31 @@ _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 def option(default: Any, text: str) -> Any:
     """A field of a dataclass of options, with its help text."""
     return field(default=default, metadata={"help": text})
+
+
+def expand_path(path: str) -> str:
+    """A path with the home folder for ``~``, which shells replace neither in files nor after ``--option=``.
+
+    Raises:
+        ValueError: for an empty one, as of a variable that is not set: it would mean the folder one is in.
+    """
+    if not path:
+        raise ValueError("a path is empty: name a file or folder, or . for this one.")
+    return os.path.expanduser(path)
+
+
+def check_texts(options: Any) -> None:
+    """Put the home folder for ``~`` in a dataclass's ``output_dir``, and refuse what is given and empty.
+
+    Empty texts come from variables of a shell that are not set, and must not count as options that are not given.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    options.output_dir = expand_path(options.output_dir)
+    for part in fields(options):
+        if part.default is None and getattr(options, part.name) == "":
+            raise ValueError(f"{part.name} is empty: leave it out, or give it a value.")
 
 
 class _Loader(yaml.SafeLoader):

@@ -14,6 +14,15 @@ def text_without_comments(card):
     return re.sub(r"<!--.*?-->\n?", "", str(card))
 
 
+@pytest.mark.parametrize(
+    "place, title", [("user/x", "x"), (".", "here"), ("./", "here"), ("..", "above"), ("/a/b/", "b")]
+)
+def test_the_title_is_the_name_of_the_repository_or_folder(tiny_tokenizer, tmp_path, monkeypatch, place, title):
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    assert f"# {title}\n" in model_card(tiny_tokenizer, place).text
+
+
 def test_a_whole_card(tiny_pipeline):
     tiny_pipeline.transformer.generation_config.guidance_scale = [1.1, 8.0]
     results = [EvalResult("generation", "d", "D", "fid", 3.25, "Generation", metric_name="FID")]

@@ -1,5 +1,6 @@
 """What of a folder goes to a Hub: the files of a model, and nothing that lies outside the folder."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -262,3 +263,35 @@ def test_matching_files(tmp_path):
     for name in ("a.txt", "b.txt", "c.png"):
         (tmp_path / name).touch()
     assert list(matching_files(tmp_path, ["*.txt"])) == ["a.txt", "b.txt"]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def leave_an_index(path):
+    path.rename(path.with_name("model-00001-of-00002.safetensors"))
+    index = {"weight_map": {f"tensor{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda path: path.write_bytes(POINTER), "transformer/model.safetensors is a git-lfs pointer"),
+        (shorten, "transformer/model.safetensors is damaged or incomplete"),
+        (Path.unlink, "incomplete: it lacks weights in transformer"),
+        (leave_an_index, "incomplete: it lacks transformer/model-00002-of-00002.safetensors"),
+    ],
+    ids=["a pointer", "cut off", "none", "a shard"],
+)
+def test_weights_that_nobody_could_load_do_not_replace_good_ones(hub, saved, change, message):
+    push_folder(saved, "user/x")
+    before = hub.repositories["model", "user/x"].refs["main"]
+    change(saved / "transformer" / "model.safetensors")
+    with pytest.raises(OSError, match=message):
+        push_folder(saved, "user/x")
+    assert hub.repositories["model", "user/x"].refs["main"] == before

@@ -43,13 +43,6 @@ def small_digits(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def arguments(folder, tokenizer, dataset, **changes):
     options = {"crop": "ten", "batch_size": 7, "shard_size": 16}
     return ExtractArguments(str(tokenizer), dataset, str(folder), **options | changes)

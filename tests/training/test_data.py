@@ -13,7 +13,7 @@ from dar_hf.training import train
 from dar_hf.training.loop import ResumeError, make_accelerator
 from dar_hf.training.run_folder import claim_output_dir
 
-from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_stage
+from .helpers import ar_args, ar_stage, fresh_process, tokenizer_stage
 
 KINDS = ["imagefolder", "parquet", "webdataset"]
 OPTIONS = {"max_train_samples": None, "max_train_steps": 6, "train_batch_size": 8}
@@ -24,13 +24,6 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with fresh_process():
         yield
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def history(folder):

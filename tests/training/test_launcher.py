@@ -2,8 +2,8 @@
 
 import pytest
 
-from dar_hf.training import LoopArguments
-from dar_hf.training.launcher import check_launcher, pick_precision
+from dar_hf.training import LoopArguments, launcher
+from dar_hf.training.launcher import check_launcher, pick_precision, precision_reason
 from dar_hf.training.loop import make_accelerator
 
 from .helpers import fresh_process
@@ -31,6 +31,16 @@ def test_precision_picked_is_one_accelerate_knows():
 def test_auto_follows_the_launcher(launched, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     assert pick_precision("auto") == launched
+
+
+@pytest.mark.parametrize("launched, advice", [("no", True), ("bf16", False), ("fp16", False)])
+def test_auto_says_where_the_launcher_is_slower_than_it_need_be(launched, advice, monkeypatch):
+    """The launcher's "no" may be its default."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr(launcher, "has_fast_bf16", lambda device: True)
+    assert ("--mixed_precision bf16" in precision_reason(launched)) == advice
+    monkeypatch.setattr(launcher, "has_fast_bf16", lambda device: False)
+    assert "--mixed_precision" not in precision_reason(launched)
 
 
 @pytest.mark.parametrize("requested, launched", [("no", "bf16"), ("bf16", "fp16"), ("no", "fp8"), ("auto", "fp8")])

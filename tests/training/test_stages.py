@@ -36,13 +36,6 @@ def alone(tmp_path, monkeypatch):
         yield
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def stage_of(name, folder, tokenizer, model=None, **changes):
     if name == "tokenizer":
         return tokenizer_stage(folder, model, **changes)

@@ -5,11 +5,19 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from dar_hf.training import train
+from dar_hf.training import LoopArguments, train
 from dar_hf.training.loop import make_accelerator
 from dar_hf.training.trackers import track_pictures
 
 from .helpers import fresh_process, tokenizer_stage
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "all"])
+def test_a_tracker_that_is_not_installed_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    args = LoopArguments(report_to=name, output_dir=str(tmp_path))
+    with fresh_process(), pytest.raises(ValueError, match=f"report_to: the package of {name} is not installed"):
+        make_accelerator(args)
 
 
 def test_tensorboard_has_figures_and_pictures(tmp_path):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..options import option
+from ..options import check_texts, option
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,6 +39,7 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if not self.pipeline:
             raise ValueError("pipeline is missing: a folder or a Hub id.")
+        check_texts(self)
         for name in ("num_images", "num_inference_steps", "batch_size", "shard_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -3,7 +3,7 @@
 from .advice import advice, one_line
 from .blocks import merge_cards
 from .cards import describe, empty_model, model_card
-from .contents import matching_files, model_files
+from .contents import check_complete, matching_files, model_files
 from .methods import connect
 from .push import prepare_repository, push_card, push_folder, push_to_hub
 from .remote_code import export_remote_code
@@ -12,6 +12,7 @@ from .results import TASKS, metric_name, paper_results
 __all__ = [
     "TASKS",
     "advice",
+    "check_complete",
     "connect",
     "describe",
     "empty_model",

@@ -1,5 +1,6 @@
 """Model cards: one template, filled with what a model's configuration and a run's reports say."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,7 @@ def model_card(
         The card; ``str(card)`` is its text, ``card.save(path)`` writes it.
     """
     kind = _KINDS[type(model).__name__]
-    title = title or Path(repo_id).name
+    title = title or os.path.basename(os.path.abspath(repo_id))  # the folder one is in has a name, too
     tags = ["d-ar", PAPER_TAG, *metadata.pop("tags", [])]
     common: dict[str, Any] = {"license": "mit", "tags": tags} | metadata
     if kind.card is ModelCard:

@@ -1,10 +1,13 @@
 """What of a folder goes to the Hub: the files that belong to a model or a run, and nothing that lies outside it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from ..files import INDICES, resolve_inside
+from safetensors import SafetensorError, safe_open
+
+from ..files import INDICES, read_object, resolve_inside
+from ..weights_dar import is_pointer
 
 # Folders, and files in them, that the package or the libraries it saves with write. A repository takes nothing else:
 # whatever else lies in a folder was not meant for it
@@ -25,6 +28,12 @@ FILES = (
 )
 PICTURE_FOLDERS = (".", "images", "evaluation")  # and the folders in evaluation, one for each kind
 PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "report.json")
+WEIGHTS = (".safetensors", ".bin")
+# folders with weights, of models that have them elsewhere than at the root
+WEIGHTS_IN: dict[str, tuple[str, ...]] = {
+    "DARPipeline": ("tokenizer", "transformer"),
+    "FlowMatchAdamsBashforthScheduler": (),
+}
 LEFT_OUT = ("checkpoints", "__pycache__")  # without a word, as are hidden files
 
 
@@ -48,6 +57,38 @@ def matching_files(folder: str | Path, patterns: Sequence[str]) -> dict[str, Pat
         ValueError: if one of them is behind a link that leads out of the folder.
     """
     return _own_files(Path(folder), lambda name: _matches(str(name), patterns), lambda name: False)[0]
+
+
+def check_complete(files: Mapping[str, Path], class_name: str) -> None:
+    """Refuse weights that nobody could load, which would take the place of good ones in the repository.
+
+    Args:
+        files: as `model_files` gives them.
+        class_name: the model's class.
+
+    Raises:
+        FileNotFoundError: if a part of the model has no weights, or not all of its shards.
+        OSError: for a safetensors file that is damaged, or a git-lfs pointer.
+    """
+    weights = [name for name in files if name.endswith(WEIGHTS)]
+    for name in weights:
+        if is_pointer(files[name]):
+            raise OSError(f"{name} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder.")
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(files[name], framework="pt"):
+                    pass  # its header fits its size
+            except SafetensorError as error:
+                raise OSError(f"{name} is damaged or incomplete: {error}") from error
+    folders = {str(PurePosixPath(name).parent) for name in weights}
+    missing = [f"weights in {part}" for part in WEIGHTS_IN.get(class_name, (".",)) if part not in folders]
+    for name in files:
+        if ".index" in name and name.endswith(".json"):
+            shards = read_object(files[name]).get("weight_map", {}).values()
+            paths = {str(PurePosixPath(name).with_name(shard)) for shard in shards}
+            missing += sorted(paths - files.keys())
+    if missing:
+        raise FileNotFoundError(f"the {class_name} is incomplete: it lacks {', '.join(missing)}.")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -14,7 +14,7 @@ from ..weights_dar import stale_weights
 from .advice import advice
 from .blocks import merge_cards, replace_block
 from .cards import empty_model, model_card
-from .contents import model_files
+from .contents import check_complete, model_files
 from .remote_code import is_self_contained
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,8 @@ def push_folder(
     same commit: loaders would take them. The folder is only read.
 
     Raises:
-        FileNotFoundError: if the folder holds no model.
+        FileNotFoundError: if the folder holds no model, or one without all of its weights.
+        OSError: if a file of weights is damaged, or a git-lfs pointer.
         ValueError: if it or the repository holds another kind of model, or a link in it leads out of it: nothing
             outside the folder is uploaded. A snapshot in the Hub's cache consists of such links; copy it first.
         huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice.
@@ -155,6 +156,7 @@ def push_folder(
         more = f" and {len(left_out) - NUM_NAMED} more" if len(left_out) > NUM_NAMED else ""
         logger.warning("not uploaded from %s: %s%s", folder, ", ".join(left_out[:NUM_NAMED]), more)
     class_name = type(model).__name__
+    check_complete(local_files, class_name)
     written = None
     if subfolder is None and "README.md" in local_files:
         written = read_text(local_files.pop("README.md"))

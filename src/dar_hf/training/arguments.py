@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..options import option
+from ..options import check_texts, option
 
 
 @dataclass
@@ -45,7 +45,9 @@ class LoopArguments:
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "gradient norm is clipped to this")
     ema_decay: float | None = option(None, "decay of the averaged weights that are validated and saved; none if unset")
-    mixed_precision: str = option("auto", "auto (the launcher's, or bf16 where the hardware has it), no, bf16 or fp16")
+    mixed_precision: str = option(
+        "auto", "auto (what the launcher says; without one, bf16 where native), no, bf16 or fp16"
+    )
     torch_compile: bool = option(False, "compile the model's forward pass with torch's inductor")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     seed: int = option(0, "seed of everything random")
@@ -66,6 +68,7 @@ class LoopArguments:
     push_steps: int = option(0, "upload the model so far after every so many steps, too; 0 for the finished one alone")
 
     def __post_init__(self):
+        check_texts(self)
         precision = str(self.mixed_precision).lower()
         if precision in ("false", "off"):  # YAML's reading of a bare no, and of its other spellings
             precision = "no"

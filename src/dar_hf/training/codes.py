@@ -28,7 +28,7 @@ from ..files import read_object, write_json, write_text
 from ..hub import advice, matching_files, prepare_repository, push_card
 from ..hub.blocks import stamp as stamp_card
 from ..loading import load
-from ..options import option
+from ..options import check_texts, option
 from ..tokenizer_dar import DARTokenizer
 
 logger = logging.getLogger(__name__)
@@ -232,6 +232,7 @@ class ExtractArguments:
     hub_private_repo: bool = option(False, "create that repository as a private one")
 
     def __post_init__(self):
+        check_texts(self)
         for name in ("tokenizer", "dataset_name"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing.")

@@ -50,7 +50,9 @@ def _native_precision() -> str:
 def precision_reason(precision: str) -> str:
     """Why "auto" became this, for the log."""
     if os.environ.get(PRECISION):
-        return f"from accelerate's launcher, {PRECISION}"
+        native = _native_precision()
+        faster = f"; {native} is native here: --mixed_precision {native}" if native != "no" == precision else ""
+        return f"from accelerate's launcher, {PRECISION}{faster}"
     return "computed natively here" if precision == "bf16" else "no native bf16 here"
 
 

@@ -623,6 +623,8 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         project_dir=args.output_dir,
         dynamo_backend="inductor" if args.torch_compile else None,
     )
+    if args.report_to and not accelerator.log_with:  # accelerate leaves out what is not installed
+        raise ValueError(f"report_to: the package of {args.report_to} is not installed.")
     if args.mixed_precision == "auto":
         accelerator.print(f"mixed precision: {precision} ({precision_reason(precision)})")
     check_layout(args, accelerator.distributed_type, accelerator.is_fsdp2)
