@@ -89,7 +89,7 @@ class DARConfig(LlamaConfig):
         for name in ("codebook_size", "num_classes", "num_image_tokens", "tokens_per_group"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("resid_dropout", "ffn_dropout", "token_dropout"):
+        for name in ("resid_dropout", "ffn_dropout", "token_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
         if not 0 <= self.class_dropout <= 1:

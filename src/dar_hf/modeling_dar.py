@@ -9,6 +9,7 @@ import inspect
 import itertools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -34,7 +35,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from .acceleration_dar import FilledCacheLayer, accelerated
 from .checks_dar import Generators, check_generators, check_integer
 from .configuration_dar import DARConfig
-from .weights_dar import some_of
+from .weights_dar import check_finite_weights, not_finite, replacing_earlier_save, some_of
 
 GuidanceScale: TypeAlias = float | tuple[float, float] | list[float] | None
 NextLogits: TypeAlias = Callable[[torch.LongTensor], torch.Tensor]
@@ -102,17 +103,31 @@ def draw(scores: torch.Tensor, generator: Generators = None) -> torch.Tensor:
     return (scores.float().softmax(dim=-1) / race.to(scores.device)).argmax(dim=-1)
 
 
+# models in which streams run, with how many and the parts whose training mode comes back after the last one
+_EVALUATING: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
+_EVALUATING_LOCK = threading.Lock()
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Dropout, and checkpointing, which drops the cache, off for a block; every part gets its mode back."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
+    with _EVALUATING_LOCK:
+        count, training = _EVALUATING.get(module, (0, []))
+        if count == 0:
+            training = [part for part in module.modules() if part.training]
+        for part in training:
+            part.training = False
+        _EVALUATING[module] = count + 1, training
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        with _EVALUATING_LOCK:
+            count, training = _EVALUATING.pop(module)
+            if count > 1:
+                _EVALUATING[module] = count - 1, training
+            else:
+                for part in training:
+                    part.training = True
 
 
 class ClassifierFreeGuidance(LogitsProcessor):
@@ -134,10 +149,13 @@ class FiniteLogits(LogitsProcessor):
 
     supports_continuous_batching = True
 
+    def __init__(self, model: nn.Module):
+        self.model = model
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         capturing = scores.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not capturing:  # CUDA graphs of continuous batching cannot wait
-            check_finite(scores.aminmax())
+            check_finite(scores.aminmax(), self.model)
         return scores
 
 
@@ -181,6 +199,8 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["DARDecoderLayer"]
     _can_record_outputs = {"hidden_states": DARDecoderLayer, "attentions": LlamaAttention}
 
+    save_pretrained = replacing_earlier_save(LlamaPreTrainedModel.save_pretrained)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -193,7 +213,7 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
         """transformers' own, which by itself starts missing weights anew and leaves out unknown ones, with a note.
 
         Raises:
-            ValueError: for weights that are not those of the configuration, naming them.
+            ValueError: for weights that are not those of the configuration, or not finite, naming them.
         """
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
@@ -214,6 +234,7 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
                 f"the weights in {pretrained_model_name_or_path} are not those of its configuration: "
                 f"{'; '.join(texts)}. They are incomplete, or of another model."
             )
+        check_finite_weights(pretrained_model_name_or_path, model)
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
@@ -349,7 +370,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.codebook_size,
-                shift_labels=shift_labels,
+                shift_labels=None if shift_labels is None else shift_labels.contiguous(),  # it may be a slice
                 **kwargs,
             )
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
@@ -440,6 +461,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         given = {
             "num_beams > 1": (options.get("num_beams") or base.num_beams or 1) > 1,
             "assistant_model": options.get("assistant_model") is not None,
+            "assistant_early_exit": options.get("assistant_early_exit", base.assistant_early_exit),
             "prompt_lookup_num_tokens": options.get("prompt_lookup_num_tokens", base.prompt_lookup_num_tokens),
             "inputs_embeds": options.get("inputs_embeds") is not None,
         }
@@ -453,7 +475,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict | None = None, **kwargs: Any
     ) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
-        processors.insert(0, FiniteLogits())
+        processors.insert(0, FiniteLogits(self))
         options = model_kwargs or {}
         if options.get("guidance") is not None:
             processors.insert(1, ClassifierFreeGuidance(options["guidance"], self.config.codebook_size))
@@ -607,7 +629,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
                             tokens = draw(warpers(None, logits), generator)[:, None]
                         codes = torch.cat([codes, tokens], dim=1)
                 if codes.device.type == "cpu" or stop == num_tokens:  # a GPU is waited for at the end only
-                    check_finite(extremes)
+                    check_finite(extremes, self)
                     extremes.clear()
                 yield codes[:, yielded:stop]
                 yielded = stop
@@ -646,14 +668,11 @@ def _next_logits(forward: Callable, tokens: torch.LongTensor, cache: Cache) -> t
     return logits[:, -1].float()
 
 
-def check_finite(tensors: Iterable[torch.Tensor]) -> None:
-    """Raises ValueError if logits, or their extremes, hold NaN or infinity."""
+def check_finite(tensors: Iterable[torch.Tensor], model: nn.Module) -> None:
+    """Raises ValueError, which names the cause, if a model's logits, or their extremes, hold NaN or infinity."""
     tensors = list(tensors)
     if tensors and not torch.stack(tensors).isfinite().all():
-        raise ValueError(
-            "the language model's logits are not finite (NaN or infinity): its weights are damaged, its training went "
-            "wrong, or values overflowed on the way (float16: load it with dtype=torch.float32 or torch.bfloat16)."
-        )
+        raise not_finite("the language model's logits", model)
 
 
 def sampling_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList | None:

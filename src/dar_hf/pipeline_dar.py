@@ -28,6 +28,7 @@ from .images_dar import image_to_pixels
 from .modeling_dar import DARForCausalLM, GuidanceScale, guidance_schedule, sampling_warpers
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, to_adams_bashforth
 from .tokenizer_dar import DARPreview, DARTokenizer
+from .weights_dar import replacing_earlier_save
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
 _ROUNDING = 1e-3  # how far pixels may lie outside their range
@@ -142,6 +143,8 @@ class DARPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->tokenizer"
     _callback_tensor_inputs = ["preview", "codes", "latents"]
 
+    save_pretrained = replacing_earlier_save(DiffusionPipeline.save_pretrained)
+
     def __init__(
         self,
         tokenizer: DARTokenizer,
@@ -153,7 +156,7 @@ class DARPipeline(DiffusionPipeline):
         _check_components(tokenizer, transformer)
         scheduler = to_adams_bashforth(scheduler)
         if id2label is not None:
-            id2label = _names_by_id(id2label, transformer.config.num_classes)
+            id2label = names_by_id(id2label, transformer.config.num_classes)
         for name, ours, theirs in (
             ("codebook_size", tokenizer.config.codebook_size, transformer.config.codebook_size),
             ("number of tokens", tokenizer.config.num_tokens, transformer.config.num_image_tokens),
@@ -676,8 +679,12 @@ def _check_components(tokenizer: Any, transformer: Any) -> None:
             raise ValueError(f"{name} must be a {kind}, got {type(model).__name__}.")
 
 
-def _names_by_id(id2label: Any, num_classes: int) -> dict[int, str]:
-    """Class names by id, checked; JSON files hold the ids as text."""
+def names_by_id(id2label: Any, num_classes: int) -> dict[int, str]:
+    """Class names by id, checked; JSON files hold the ids as text.
+
+    Raises:
+        ValueError: for anything but names by ids in [0, num_classes).
+    """
     if not isinstance(id2label, dict):
         raise ValueError(f"id2label must be a dictionary of names by class id, got {type(id2label).__name__}.")
     names: dict[int, str] = {}
