@@ -27,7 +27,7 @@ SHAPE_ARGS = {
     "num_classes": "num_classes",
 }
 
-ROPE_THETA = 10000  # the original's default
+ROPE_THETA, NORM_EPS = 10000, 1e-5  # the original's defaults
 _ORIGINAL = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}  # without a choice there
 _DERIVED = ("vocab_size", "max_position_embeddings")  # of DARConfig: not to be chosen
 
@@ -90,8 +90,15 @@ def transformer_to_original(model: DARForCausalLM) -> dict[str, torch.Tensor]:
             f"the original code's heads share hidden_size={config.hidden_size}: {config.num_attention_heads} heads "
             f"cannot have head_dim={config.head_dim}."
         )
-    if config.rope_parameters["rope_theta"] != ROPE_THETA:
-        logger.warning("the original code has to be built with rope_base=%s.", config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        raise ValueError(f"the original code has rope_type=default, not {rope['rope_type']}.")
+    for argument, value, default in (
+        ("rope_base", rope["rope_theta"], ROPE_THETA),
+        ("norm_eps", config.rms_norm_eps, NORM_EPS),
+    ):
+        if value != default:
+            logger.warning("the original code has to be built with %s=%s.", argument, value)
     codes, classes = tensors["model.embed_tokens.weight"].split([config.codebook_size, config.num_classes + 1])
     result = {
         "tok_embeddings.weight": codes,
