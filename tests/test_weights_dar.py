@@ -1,6 +1,8 @@
 """Saving over an earlier save, and weights that are not those of their configuration."""
 
+import errno
 import json
+import os
 
 import diffusers
 import pytest
@@ -172,6 +174,30 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tiny_pipeline, tmp_path, n
     with pytest.raises(FileExistsError, match=str(tmp_path / "file")):
         (tiny_pipeline.components[name] if name else tiny_pipeline).save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_component_may_be_a_link_to_another_disk(tiny_pipeline, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def of_one_disk(source, target):
+        if "transformer" in str(target):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", of_one_disk)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "transformer").symlink_to(tmp_path / "disk")
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    assert (tmp_path / "pipeline" / "transformer").is_symlink() and "model.safetensors" in names(tmp_path / "disk")
+    assert equal(DARPipeline.from_pretrained(tmp_path / "pipeline").transformer, tiny_pipeline.transformer)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tiny_tokenizer, tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        tiny_tokenizer.save_pretrained(tmp_path)
+    assert not list((tmp_path / "config.json").iterdir())
 
 
 def test_earlier_weights_go_only_when_the_new_ones_are_there(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 Shared by both models, whose files stand alone in self-contained repositories; so this imports no sibling.
 """
 
+import errno
 import functools
 import inspect
 import os
@@ -98,12 +99,21 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     for name in sorted(written, key=lambda name: (name.endswith(".json"), -name.count("/"), name)):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary / name, target)
+        _replace(temporary / name, target)
     places = {(folder / name).parent for name in written}
     files = [path for place in places for path in place.iterdir() if path.is_file() or path.is_symlink()]
     there = [path.relative_to(folder).as_posix() for path in files]
     for name in stale_weights(there, written):
         (folder / name).unlink(missing_ok=True)  # of two processes that save, one is first
+
+
+def _replace(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copy(source, target)  # a component's folder may be a link to another disk
 
 
 def saved_tensors(path: str | os.PathLike) -> dict[str, tuple[torch.Size, bool]]:

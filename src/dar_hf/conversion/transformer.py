@@ -90,15 +90,8 @@ def transformer_to_original(model: DARForCausalLM) -> dict[str, torch.Tensor]:
             f"the original code's heads share hidden_size={config.hidden_size}: {config.num_attention_heads} heads "
             f"cannot have head_dim={config.head_dim}."
         )
-    rope = config.rope_parameters
-    if rope["rope_type"] != "default":
-        raise ValueError(f"the original code has rope_type=default, not {rope['rope_type']}.")
-    for argument, value, default in (
-        ("rope_base", rope["rope_theta"], ROPE_THETA),
-        ("norm_eps", config.rms_norm_eps, NORM_EPS),
-    ):
-        if value != default:
-            logger.warning("the original code has to be built with %s=%s.", argument, value)
+    if (kind := config.rope_parameters["rope_type"]) != "default":
+        raise ValueError(f"the original code has rope_type=default, not {kind}.")
     codes, classes = tensors["model.embed_tokens.weight"].split([config.codebook_size, config.num_classes + 1])
     result = {
         "tok_embeddings.weight": codes,
@@ -114,6 +107,14 @@ def transformer_to_original(model: DARForCausalLM) -> dict[str, torch.Tensor]:
         for name, original in _LAYER.items():
             result[f"{theirs}{original}.weight"] = tensors[f"{ours}{name}.weight"]
     return result
+
+
+def name_arguments(config: DARConfig) -> None:
+    """Say which arguments of the original code the weights do not bring along, where they are not its defaults."""
+    if (base := config.rope_parameters["rope_theta"]) != ROPE_THETA:
+        logger.warning("the original code has to be built with rope_base=%s.", base)
+    if config.rms_norm_eps != NORM_EPS:
+        logger.warning("the original code has to be built with norm_eps=%s.", config.rms_norm_eps)
 
 
 def _from_original(weights: dict[str, torch.Tensor], config: DARConfig) -> Iterator[tuple[str, torch.Tensor]]:

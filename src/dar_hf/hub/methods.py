@@ -20,6 +20,7 @@ from .advice import loading_error
 from .push import push_folder, push_to_hub
 
 _OPTIONS_OF_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
+_OF_BITSANDBYTES = ("load_in_8bit", "load_in_4bit")  # options of from_pretrained once; diffusers ignores what it lacks
 
 
 def connect(model_class: Any) -> None:
@@ -38,6 +39,8 @@ def connect(model_class: Any) -> None:
         try:
             if issubclass(cls, PreTrainedModel):
                 _check_configs(folder)
+            elif ignored := [name for name in _OF_BITSANDBYTES if kwargs.get(name)]:
+                raise ValueError(f"{cls.__name__} has no option {ignored[0]}: give a quantization_config.")
             return load(cls, pretrained_model_name_or_path, *args, **kwargs)
         except Exception as error:
             problem = loading_error(error, pretrained_model_name_or_path)
