@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dar_hf.commands import check_output, command, path_option
-from dar_hf.files import new_folder, write_json
-from dar_hf.loading import check_weights, load_pipeline, read_config
+from dar_hf.files import new_folder, read_object, write_json
+from dar_hf.loading import check_weights, load_pipeline
 from dar_hf.sample import FOLDER
 
 MAX_BYTES = 12_000_000
@@ -33,7 +33,7 @@ WEIGHTS = ("tokenizer/diffusion_pytorch_model.safetensors", "transformer/model.s
 
 def write_config(source: Path, target: Path) -> None:
     """Copy a configuration without the path of the folder it was trained in."""
-    config = read_config(source)
+    config = read_object(source)
     config.pop("_name_or_path", None)
     target.parent.mkdir(exist_ok=True)
     write_json(target, config)

@@ -334,6 +334,18 @@ def test_four_threads_stream_from_one_model(make_transformer, training):
     assert all(part.training == training for part in model.modules())
 
 
+def test_four_threads_stream_from_a_model_with_hooks_that_trains(make_transformer):
+    """Such a model is not copied, and the first stream to end must not switch dropout on for the others."""
+    model = make_transformer().train()
+    model.model.layers[0].register_forward_hook(lambda *args: None)
+    lengths = [2, 16, 8, 16]
+    expected = [stream(model, [0, 3], temperature=0, num_tokens=count) for count in lengths]
+    for _ in range(3):
+        results = in_threads(lambda index: stream(model, [0, 3], temperature=0, num_tokens=lengths[index]), 4)
+        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+    assert all(part.training for part in model.modules())
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_four_threads_use_one_tokenizer(tiny_tokenizer, dtype):
     tiny_tokenizer.decode_dtype = dtype

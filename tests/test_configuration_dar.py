@@ -85,6 +85,7 @@ def test_vocabulary_follows_changed_options(tmp_path):
         ({"resid_dropout": 1.0}, r"resid_dropout must lie in \[0, 1\)"),
         ({"ffn_dropout": -0.1}, r"ffn_dropout must lie in \[0, 1\)"),
         ({"token_dropout": float("nan")}, r"token_dropout must lie in \[0, 1\)"),
+        ({"attention_dropout": 7.0}, r"attention_dropout must lie in \[0, 1\)"),
         ({"class_dropout": 1.1}, r"class_dropout must lie in \[0, 1\]"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0 must divide"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dar_hf.files import flush, new_folder, resolve_inside, write_json
+from dar_hf.files import flush, new_folder, read_object, resolve_inside, write_json
 
 
 def test_write_json(tmp_path):
@@ -211,3 +211,13 @@ def test_files_and_folders_are_flushed(tmp_path, monkeypatch):
     flush(tmp_path)  # not every system flushes folders
     with pytest.raises(OSError, match="no space"):
         flush(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff\xfe{}", b"[" * 100_000, b'{"a": 1}x'])
+def test_what_holds_no_options_is_refused(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match="a.json is damaged: it holds"):
+        read_object(tmp_path / "a.json")
+    (tmp_path / "a.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with pytest.raises(ValueError, match="a.json is a git-lfs pointer"):
+        read_object(tmp_path / "a.json")

@@ -7,7 +7,7 @@ import torch
 from pipeline_helpers import generated_codes, seeded
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from dar_hf import DARForCausalLM
+from dar_hf import DARForCausalLM, DARPipeline, DARTokenizer
 
 
 @pytest.fixture
@@ -32,6 +32,15 @@ def test_a_pipeline_generates_with_it(tiny_pipeline, quantised):
     tiny_pipeline.transformer = quantised
     codes = generated_codes(tiny_pipeline, [1, 2], generator=seeded(), guidance_scale=2.0)
     assert codes.shape == (2, 16) and int(codes.max()) < 32
+
+
+@pytest.mark.parametrize("name", ["load_in_8bit", "load_in_4bit"])
+def test_options_that_would_quantise_nothing_are_refused(tiny_pipeline, tmp_path, name):
+    tiny_pipeline.save_pretrained(tmp_path)
+    for model_class, folder in ((DARPipeline, ""), (DARTokenizer, "tokenizer"), (DARForCausalLM, "transformer")):
+        with pytest.raises(ValueError, match=name):
+            model_class.from_pretrained(tmp_path / folder, **{name: True})
+    assert DARTokenizer.from_pretrained(tmp_path / "tokenizer", **{name: False}).dtype == torch.float32
 
 
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}], ids=str)

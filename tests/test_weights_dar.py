@@ -1,14 +1,17 @@
 """Saving over an earlier save, and weights that are not those of their configuration."""
 
+import errno
 import json
+import os
 
 import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from dar_hf import DARForCausalLM, DARPipeline, DARTokenizer
+from dar_hf import DARForCausalLM, DARModel, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
 from dar_hf.hub import export_remote_code
 from dar_hf.weights_dar import replacing_earlier_save, stale_weights
 
@@ -70,6 +73,23 @@ def test_a_language_model_saved_over_another_form_is_the_one_that_loads(make_tra
         assert equal(loader.from_pretrained(tmp_path / "again"), model)
 
 
+def test_a_body_saved_over_another_form_is_the_one_that_loads(make_transformer, tmp_path):
+    make_transformer().model.save_pretrained(tmp_path, max_shard_size="40KB")
+    torch.save(make_transformer().model.state_dict(), tmp_path / "pytorch_model.bin")
+    body = changed(make_transformer()).model
+    body.save_pretrained(tmp_path)
+    assert names(tmp_path) == ["config.json", "model.safetensors"]
+    assert equal(DARModel.from_pretrained(tmp_path), body)
+
+
+def test_a_self_contained_language_model_replaces_earlier_weights_too(tiny_transformer, tmp_path):
+    tiny_transformer.save_pretrained(tmp_path, max_shard_size="40KB")
+    export_remote_code(tmp_path)
+    remote = get_class_from_dynamic_module("modeling_dar.DARForCausalLM", str(tmp_path)).from_pretrained(tmp_path)
+    remote.save_pretrained(tmp_path)
+    assert "model.safetensors" in names(tmp_path) and "model.safetensors.index.json" not in names(tmp_path)
+
+
 def test_a_language_model_saved_over_torchs_own_format(make_transformer, tmp_path):
     torch.save(make_transformer().state_dict(), tmp_path / "pytorch_model.bin")
     changed(make_transformer()).save_pretrained(tmp_path)
@@ -123,6 +143,61 @@ def test_a_save_that_fails_leaves_the_earlier_one(make_tokenizer, tmp_path, monk
         changed(make_tokenizer()).save_pretrained(tmp_path, **options)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert equal(DARTokenizer.from_pretrained(tmp_path), earlier)
+
+
+def test_a_pipeline_that_cannot_be_saved_leaves_the_earlier_one(tiny_pipeline, tmp_path, monkeypatch):
+    """Its tokenizer comes first, and must not stand next to the earlier language model."""
+    tiny_pipeline.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    changed(tiny_pipeline.tokenizer)
+    scheduler = FlowMatchAdamsBashforthScheduler(shift=7.0)
+    other = DARPipeline(tiny_pipeline.tokenizer, tiny_pipeline.transformer, scheduler)
+    with pytest.raises(OSError, match="No space left"):
+        other.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    other.save_pretrained(tmp_path, max_shard_size="100KB")
+    loaded = DARPipeline.from_pretrained(tmp_path)
+    assert equal(loaded.tokenizer, other.tokenizer) and loaded.scheduler.config.shift == 7.0
+    assert "model.safetensors" not in names(tmp_path / "transformer")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "transformer", None])
+def test_a_file_in_the_place_of_the_folder_is_refused(tiny_pipeline, tmp_path, name):
+    """The libraries log a line, and save nothing."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match=str(tmp_path / "file")):
+        (tiny_pipeline.components[name] if name else tiny_pipeline).save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_component_may_be_a_link_to_another_disk(tiny_pipeline, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def of_one_disk(source, target):
+        if "transformer" in str(target):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", of_one_disk)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "transformer").symlink_to(tmp_path / "disk")
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    assert (tmp_path / "pipeline" / "transformer").is_symlink() and "model.safetensors" in names(tmp_path / "disk")
+    assert equal(DARPipeline.from_pretrained(tmp_path / "pipeline").transformer, tiny_pipeline.transformer)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tiny_tokenizer, tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        tiny_tokenizer.save_pretrained(tmp_path)
+    assert not list((tmp_path / "config.json").iterdir())
 
 
 def test_earlier_weights_go_only_when_the_new_ones_are_there(tmp_path, monkeypatch):

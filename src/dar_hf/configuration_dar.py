@@ -95,7 +95,7 @@ class DARConfig(LlamaConfig):
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("resid_dropout", "ffn_dropout", "token_dropout"):
+        for name in ("resid_dropout", "ffn_dropout", "token_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
         if not 0 <= self.class_dropout <= 1:

@@ -1,12 +1,15 @@
-"""Files and folders that are complete or absent: written under a temporary name, then renamed."""
+"""Files and folders that are complete or absent, written under a temporary name, then renamed; and what is damaged."""
 
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .weights_dar import is_pointer
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,13 +44,50 @@ def read_object(path: Path) -> dict:
         OSError: if it cannot be read.
         ValueError: if it holds anything else, with the file's name.
     """
+    if is_pointer(path):
+        raise ValueError(f"{path} {POINTER_ADVICE}")
     try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON, or cut off: {error}.") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: it holds no JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not options by name.")
     return content
+
+
+POINTER_ADVICE = "is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder."
+_PARTS = ("", "tokenizer", "transformer")  # folders of a pipeline that hold weights
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def damaged_weights(folder: Path) -> str | None:
+    """What is wrong with the files of weights in a model's folder, of the first that is damaged."""
+    for path in (path for part in _PARTS for kind in _WEIGHTS for path in (folder / part).glob(kind)):
+        if path.is_file() and (damage := weights_damage(path)):
+            return f"{path} {damage}"
+    return None
+
+
+def weights_damage(path: Path) -> str | None:
+    """What is wrong with a file of weights: it is a git-lfs pointer or, in safetensors, cut off."""
+    if is_pointer(path):
+        return POINTER_ADVICE
+    if path.suffix != ".safetensors":
+        return None
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length + 8 > size:
+            return f"is damaged or cut off: {size} bytes hold no complete header of safetensors."
+        try:
+            tensors = json.loads(file.read(length))
+            stop = max(entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            return "is damaged: its header is not that of safetensors."
+    if 8 + length + stop != size:
+        return f"is damaged or cut off: it should have {8 + length + stop} bytes, and has {size}."
+    return None
 
 
 def flush(path: Path) -> None:

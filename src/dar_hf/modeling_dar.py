@@ -8,6 +8,7 @@ import inspect
 import itertools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -42,7 +43,7 @@ from .sampling_dar import (
     sample_index,
     sampling_warpers,
 )
-from .weights_dar import some_of
+from .weights_dar import check_finite_weights, replacing_earlier_save, some_of
 
 NextLogits: TypeAlias = Callable[[torch.LongTensor], torch.Tensor]
 
@@ -50,17 +51,31 @@ NextLogits: TypeAlias = Callable[[torch.LongTensor], torch.Tensor]
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
+# models in which streams run, with how many and the parts whose training mode comes back after the last one
+_EVALUATING: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
+_EVALUATING_LOCK = threading.Lock()
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Dropout, and checkpointing, which drops the cache, off for a block; every part gets its mode back."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
+    with _EVALUATING_LOCK:
+        count, training = _EVALUATING.get(module, (0, []))
+        if count == 0:
+            training = [part for part in module.modules() if part.training]
+        for part in training:
+            part.training = False
+        _EVALUATING[module] = count + 1, training
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        with _EVALUATING_LOCK:
+            count, training = _EVALUATING.pop(module)
+            if count > 1:
+                _EVALUATING[module] = count - 1, training
+            else:
+                for part in training:
+                    part.training = True
 
 
 class DARRotaryEmbedding(LlamaRotaryEmbedding):
@@ -91,6 +106,8 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["DARDecoderLayer"]
     _can_record_outputs = {"hidden_states": DARDecoderLayer, "attentions": LlamaAttention}
 
+    save_pretrained = replacing_earlier_save(LlamaPreTrainedModel.save_pretrained)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -103,7 +120,7 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
         """transformers' own, which by itself starts missing weights anew and leaves out unknown ones, with a note.
 
         Raises:
-            ValueError: for weights that are not those of the configuration, naming them.
+            ValueError: for weights that are not those of the configuration, or not finite, naming them.
         """
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
@@ -124,6 +141,7 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
                 f"the weights in {pretrained_model_name_or_path} are not those of its configuration: "
                 f"{'; '.join(texts)}. They are incomplete, or of another model."
             )
+        check_finite_weights(pretrained_model_name_or_path, model)
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> None:
@@ -259,7 +277,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.codebook_size,
-                shift_labels=shift_labels,
+                shift_labels=None if shift_labels is None else shift_labels.contiguous(),  # it may be a slice
                 **kwargs,
             )
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
@@ -350,6 +368,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         given = {
             "num_beams > 1": (options.get("num_beams") or base.num_beams or 1) > 1,
             "assistant_model": options.get("assistant_model") is not None,
+            "assistant_early_exit": options.get("assistant_early_exit", base.assistant_early_exit),
             "prompt_lookup_num_tokens": options.get("prompt_lookup_num_tokens", base.prompt_lookup_num_tokens),
             "inputs_embeds": options.get("inputs_embeds") is not None,
         }
@@ -363,7 +382,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, *args: Any, model_kwargs: dict | None = None, **kwargs: Any
     ) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
-        processors.insert(0, FiniteLogits())
+        processors.insert(0, FiniteLogits(self))
         options = model_kwargs or {}
         if options.get("guidance") is not None:
             processors.insert(1, ClassifierFreeGuidance(options["guidance"], self.config.codebook_size))
@@ -520,7 +539,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
                             tokens = sample_index(warpers(None, logits), generator)[:, None]
                         codes = torch.cat([codes, tokens], dim=1)
                 if codes.device.type == "cpu" or stop == num_tokens:  # a GPU is waited for at the end only
-                    check_finite(extremes)
+                    check_finite(extremes, self)
                     extremes.clear()
                 yield codes[:, yielded:stop]
                 yielded = stop

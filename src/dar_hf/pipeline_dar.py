@@ -28,6 +28,7 @@ from .modeling_dar import DARForCausalLM
 from .sampling_dar import GuidanceScale
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, to_adams_bashforth
 from .tokenizer_dar import DARPreview, DARTokenizer
+from .weights_dar import replacing_earlier_save
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes", "latent")
 
@@ -89,6 +90,8 @@ class DARPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->tokenizer"
     _callback_tensor_inputs = ["preview", "codes", "latents"]
+
+    save_pretrained = replacing_earlier_save(DiffusionPipeline.save_pretrained)
 
     def __init__(
         self,

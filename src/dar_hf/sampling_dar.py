@@ -6,10 +6,12 @@ from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from .checks_dar import Generators, check_generators
+from .weights_dar import not_finite
 
 GuidanceScale: TypeAlias = float | tuple[float, float] | list[float] | None
 
@@ -98,14 +100,11 @@ def sampling_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProc
     return warpers
 
 
-def check_finite(tensors: Iterable[torch.Tensor]) -> None:
-    """Raises ValueError if logits, or their extremes, hold NaN or infinity."""
+def check_finite(tensors: Iterable[torch.Tensor], model: nn.Module) -> None:
+    """Raises ValueError, which names the cause, if a model's logits, or their extremes, hold NaN or infinity."""
     tensors = list(tensors)
     if tensors and not torch.stack(tensors).isfinite().all():
-        raise ValueError(
-            "the language model's logits are not finite (NaN or infinity): its weights are damaged, its training went "
-            "wrong, or values overflowed on the way (float16: load it with dtype=torch.float32 or torch.bfloat16)."
-        )
+        raise not_finite("the language model's logits", model)
 
 
 class ClassifierFreeGuidance(LogitsProcessor):
@@ -127,10 +126,13 @@ class FiniteLogits(LogitsProcessor):
 
     supports_continuous_batching = True
 
+    def __init__(self, model: nn.Module):
+        self.model = model
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         capturing = scores.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not capturing:  # CUDA graphs of continuous batching cannot wait
-            check_finite(scores.aminmax())
+            check_finite(scores.aminmax(), self.model)
         return scores
 
 

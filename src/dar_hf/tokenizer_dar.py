@@ -787,8 +787,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             ValueError: for wrong types, shapes, sizes or times (which on GPUs are not read), or REPA features of a
                 model without that head.
         """
-        device = pixel_values.device
         timesteps, noise = self._training_inputs(pixel_values, timesteps, noise, generator)
+        device = pixel_values.device
         if output_repa and self.config.repa_layer is None:
             raise ValueError("this tokenizer has no REPA head: repa_layer is None in its configuration.")
 

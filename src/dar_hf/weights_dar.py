@@ -3,6 +3,7 @@
 Shared by both models, whose files stand alone in self-contained repositories; so this imports no sibling.
 """
 
+import errno
 import functools
 import inspect
 import os
@@ -65,7 +66,7 @@ def replacing_earlier_save(save: Callable[..., Any]) -> Callable[..., Any]:
 
     Everything is written next to the earlier files, and then takes their place; what the new weights replace under
     other names goes last. A save that fails changes nothing, and a model whose weights are read from the earlier
-    file where they are needed (memory-mapped) keeps them.
+    file where they are needed (memory-mapped) keeps them. A file in the folder's place is a FileExistsError.
     """
     signature = inspect.signature(save)
 
@@ -74,7 +75,7 @@ def replacing_earlier_save(save: Callable[..., Any]) -> Callable[..., Any]:
         folder = Path(save_directory)
         bound = signature.bind(self, save_directory, *args, **kwargs)
         # all processes write distributed checkpoints together, into one folder that they know by its name
-        if folder.is_file() or bound.arguments.get("distributed_checkpoint"):
+        if bound.arguments.get("distributed_checkpoint"):
             return save(self, save_directory, *args, **kwargs)
         if bound.arguments.get("push_to_hub"):
             kwargs.setdefault("repo_id", folder.name)
@@ -94,14 +95,25 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
     """Move all files of one folder into another, then delete the weights there that they replace."""
     paths = [path for path in temporary.rglob("*") if path.is_file()]
     written = {path.relative_to(temporary).as_posix() for path in paths}
-    # an index comes after the shards that it names
-    for name in sorted(written, key=lambda name: (name.endswith(".json"), name)):
+    # an index comes after the shards that it names, a pipeline's after its components
+    for name in sorted(written, key=lambda name: (name.endswith(".json"), -name.count("/"), name)):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary / name, target)
-    there = [path.name for path in folder.iterdir() if path.is_file() or path.is_symlink()]
+        _replace(temporary / name, target)
+    places = {(folder / name).parent for name in written}
+    files = [path for place in places for path in place.iterdir() if path.is_file() or path.is_symlink()]
+    there = [path.relative_to(folder).as_posix() for path in files]
     for name in stale_weights(there, written):
         (folder / name).unlink(missing_ok=True)  # of two processes that save, one is first
+
+
+def _replace(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copy(source, target)  # a component's folder may be a link to another disk
 
 
 def saved_tensors(path: str | os.PathLike) -> dict[str, tuple[torch.Size, bool]]:

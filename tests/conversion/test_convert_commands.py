@@ -168,6 +168,32 @@ def test_class_names_come_along(run, tiny_pipeline, tmp_path):
         tokenizer("goldfish")
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        *('{"id2label": ["cat"]}', '{"id2label": 5}', '{"id2label": {"x": "cat"}}', '{"id2label": {"0": null}}'),
+        *('{"id2label": {"99": "cat"}}', '{"_class_name": "StableDiffusionPipeline"}', "[]", "{", "[" * 100_000),
+    ],
+)
+def test_names_that_are_none_are_no_obstacle(run, tiny_transformer, tmp_path, index):
+    """The folder may be part of a pipeline that is damaged, or of another one."""
+    tiny_transformer.save_pretrained(tmp_path / "transformer")
+    content = index if "id2label" not in index else index.replace("{", '{"_class_name": "DARPipeline", ', 1)
+    (tmp_path / "model_index.json").write_text(content)
+    result = run("export_llama.py", "--model", tmp_path / "transformer", "--output_dir", tmp_path / "llama")
+    assert result.returncode == 0 and "no class names: " in result.stdout, result.stderr
+    assert AutoTokenizer.from_pretrained(tmp_path / "llama")("<class_1>").input_ids == [33]
+
+
+def test_names_come_along_by_a_link_and_from_home(run, tiny_pipeline, tmp_path, monkeypatch):
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "link").symlink_to(tmp_path / "pipeline" / "transformer")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number, model in enumerate((tmp_path / "link", "~/pipeline/transformer")):
+        run("export_llama.py", "--model", model, "--output_dir", tmp_path / str(number))
+        assert AutoTokenizer.from_pretrained(tmp_path / str(number))("goldfish").input_ids == [33]
+
+
 def test_export_llama(run, tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "pipeline")
     options = ("--model", tmp_path / "pipeline", "--subfolder", "transformer", "--output_dir", tmp_path / "llama")

@@ -161,9 +161,15 @@ def test_text_that_is_no_token_is_an_error(llama_folder, text):
 
 
 def test_names_of_classes_that_are_not_there(tiny_transformer, tmp_path):
-    with pytest.raises(ValueError, match="id2label names class 5; the model has the classes 0 to 4"):
+    with pytest.raises(ValueError, match=r"id2label must name classes in \[0, 5\), got the id 5"):
         save_llama(tiny_transformer, tmp_path / "llama", {5: "ray"})
     assert not (tmp_path / "llama").exists()
+
+
+@pytest.mark.parametrize("names", [{"a": "cat"}, {1.5: "cat"}, {True: "cat"}, {0: None}, {0: 7}, ["cat"], 5])
+def test_what_is_no_names_of_classes(tiny_transformer, names):
+    with pytest.raises(ValueError, match="id2label must"):
+        codes_tokenizer(tiny_transformer.config, names)
 
 
 def test_names_with_signs(tiny_transformer):

@@ -299,9 +299,10 @@ def ar_file(tmp_path, **args):
     return tmp_path / "ar.pt"
 
 
-def test_arguments_that_change_the_function_are_taken(tmp_path):
+def test_arguments_that_change_the_function_are_taken(tmp_path, caplog):
     plain = convert_transformer(ar_file(tmp_path))
     config = convert_transformer(ar_file(tmp_path, rope_base=500, norm_eps=1e-3)).config
+    assert "has to be built with" not in caplog.text  # as it was
     assert (plain.config.rope_parameters["rope_theta"], plain.config.rms_norm_eps) == (10000, 1e-5)
     assert (config.rope_parameters["rope_theta"], config.rms_norm_eps) == (500, 1e-3)
 

@@ -222,8 +222,14 @@ def test_going_back_is_refused_where_the_original_has_no_such_part(make_transfor
     for options in ({"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"head_dim": 16}):
         with pytest.raises(ValueError, match="the original code"):
             to_original(make_transformer(**options))
-    to_original(make_transformer(rope_theta=500.0))
-    assert "built with rope_base=500.0" in caplog.text
+    for kind in ("linear", "dynamic"):
+        rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+        with pytest.raises(ValueError, match=f"the original code has rope_type=default, not {kind}"):
+            to_original(make_transformer(rope_parameters=rope))
+    to_original(make_transformer())
+    assert "built with" not in caplog.text
+    to_original(make_transformer(rope_theta=500.0, rms_norm_eps=1e-3))
+    assert "built with rope_base=500.0" in caplog.text and "built with norm_eps=0.001" in caplog.text
 
 
 def test_a_tokenizer_is_no_language_model(path):

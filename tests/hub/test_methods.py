@@ -63,6 +63,7 @@ def test_a_pointer_is_named(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path)
     pointer = tmp_path / "transformer" / "model.safetensors"
     pointer.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    expected = f"{pointer} is a git-lfs pointer, not the file itself: run `git lfs pull`"
     for model_class, place in ((DARForCausalLM, tmp_path / "transformer"), (DARPipeline, tmp_path)):
-        with pytest.raises(ValueError, match=f"{pointer} is a git-lfs pointer: run `git lfs pull`"):
+        with pytest.raises(ValueError, match=expected):
             model_class.from_pretrained(place)

@@ -5,6 +5,7 @@ import io
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -66,11 +67,31 @@ def test_images_are_sampled_over_the_whole_set():
         assert of_images(changed)["images"] != of_images(found)["images"]
 
 
-@pytest.mark.parametrize("image", [None, {"bytes": None, "path": "gone.png"}, {"bytes": b"", "path": None}])
+@pytest.mark.parametrize(
+    "image",
+    [
+        None,
+        *({"bytes": None, "path": path} for path in ("gone.png", "", "a\0b.png", "https://x.org/a.png", "/")),
+        {"bytes": b"", "path": None},
+    ],
+)
 def test_images_that_cannot_be_read_are_no_obstacle(image):
     found = rows()
     found[0]["image"] = image
     assert of_images(found) == of_images(copy.deepcopy(found)) != of_images(rows())
+
+
+def test_a_row_without_bytes_and_path_is_no_obstacle():
+    storage = pa.array([{"bytes": None, "path": None}, {"bytes": b"x", "path": "x.png"}], datasets.Image().pa_type)
+    table = pa.table({"image": storage, "label": [0, 1]})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    data = datasets.Dataset(datasets.table.InMemoryTable(table).cast(features.arrow_schema))
+    assert data_fingerprint(ImageSamples(data, TRANSFORM))["images"]
+
+
+def test_names_of_classes_that_are_no_utf_8():
+    """As folders may have them."""
+    assert of_images(rows(), ["\udcff", "b"]) != of_images(rows(), ["\udcfe", "b"])
 
 
 def of_stream(found):

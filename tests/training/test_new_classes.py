@@ -143,6 +143,8 @@ def test_room_for_further_classes(tmp_path, tokenizer, pipeline):
     assert stage.model.config.num_classes == 5 and stage.model.config.token_dropout == 0.2
     with pytest.raises(ValueError, match="num_classes=2, but the data set has 3"):
         tuned(tmp_path / "run", tokenizer, pipeline, ["num_classes=2"], **options)
+    with pytest.raises(ValueError, match="num_classes=True, but the data set has 3"):
+        tuned(tmp_path / "run", tokenizer, pipeline, ["num_classes=True"], **options)
     with pytest.raises(ValueError, match="impossible --model_overrides.*token_dropout"):
         tuned(tmp_path / "run", tokenizer, pipeline, ["token_dropout=2.0"], **options)
 

@@ -11,7 +11,7 @@ from ..tokenizer_dar import DARTokenizer
 from .llama import codes_tokenizer, save_llama, to_llama
 from .reading import CheckpointError
 from .tokenizer import convert_tokenizer, original_config, tokenizer_to_original
-from .transformer import convert_transformer, transformer_to_original
+from .transformer import convert_transformer, name_arguments, transformer_to_original
 
 __all__ = [
     "CheckpointError",
@@ -37,5 +37,6 @@ def to_original(model: DARTokenizer | DARForCausalLM) -> dict[str, torch.Tensor]
     if isinstance(model, DARTokenizer):
         return tokenizer_to_original(model)
     if isinstance(model, DARForCausalLM):
+        name_arguments(model.config)
         return transformer_to_original(model)
     raise TypeError(f"to_original takes a DARTokenizer or a DARForCausalLM, got {type(model).__name__}.")

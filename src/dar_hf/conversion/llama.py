@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from ..configuration_dar import DARConfig
 from ..files import write_json
-from ..labels_dar import index_names
+from ..labels_dar import index_names, names_by_id
 from ..modeling_dar import DARForCausalLM
 from .reading import fill, without_weights
 
@@ -58,7 +58,7 @@ def save_llama(model: DARForCausalLM, folder: str | Path, id2label: Mapping[int,
     """Save the model of `to_llama` and its `codes_tokenizer` into a folder that stock transformers and servers open.
 
     Raises:
-        ValueError: for class ids that the model does not have.
+        ValueError: for class ids that the model does not have, or what is no name.
     """
     tokenizer = codes_tokenizer(model.config, id2label)
     to_llama(model).save_pretrained(folder)
@@ -81,14 +81,9 @@ def codes_tokenizer(config: DARConfig, id2label: Mapping[int, str] | None = None
             means that class; names that several classes share, or that are a token's, mean none.
 
     Raises:
-        ValueError: for class ids that the model does not have.
+        ValueError: for class ids that the model does not have, or what is no name.
     """
-    id2label = dict(id2label or {})
-    if unknown := [label for label in id2label if not 0 <= int(label) < config.num_classes]:
-        raise ValueError(
-            f"id2label names class {unknown[0]}; the model has the classes 0 to {config.num_classes - 1}."
-        )
-    labels, _ = index_names(id2label)
+    labels, _ = index_names(names_by_id(id2label or {}, config.num_classes))
     words = {f"<c{code}>": code for code in range(config.codebook_size)}
     words |= {f"<class_{label}>": config.class_token_id(label) for label in range(config.num_classes)}
     words["<class_null>"] = config.null_token_id

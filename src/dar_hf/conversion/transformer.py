@@ -27,7 +27,7 @@ SHAPE_ARGS = {
     "num_classes": "num_classes",
 }
 
-ROPE_THETA = 10000  # the original's default
+ROPE_THETA, NORM_EPS = 10000, 1e-5  # the original's defaults
 _ORIGINAL = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}  # without a choice there
 _DERIVED = ("vocab_size", "max_position_embeddings")  # of DARConfig: not to be chosen
 
@@ -90,8 +90,8 @@ def transformer_to_original(model: DARForCausalLM) -> dict[str, torch.Tensor]:
             f"the original code's heads share hidden_size={config.hidden_size}: {config.num_attention_heads} heads "
             f"cannot have head_dim={config.head_dim}."
         )
-    if config.rope_parameters["rope_theta"] != ROPE_THETA:
-        logger.warning("the original code has to be built with rope_base=%s.", config.rope_parameters["rope_theta"])
+    if (kind := config.rope_parameters["rope_type"]) != "default":
+        raise ValueError(f"the original code has rope_type=default, not {kind}.")
     codes, classes = tensors["model.embed_tokens.weight"].split([config.codebook_size, config.num_classes + 1])
     result = {
         "tok_embeddings.weight": codes,
@@ -107,6 +107,14 @@ def transformer_to_original(model: DARForCausalLM) -> dict[str, torch.Tensor]:
         for name, original in _LAYER.items():
             result[f"{theirs}{original}.weight"] = tensors[f"{ours}{name}.weight"]
     return result
+
+
+def name_arguments(config: DARConfig) -> None:
+    """Say which arguments of the original code the weights do not bring along, where they are not its defaults."""
+    if (base := config.rope_parameters["rope_theta"]) != ROPE_THETA:
+        logger.warning("the original code has to be built with rope_base=%s.", base)
+    if config.rms_norm_eps != NORM_EPS:
+        logger.warning("the original code has to be built with norm_eps=%s.", config.rms_norm_eps)
 
 
 def _from_original(weights: dict[str, torch.Tensor], config: DARConfig) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,7 +6,6 @@ without this package; there the libraries' own methods remain.
 
 import functools
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ import torch
 from diffusers import ConfigMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from ..files import saved_class
-from ..weights_dar import is_pointer, replacing_earlier_save
+from ..files import damaged_weights, read_object, saved_class
 from .advice import loading_error
 from .push import push_folder, push_to_hub
 
 _OPTIONS_OF_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
+_OF_BITSANDBYTES = ("load_in_8bit", "load_in_4bit")  # options of from_pretrained once; diffusers ignores what it lacks
 
 
 def connect(model_class: Any) -> None:
@@ -31,33 +30,31 @@ def connect(model_class: Any) -> None:
     random weights.
     """
     model_class.push_to_hub = push_to_hub
-    of_transformers = issubclass(model_class, PreTrainedModel)
-    save = model_class.save_pretrained
-    if of_transformers:
-        save = replacing_earlier_save(save)
-    model_class.save_pretrained = _pushing_save(save)
+    model_class.save_pretrained = _pushing_save(model_class.save_pretrained)
     load = model_class.from_pretrained.__func__
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if of_transformers:
-            _check_generation_config(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or ""))
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         try:
+            if issubclass(cls, PreTrainedModel):
+                _check_configs(folder)
+            elif ignored := [name for name in _OF_BITSANDBYTES if kwargs.get(name)]:
+                raise ValueError(f"{cls.__name__} has no option {ignored[0]}: give a quantization_config.")
             return load(cls, pretrained_model_name_or_path, *args, **kwargs)
         except Exception as error:
             problem = loading_error(error, pretrained_model_name_or_path)
             if problem is error:
-                problem = _clear(error, cls.__name__, pretrained_model_name_or_path)
+                problem = _clear(error, cls.__name__, pretrained_model_name_or_path, damaged_weights(folder))
             if problem is error:
                 raise
         raise problem  # outside the handler: raised inside, it would be its own context's cause
 
     model_class.from_pretrained = classmethod(from_pretrained)
     if issubclass(model_class, ConfigMixin):
-        read = model_class._dict_from_json_file.__func__  # diffusers' reader of every index and configuration
 
-        def read_index(cls: Any, json_file: Any) -> dict:
-            return _own_index(cls, read(cls, json_file), json_file)
+        def read_index(cls: Any, json_file: Any) -> dict:  # in the place of diffusers', for every index
+            return _own_index(cls, read_object(Path(json_file)), json_file)
 
         model_class._dict_from_json_file = classmethod(read_index)
 
@@ -81,36 +78,26 @@ def _pushing_save(save: Any) -> Any:
     return save_pretrained
 
 
-def _check_generation_config(folder: Path) -> None:
-    """Refuse a damaged file, for which transformers would take the defaults: the saved guidance would be lost."""
-    path = folder / GENERATION_CONFIG_NAME
-    if not path.is_file():
-        return
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        advice = " It is a git-lfs pointer: run `git lfs pull`." if is_pointer(path) else ""
-        raise ValueError(f"{path} is damaged, as it is no JSON: {error}.{advice}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} holds no options by name, but {options!r:.40}.")
+def _check_configs(folder: Path) -> None:
+    """Refuse damaged files: of one of them transformers would take the defaults, and the saved guidance be lost."""
+    for path in (folder / CONFIG_NAME, folder / GENERATION_CONFIG_NAME):
+        if path.is_file():
+            read_object(path)
 
 
-def _clear(error: Exception, class_name: str, name: Any) -> Exception:
+def _clear(error: Exception, class_name: str, name: Any, damage: str | None) -> Exception:
     """What to raise where a saved model could not be loaded: the error itself, if it is clear, else one that is.
 
-    The libraries raise all kinds of exceptions where a file is damaged, and few of them name it.
+    The libraries raise all kinds of exceptions where a file is damaged, and few of them name it: ``damage`` does.
     """
     if isinstance(error, (ImportError, MemoryError, torch.OutOfMemoryError)) or hasattr(error, "__notes__"):
         return error
     known = isinstance(error, (OSError, ValueError))
-    if known and (str(name) in str(error) or getattr(error, "errno", None) is not None):
+    if damage is None and known and (str(name) in str(error) or getattr(error, "errno", None) is not None):
         return error
     text = str(error) if known else f"{type(error).__name__}: {error}"
-    folder = Path(str(name))
-    files = [*folder.glob("*.*"), *folder.glob("*/*.*")] if folder.is_dir() else []
-    pointers = [f" {path} is a git-lfs pointer: run `git lfs pull`." for path in files if is_pointer(path)]
     kind = OSError if isinstance(error, OSError) else ValueError
-    problem = kind(f"{name} cannot be loaded as a {class_name}: {text}{''.join(pointers)}")
+    problem = kind(f"{name} cannot be loaded as a {class_name}: {damage or text}")
     problem.__cause__ = error
     return problem
 
@@ -121,8 +108,6 @@ def _own_index(cls: Any, index: dict, json_file: Any) -> dict:
     Raises:
         ValueError: if it is none, or describes another class.
     """
-    if not isinstance(index, dict):
-        raise ValueError(f"{json_file} holds no options by name, but {index!r:.40}.")
     if saved_class(index) not in {base.__name__ for base in cls.__mro__}:
         raise ValueError(f"{json_file} describes a {saved_class(index)}, not a {cls.__name__}.")
     package = LOADABLE_CLASSES["dar_hf"]

@@ -1,6 +1,5 @@
 """Saved language models to fine-tune, on the classes they know or on others."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,10 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from ..configuration_dar import DARConfig
+from ..files import read_object
 from ..loading import LoadError, load
 from ..modeling_dar import DARForCausalLM
+from ..pipeline_dar import names_by_id
 from .ar_stage import ARArguments
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def saved_transformer(
     source, overrides, num_classes = args.init_from or "", dict(overrides), len(names)
     if args.new_classes:
         num_classes = overrides.pop("num_classes", num_classes)
-        if not isinstance(num_classes, int) or num_classes < len(names):
+        if type(num_classes) is not int or num_classes < len(names):
             raise ValueError(f"num_classes={num_classes}, but the data set has {len(names)} classes.")
     fixed = [name for name in overrides if not name.endswith("_dropout")]
     if fixed:
@@ -64,7 +65,7 @@ def saved_transformer(
             "To choose its table of classes anew, give --new_classes null, mean or fresh."
         )
     else:
-        _warn_of_other_names(source, place, names)
+        _warn_of_other_names(source, place, config.num_classes, names)
     set_seed(args.seed)  # of adapters
     return model.train()
 
@@ -95,9 +96,9 @@ def renew_classes(model: DARForCausalLM, num_classes: int, start: str, seed: int
     model.model.vocab_size = config.vocab_size
 
 
-def _warn_of_other_names(source: str, place: str, names: list[str]) -> None:
+def _warn_of_other_names(source: str, place: str, num_classes: int, names: list[str]) -> None:
     """Say where the data set's classes are called otherwise than those whose embeddings they take over."""
-    saved = _saved_names(Path(place))
+    saved = _saved_names(Path(place), num_classes)
     other = [
         f"{label}: {saved[label]!r} is now {name!r}"
         for label, name in enumerate(names)
@@ -115,16 +116,15 @@ def _warn_of_other_names(source: str, place: str, names: list[str]) -> None:
         )
 
 
-def _saved_names(transformer: Path) -> dict[int, str]:
+def _saved_names(transformer: Path, num_classes: int) -> dict[int, str]:
     """Class names of the pipeline to which a folder with a language model belongs, empty where there is none."""
     index = transformer.expanduser().resolve().parent / "model_index.json"
     if not index.is_file():
         return {}
     try:
-        names = json.loads(index.read_text(encoding="utf-8")).get("id2label") or {}
-        return {int(label): str(name) for label, name in names.items()}
-    except (ValueError, AttributeError) as error:
-        raise LoadError(f"{index} is damaged: {error}") from error
+        return names_by_id(read_object(index).get("id2label") or {}, num_classes)
+    except ValueError as error:
+        raise LoadError(f"the class names next to the model cannot be read: {error}") from error
 
 
 @contextmanager

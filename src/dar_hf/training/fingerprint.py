@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 
 from ..data import DataError, ImageSamples, StreamedImages
+from ..data.batches import image_path
 from ..hub import one_line
 from .codes import CodeSamples
 
@@ -56,21 +57,24 @@ def _first_rows(dataset: datasets.IterableDataset) -> list[dict]:
 
 def _image_bytes(image: dict | None) -> bytes:
     """An image as it is stored; the name of one that cannot be read."""
-    if image is None:
-        return b""
-    if image["bytes"] is not None:
+    if image is not None and image["bytes"] is not None:
         return image["bytes"]
+    path = image_path(image)
     try:
-        return Path(image["path"]).read_bytes()
-    except OSError:
-        return Path(image["path"]).name.encode()
+        return Path(path).read_bytes()
+    except (OSError, ValueError):  # a name may hold what none on a disk can
+        return _text(Path(path).name)
 
 
 def _words(values: Iterable[Any], features: datasets.Features | None = None) -> list[bytes]:
     """Labels as text, after the names of their classes."""
     feature = (features or {}).get("label")
     names = feature.names if isinstance(feature, datasets.ClassLabel) else []
-    return [*(name.encode() for name in names), *(str(value).encode() for value in values)]
+    return [_text(value) for value in (*names, *values)]
+
+
+def _text(value: Any) -> bytes:
+    return str(value).encode("utf-8", "surrogateescape")  # folders may have names that are no UTF-8
 
 
 def _digest(parts: Iterable[bytes]) -> str:
