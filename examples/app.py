@@ -584,10 +584,14 @@ def warm_up(artist: Artist) -> None:
 
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
-    """Serve the page without anything from elsewhere: no fonts, no analytics, no share link."""
+    """Serve the page without anything from elsewhere: no fonts, no analytics, no share link.
+
+    Nor gradio's run history, which uses the machine's own Hub token for requests that seem to come from it, as all do
+    behind a proxy.
+    """
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # readable on white
-    options |= {"share": False, "ssr_mode": False}
+    options |= {"share": False, "ssr_mode": False, "run_history": False}
     options["_frontend"] = False  # or gradio ends where a busy machine does not answer it in 3 s
     return page.launch(theme=theme, css=CSS, footer_links=[], max_file_size=MAX_FILE, **options)
 
