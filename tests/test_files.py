@@ -48,6 +48,13 @@ def test_new_folder(tmp_path):
     assert (tmp_path / "a" / "b").stat().st_mode == plain.stat().st_mode
 
 
+def test_new_folder_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with new_folder("~/a") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "a" / "file").is_file()
+
+
 def test_new_folder_vanishes_when_the_block_fails(tmp_path):
     with pytest.raises(RuntimeError), new_folder(tmp_path / "a") as folder:
         (folder / "x").write_text("1")

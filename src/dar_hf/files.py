@@ -43,7 +43,7 @@ def read_object(path: Path) -> dict:
     """
     try:
         content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON, or cut off: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
@@ -85,7 +85,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
     Whatever is raised after the block, what it wrote is kept, and the message says where.
     """
-    path = Path(path).resolve()  # a link stays, and becomes a link to the new folder
+    path = Path(path).expanduser().resolve()  # a link stays, and becomes a link to the new folder
     _check_empty(path)
     exists = path.is_dir()
     place = path if exists else path.parent  # in both cases the file system that the content is to be on

@@ -1,6 +1,7 @@
 """The options that both stages share."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,6 +67,7 @@ class LoopArguments:
     push_steps: int = option(0, "upload the model so far after every so many steps, too; 0 for the finished one alone")
 
     def __post_init__(self):
+        self.output_dir = os.path.expanduser(self.output_dir)
         precision = str(self.mixed_precision).lower()
         if precision in ("false", "off"):  # YAML's reading of a bare no, and of its other spellings
             precision = "no"
