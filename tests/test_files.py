@@ -198,6 +198,11 @@ def test_resolve_inside(tmp_path):
     for name in ("out", "up", "sibling"):
         with pytest.raises(ValueError, match=f"{name} is a link that leads out of the folder, to .*cp -rL"):
             resolve_inside(folder / name, folder)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("x")
+    (folder / "hidden").symlink_to(".git/config")
+    with pytest.raises(ValueError, match="hidden is a link that leads to a hidden file, .*git/config"):
+        resolve_inside(folder / "hidden", folder)
     for name in ("nothing", "loop", "missing"):
         with pytest.raises(ValueError, match=f"{name} is a link that leads to nothing"):
             resolve_inside(folder / name, folder)

@@ -127,17 +127,21 @@ def _move_entries(source: Path, target: Path) -> None:
 
 
 def resolve_inside(path: Path, folder: Path) -> Path:
-    """The file or folder that ``path`` stands for, which must be in ``folder``, links and all.
+    """The file or folder that ``path`` stands for, which must be in ``folder``, links and all, and not hidden there.
 
     Raises:
-        ValueError: if a link leads out of the folder, or to nothing.
+        ValueError: if a link leads out of the folder, to a hidden file (such as .git/config) or to nothing.
     """
     target = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
-    if target.exists() and target.is_relative_to(folder.resolve()):
-        return target
-    where = "to nothing"
-    if target.exists():
+    root = folder.resolve()
+    if not target.exists():
+        where = "to nothing"
+    elif not target.is_relative_to(root):
         where = f"out of the folder, to {target}"
+    elif any(part.startswith(".") for part in target.relative_to(root).parts):
+        where = f"to a hidden file, {target}"
+    else:
+        return target
     raise ValueError(
         f"{path} is a link that leads {where}, and is not followed. To publish what it stands for, copy the folder "
         f"with its links resolved (cp -rL {folder} COPY) and take the copy."
