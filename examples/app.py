@@ -480,18 +480,12 @@ def choose_class(artist: Artist) -> Any:
 
 
 def choose_picture(label: str, last: gr.State) -> gr.Image:
-    """An upload, given to the handlers as a path: `read_upload` opens the file with its limits, not gradio."""
+    """An upload, given to the handlers as a path: `read_upload` opens the file with its limits, not gradio.
+
+    `Page` has seen to it that the path is an upload's.
+    """
     upload = gr.Image(label=label, sources=["upload", "clipboard"], format="png", height=200, elem_classes="upload")
-
-    def path_of(payload: Any) -> str | None:
-        if payload is None or payload.path is None:
-            return None
-        try:
-            return uploaded(payload.path, upload.GRADIO_CACHE)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    upload.preprocess = path_of
+    upload.preprocess = lambda payload: None if payload is None else payload.path
 
     def use(drawing: Any) -> Any:
         if drawing is None:
