@@ -7,7 +7,6 @@ pipeline that has names); the answer is the image's codes, <c12><c7>..., whose i
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,16 +15,15 @@ from dar_hf.commands import FAILURE, check_output, command, writing
 from dar_hf.conversion import save_llama
 from dar_hf.files import new_folder
 from dar_hf.loading import load
+from dar_hf.training.fine_tuning import saved_names
 
 
 def class_names(model: str, subfolder: str) -> dict[int, str]:
     """Class names of the pipeline that the language model is part of; none where it is alone."""
-    folder = Path(model, subfolder)
+    folder = Path(model, subfolder).expanduser()
     if folder.is_dir():
-        model = os.path.dirname(os.path.abspath(folder))
-        if not Path(model, "model_index.json").is_file():
-            return {}
-    elif not subfolder:
+        return saved_names(folder)
+    if not subfolder:
         return {}
     try:
         names = DARPipeline.load_config(model).get("id2label") or {}
@@ -45,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output(args.output_dir)
     with new_folder(args.output_dir) as folder:
         model = load(DARForCausalLM, args.model, "language model", subfolder=args.subfolder)
+        names = class_names(args.model, args.subfolder)
         with writing(args.output_dir):
-            save_llama(model, folder, class_names(args.model, args.subfolder))
+            save_llama(model, folder, names)
     print(f"saved {args.output_dir}")
 
 

@@ -154,4 +154,4 @@ def saved_class(index: dict) -> str:
     Self-contained folders name ``[file, class]``; transformers names architectures.
     """
     found = index.get("_class_name") or index.get("architectures") or "another model"
-    return found[-1] if isinstance(found, list) else found
+    return str(found[-1] if isinstance(found, list) else found)

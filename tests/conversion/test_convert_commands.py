@@ -168,6 +168,22 @@ def test_class_names_come_along(run, tiny_pipeline, tmp_path):
         tokenizer("goldfish")
 
 
+def test_class_names_come_along_from_the_home_folder_and_damaged_ones_are_named(
+    run, tiny_pipeline, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    options = ("export_llama.py", "--model", "~/pipeline/transformer", "--output_dir")
+    assert run(*options, "~/llama").returncode == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "llama")("goldfish").input_ids == [33]
+    index = json.loads((tmp_path / "pipeline/model_index.json").read_text())
+    for names in (["goldfish"], "goldfish", {"one": "goldfish"}):
+        (tmp_path / "pipeline/model_index.json").write_text(json.dumps(index | {"id2label": names}))
+        result = run(*options, tmp_path / "damaged")
+        assert result.returncode == 1 and "model_index.json is damaged" in result.stderr
+        assert "cannot write" not in result.stderr and not (tmp_path / "damaged").exists()
+
+
 def test_export_llama(run, tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "pipeline")
     options = ("--model", tmp_path / "pipeline", "--subfolder", "transformer", "--output_dir", tmp_path / "llama")

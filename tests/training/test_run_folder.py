@@ -72,6 +72,7 @@ def test_a_folder_with_other_files_is_fine(tmp_path):
         ("config.json", {"_class_name": "AutoencoderKL"}, "AutoencoderKL"),
         ("config.json", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
         ("config.json", {"hidden_size": 8}, "another model"),
+        ("config.json", {"_class_name": [["odd"]]}, r"\['odd'\]"),
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}])
@@ -259,9 +260,11 @@ def test_a_save_that_was_cut_off_is_not_in_the_way(tmp_path):
     claim(tmp_path, "DARPipeline", resume_from_checkpoint="latest")
 
 
-def test_a_record_of_endless_depth_is_none(tmp_path):
-    write(tmp_path, {"training.json": "[" * 100_000})
-    with pytest.raises(ValueError, match="no run of this package wrote.*training.json"):
+@pytest.mark.parametrize("name", ["training.json", "history.jsonl", "checkpoints/checkpoint-2/trainer_state.json"])
+def test_files_of_endless_depth_are_no_runs(tmp_path, name):
+    report = {"evaluation/reconstruction/report.json": "[" * 100_000}
+    write(tmp_path, report | {name: "[" * 100_000 + "\n"})
+    with pytest.raises(ValueError, match=f"no run of this package wrote.*{name.removesuffix('/trainer_state.json')}"):
         claim(tmp_path)
 
 
@@ -315,7 +318,7 @@ def test_a_run_has_finished_where_record_and_model_say_so(tmp_path):
 
 def test_a_history_is_read_as_far_as_it_can_be(tmp_path, caplog):
     path = tmp_path / "history.jsonl"
-    path.write_bytes(b'{"step": 1}\n\0\0\0\n[]\n{"step": 2}\n{"step": 3}\n{"st')
+    path.write_bytes(b'{"step": 1}\n\0\0\0\n[]\n%s\n{"step": 2}\n{"step": 3}\n{"st' % (b"[" * 100_000))
     assert read_kept_history(path, 2) == [{"step": 1}, {"step": 2}]
-    assert "3 lines of" in caplog.text
+    assert "4 lines of" in caplog.text
     assert read_kept_history(tmp_path / "none", 2) == []

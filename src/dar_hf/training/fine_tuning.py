@@ -1,6 +1,5 @@
 """Saved language models to fine-tune, on the classes they know or on others."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from ..configuration_dar import DARConfig
+from ..files import read_object
 from ..loading import LoadError, load
 from ..modeling_dar import DARForCausalLM
 from .ar_stage import ARArguments
@@ -97,7 +97,7 @@ def renew_classes(model: DARForCausalLM, num_classes: int, start: str, seed: int
 
 def _warn_of_other_names(source: str, place: str, names: list[str]) -> None:
     """Say where the data set's classes are called otherwise than those whose embeddings they take over."""
-    saved = _saved_names(Path(place))
+    saved = saved_names(Path(place))
     other = [
         f"{label}: {saved[label]!r} is now {name!r}"
         for label, name in enumerate(names)
@@ -115,13 +115,17 @@ def _warn_of_other_names(source: str, place: str, names: list[str]) -> None:
         )
 
 
-def _saved_names(transformer: Path) -> dict[int, str]:
-    """Class names of the pipeline to which a folder with a language model belongs, empty where there is none."""
+def saved_names(transformer: Path) -> dict[int, str]:
+    """Class names of the pipeline to which a folder with a language model belongs, empty where there is none.
+
+    Raises:
+        LoadError: if the pipeline's index is damaged.
+    """
     index = transformer.expanduser().resolve().parent / "model_index.json"
     if not index.is_file():
         return {}
     try:
-        names = json.loads(index.read_text(encoding="utf-8")).get("id2label") or {}
+        names = read_object(index).get("id2label") or {}
         return {int(label): str(name) for label, name in names.items()}
     except (ValueError, AttributeError) as error:
         raise LoadError(f"{index} is damaged: {error}") from error

@@ -198,7 +198,7 @@ def holds_run(folder: Path) -> bool:
     try:
         if history.is_file() and all("step" in line for line in read_history(history)):
             return True
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         logger.debug("%s is no history of a run", history)
     return bool(_own_checkpoints(folder))
 
@@ -247,7 +247,7 @@ def read_kept_history(path: Path, last_step: int) -> list[dict]:
             line = json.loads(text)
             if line["step"] <= last_step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             unreadable += 1
     if unreadable:
         logger.warning("%d lines of %s cannot be read and are left out", unreadable, path)
