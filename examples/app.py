@@ -480,18 +480,12 @@ def choose_class(artist: Artist) -> Any:
 
 
 def choose_picture(label: str, last: gr.State) -> gr.Image:
-    """An upload, given to the handlers as a path: `read_upload` opens the file with its limits, not gradio."""
+    """An upload, given to the handlers as a path: `read_upload` opens the file with its limits, not gradio.
+
+    `Page` has seen to it that the path is an upload's.
+    """
     upload = gr.Image(label=label, sources=["upload", "clipboard"], format="png", height=200, elem_classes="upload")
-
-    def path_of(payload: Any) -> str | None:
-        if payload is None or payload.path is None:
-            return None
-        try:
-            return uploaded(payload.path, upload.GRADIO_CACHE)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    upload.preprocess = path_of
+    upload.preprocess = lambda payload: None if payload is None else payload.path
 
     def use(drawing: Any) -> Any:
         if drawing is None:
@@ -584,10 +578,14 @@ def warm_up(artist: Artist) -> None:
 
 
 def launch(page: gr.Blocks, **options: Any) -> Any:
-    """Serve the page without anything from elsewhere: no fonts, no analytics, no share link."""
+    """Serve the page without anything from elsewhere: no fonts, no analytics, no share link.
+
+    Nor gradio's run history, which uses the machine's own Hub token for requests that seem to come from it, as all do
+    behind a proxy.
+    """
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # readable on white
-    options |= {"share": False, "ssr_mode": False}
+    options |= {"share": False, "ssr_mode": False, "run_history": False}
     options["_frontend"] = False  # or gradio ends where a busy machine does not answer it in 3 s
     return page.launch(theme=theme, css=CSS, footer_links=[], max_file_size=MAX_FILE, **options)
 

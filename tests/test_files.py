@@ -48,6 +48,13 @@ def test_new_folder(tmp_path):
     assert (tmp_path / "a" / "b").stat().st_mode == plain.stat().st_mode
 
 
+def test_new_folder_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with new_folder("~/a") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "a" / "file").is_file()
+
+
 def test_new_folder_vanishes_when_the_block_fails(tmp_path):
     with pytest.raises(RuntimeError), new_folder(tmp_path / "a") as folder:
         (folder / "x").write_text("1")
@@ -191,6 +198,11 @@ def test_resolve_inside(tmp_path):
     for name in ("out", "up", "sibling"):
         with pytest.raises(ValueError, match=f"{name} is a link that leads out of the folder, to .*cp -rL"):
             resolve_inside(folder / name, folder)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("x")
+    (folder / "hidden").symlink_to(".git/config")
+    with pytest.raises(ValueError, match="hidden is a link that leads to a hidden file, .*git/config"):
+        resolve_inside(folder / "hidden", folder)
     for name in ("nothing", "loop", "missing"):
         with pytest.raises(ValueError, match=f"{name} is a link that leads to nothing"):
             resolve_inside(folder / name, folder)

@@ -125,7 +125,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
     Whatever is raised after the block, what it wrote is kept, and the message says where.
     """
-    path = Path(path).resolve()  # a link stays, and becomes a link to the new folder
+    path = Path(path).expanduser().resolve()  # a link stays, and becomes a link to the new folder
     _check_empty(path)
     exists = path.is_dir()
     place = path if exists else path.parent  # in both cases the file system that the content is to be on
@@ -167,17 +167,21 @@ def _move_entries(source: Path, target: Path) -> None:
 
 
 def resolve_inside(path: Path, folder: Path) -> Path:
-    """The file or folder that ``path`` stands for, which must be in ``folder``, links and all.
+    """The file or folder that ``path`` stands for, which must be in ``folder``, links and all, and not hidden there.
 
     Raises:
-        ValueError: if a link leads out of the folder, or to nothing.
+        ValueError: if a link leads out of the folder, to a hidden file (such as .git/config) or to nothing.
     """
     target = Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
-    if target.exists() and target.is_relative_to(folder.resolve()):
-        return target
-    where = "to nothing"
-    if target.exists():
+    root = folder.resolve()
+    if not target.exists():
+        where = "to nothing"
+    elif not target.is_relative_to(root):
         where = f"out of the folder, to {target}"
+    elif any(part.startswith(".") for part in target.relative_to(root).parts):
+        where = f"to a hidden file, {target}"
+    else:
+        return target
     raise ValueError(
         f"{path} is a link that leads {where}, and is not followed. To publish what it stands for, copy the folder "
         f"with its links resolved (cp -rL {folder} COPY) and take the copy."
@@ -190,4 +194,4 @@ def saved_class(index: dict) -> str:
     Self-contained folders name ``[file, class]``; transformers names architectures.
     """
     found = index.get("_class_name") or index.get("architectures") or "another model"
-    return found[-1] if isinstance(found, list) else found
+    return str(found[-1] if isinstance(found, list) else found)

@@ -163,6 +163,17 @@ def test_inputs_of_another_number_or_type_are_clear_errors(visitor):
         assert "must be true or false" in visitor.send(f"call/draw/{event}")
 
 
+def test_no_request_uses_the_machines_hub_token(visitor, monkeypatch):
+    """Gradio's run history does, for those who come from this machine; behind a proxy all seem to."""
+    monkeypatch.setattr("gradio.workflow._get_locally_saved_hf_token", lambda: "hf_of_the_owner")
+    used = []
+    monkeypatch.setattr("gradio.history.HfApi", lambda *args, **options: used.append(options), raising=False)
+    monkeypatch.setattr("gradio.routes.HfApi", lambda *args, **options: used.append(options), raising=False)
+    visitor.send("run-history/buckets")
+    visitor.send("run-history/connect", {"bucket_id": "owner/bucket"})
+    assert used == []
+
+
 @pytest.mark.parametrize("name", ["pipe", "/dev/zero", "folder", "large"])
 def test_a_path_that_is_no_regular_file_does_not_block(app, name, tmp_path):
     os.mkfifo(tmp_path / "pipe")

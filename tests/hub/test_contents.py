@@ -109,6 +109,18 @@ def test_links_that_stay_inside_are_followed(hub, saved):
     }
 
 
+@pytest.mark.parametrize("name, target", [("samples.png", ".git/config"), ("README.md", ".env"), ("images", ".git")])
+def test_a_link_to_what_is_hidden_is_refused(hub, saved, name, target):
+    """Which holds passwords, and would not go up by its own name."""
+    (saved / ".git").mkdir()
+    (saved / ".git" / "config").write_text(SECRET)
+    (saved / ".env").write_text(SECRET)
+    (saved / name).symlink_to(target)
+    with pytest.raises(ValueError, match=f"{name} is a link that leads to a hidden file"):
+        push_folder(saved, "user/x")
+    assert not hub.repositories
+
+
 def test_a_folder_behind_a_link_is_pushed(hub, saved, tmp_path):
     (tmp_path / "link").symlink_to("saved")
     push_folder(tmp_path / "link", "user/x")

@@ -141,3 +141,16 @@ def test_what_a_failed_save_left_goes_with_the_next_one(tmp_path, accelerator):
     fake_checkpoint(tmp_path, ".checkpoint-2.tmp", complete=False)
     save_checkpoint(accelerator, tmp_path, {"step": 4}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_only_checkpoints_with_a_record_go(tmp_path, accelerator, monkeypatch):
+    """Somebody's own, and transformers' Trainer's, stay; a kill while one is deleted leaves no half of it."""
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3"):
+        fake_checkpoint(tmp_path, name)
+    (tmp_path / "checkpoint-1" / STATE_FILE).write_text('{"global_step": 1}')
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoint-2").rename(tmp_path / "elsewhere" / "checkpoint-2")
+    (tmp_path / "checkpoint-2").symlink_to("elsewhere/checkpoint-2")
+    monkeypatch.setattr("shutil.rmtree", lambda *args, **options: None)  # never comes to it
+    save_checkpoint(accelerator, tmp_path, {"step": 4}, keep=1)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]

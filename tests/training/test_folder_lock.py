@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import socket
+from datetime import datetime
 
 import pytest
 
@@ -63,14 +64,16 @@ def no_locks(file, flags):
 
 def test_without_locks_a_running_process_of_this_machine_is_noticed(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(folder_lock.fcntl, "lockf", no_locks)
-    holder = {"pid": os.getppid(), "host": socket.gethostname()}
+    holder = {"pid": os.getppid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
     (tmp_path / LOCK_FILE).write_text(json.dumps(holder))
     with pytest.raises(FolderInUseError, match=f"process {os.getppid()}"):
         lock_folder(tmp_path)
-    (tmp_path / LOCK_FILE).write_text(json.dumps(holder | {"pid": 1 << 30}))  # there are not so many
-    lock_folder(tmp_path)
-    assert "file system without locks" in caplog.text
-    unlock_folder(tmp_path)
+    # there are not so many; one that has got the number of a killed run
+    for gone in ({"pid": 1 << 30}, {"since": "2001-01-01 00:00:00"}):
+        (tmp_path / LOCK_FILE).write_text(json.dumps(holder | gone))
+        lock_folder(tmp_path)
+        assert "file system without locks" in caplog.text
+        unlock_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}'])
@@ -79,3 +82,12 @@ def test_a_lock_file_that_says_nothing_is_no_claim(tmp_path, content, monkeypatc
     monkeypatch.setattr(folder_lock, "fcntl", None)  # Windows
     lock_folder(tmp_path)
     unlock_folder(tmp_path)
+
+
+def test_a_link_by_the_locks_name_is_not_followed(tmp_path):
+    """What it leads to would be emptied."""
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / LOCK_FILE).symlink_to("victim")
+    with pytest.raises(OSError, match="symbolic link"):
+        lock_folder(tmp_path)
+    assert (tmp_path / "victim").read_text() == "mine"

@@ -20,6 +20,7 @@ from dar_hf.training.checkpoints import (
     STATE_FILE,
     CheckpointError,
     _check_shards,
+    _signature,
     find_damage,
     list_checkpoints,
     load_checkpoint,
@@ -234,16 +235,24 @@ def test_a_record_of_nonsense_is_damage(folder, files):
     assert find_damage(checkpoint) is not None
 
 
-def test_damage_that_nobody_noted_ends_in_one_line(folder):
+def as_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("harm", [cut_off, empty, as_pipe])
+def test_damage_that_nobody_noted_is_found(folder, harm, caplog):
     """A checkpoint of a version that noted no files."""
     checkpoint = folder / "checkpoints" / "checkpoint-6"
     unsealed(checkpoint)
-    cut_off(checkpoint / "optimizer.bin")
-    with pytest.raises(
-        ResumeError, match="cannot resume .*checkpoint-6: optimizer.bin is refused or damaged"
-    ) as caught:
-        loop_for(folder, resume_from_checkpoint="checkpoint-6").resume()
+    harm(checkpoint / "optimizer.bin")
+    loop = loop_for(folder, resume_from_checkpoint="checkpoint-6")
+    message = r"checkpoint-6 is no complete checkpoint \(optimizer.bin is .*Complete in .*: checkpoint-4"
+    with pytest.raises(ResumeError, match=message) as caught:
+        loop.resume()
     assert "\n" not in str(caught.value)
+    assert loop._find_checkpoint("latest").name == "checkpoint-4"
+    assert "checkpoint-6 (optimizer.bin is" in caplog.text
 
 
 def unsealed(checkpoint):
@@ -349,7 +358,7 @@ def test_no_file_of_a_strangers_checkpoint_is_run(folder, tmp_path, file, writer
     WRITERS[writer]({"state": Hostile(tmp_path / "ran")}, checkpoint / file)
     loop = loop_for(folder, resume_from_checkpoint="checkpoint-6")
     if is_read:
-        with pytest.raises(ResumeError, match="cannot resume .*checkpoint-6") as caught:
+        with pytest.raises(ResumeError, match="checkpoint-6 is no complete checkpoint") as caught:
             loop.resume()
         said = str(caught.value)
         assert "\n" not in said and "weights_only" not in said and len(said) < 600 and file in said
@@ -357,6 +366,18 @@ def test_no_file_of_a_strangers_checkpoint_is_run(folder, tmp_path, file, writer
         loop.resume()
     assert not (tmp_path / "ran").exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"])
+def test_no_file_of_a_strangers_checkpoint_with_right_checksums_is_run(folder, tmp_path, file):
+    checkpoint = folder / "checkpoints" / "checkpoint-6"
+    record = json.loads((checkpoint / STATE_FILE).read_text())
+    torch.save({"state": Hostile(tmp_path / "ran")}, checkpoint / file)
+    record["saved"]["files"][file] = _signature(checkpoint / file)
+    (checkpoint / STATE_FILE).write_text(json.dumps(record))
+    with pytest.raises(ResumeError, match="cannot resume .*checkpoint-6: .*it wants to run or build.*mkdir") as caught:
+        loop_for(folder, resume_from_checkpoint="checkpoint-6").resume()
+    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
 
 
 def test_plain_data_is_read_under_any_settings(tmp_path, monkeypatch):
@@ -379,6 +400,11 @@ def test_tables_of_shards_may_describe_tensors_and_nothing_else(tmp_path):
         (folder / ".metadata").write_bytes(pickle.dumps(Hostile(tmp_path / "ran"), protocol=protocol))
         with pytest.raises(CheckpointError, match=r"fsdp_0/.metadata is refused or damaged: it wants to run.*mkdir"):
             _check_shards(tmp_path)
+    folder.rename(tmp_path / "elsewhere")
+    (tmp_path / "linking").mkdir()
+    (tmp_path / "linking" / "pytorch_model_fsdp_0").symlink_to("../elsewhere")
+    with pytest.raises(CheckpointError, match="it wants to run"):
+        _check_shards(tmp_path / "linking")
     assert not (tmp_path / "ran").exists()
 
 
@@ -393,3 +419,20 @@ def test_a_run_resumes_after_a_failure(tmp_path):
     stage, args = tokenizer_stage(tmp_path, checkpointing_steps=2, resume_from_checkpoint="latest")
     train(stage, args, make_accelerator(args))
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6] and (tmp_path / "config.json").is_file()
+
+
+def test_what_can_fail_comes_after_what_is_saved(tmp_path):
+    """A validation that fails costs no step before it, and an upload that hangs no model."""
+    stage, args = tokenizer_stage(tmp_path, checkpointing_steps=2, validation_steps=2)
+    stage.validate = lambda step: 1 / 0
+    loop = TrainingLoop(stage, args, make_accelerator(args))
+    with pytest.raises(ZeroDivisionError):
+        loop.run()
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+    saved = []
+    loop = run(tmp_path, resume_from_checkpoint="latest")
+    (tmp_path / "config.json").unlink()
+    loop._background.join = lambda: saved.append((tmp_path / "config.json").is_file())
+    loop.start_step = args.max_train_steps
+    loop.run()
+    assert saved == [True]

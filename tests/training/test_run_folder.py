@@ -7,7 +7,7 @@ import pytest
 
 from dar_hf.training import ARArguments, LoopArguments
 from dar_hf.training.folder_lock import unlock_folder
-from dar_hf.training.run_folder import claim_output_dir, install_model, is_finished, read_kept_history
+from dar_hf.training.run_folder import ASIDE, claim_output_dir, install_model, is_finished, read_kept_history
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +72,7 @@ def test_a_folder_with_other_files_is_fine(tmp_path):
         ("config.json", {"_class_name": "AutoencoderKL"}, "AutoencoderKL"),
         ("config.json", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
         ("config.json", {"hidden_size": 8}, "another model"),
+        ("config.json", {"_class_name": [["odd"]]}, r"\['odd'\]"),
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}])
@@ -152,6 +153,10 @@ IN_THE_WAY = [
     ("DARTokenizer", "loss.png", "loss.png"),
     ("DARPipeline", "samples.png", "samples.png"),
     ("DARPipeline", "checkpoints", "checkpoints"),
+    ("DARTokenizer", "checkpoints/checkpoint-2", "checkpoint-2"),
+    ("DARTokenizer", ".saving/mine.txt", ".saving"),
+    ("DARTokenizer", ".pushing/mine.txt", ".pushing"),
+    ("DARTokenizer", "README.md/mine.txt", "README.md"),
 ]
 
 
@@ -162,6 +167,54 @@ def test_what_a_run_would_write_over_and_no_run_wrote_is_refused(tmp_path, saved
     with pytest.raises(ValueError, match=f"no run of this package wrote.*{named}"):
         claim(tmp_path, saved_class, overwrite_output_dir=overwrite)
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"checkpoint-6/mine.bin": ""},
+        {"checkpoint-6": ""},
+        {"checkpoint-6/trainer_state.json": {"global_step": 6}},  # transformers' Trainer's
+        {"checkpoint-6/trainer_state.json": {"global_step": 6}, "checkpoint-6/rng_state.pth": ""},
+    ],
+)
+def test_a_run_that_goes_on_would_not_replace_anybodys_checkpoint(tmp_path, files):
+    own = {"checkpoints/checkpoint-7/random_states_0.pkl": ""}  # whose record is lost: passed over
+    before = content(write(tmp_path, RUN | own | {f"checkpoints/{name}": text for name, text in files.items()}))
+    with pytest.raises(ValueError, match="no run of this package wrote.*: checkpoints/checkpoint-6. Move"):
+        claim(tmp_path, resume_from_checkpoint="latest")
+    assert content(tmp_path) == before
+
+
+def test_a_damaged_checkpoint_is_a_runs_own(tmp_path):
+    damaged = {"checkpoints/checkpoint-6/trainer_state.json": "", "checkpoints/checkpoint-6/random_states_0.pkl": ""}
+    before = content(write(tmp_path, RUN | damaged))
+    claim(tmp_path, resume_from_checkpoint="latest")
+    assert content(tmp_path) == before
+    claim(tmp_path, overwrite_output_dir=True)
+    assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/checkpoint-5"])
+def test_a_run_whose_checkpoints_lie_elsewhere_can_be_started_over(tmp_path, linked):
+    folder = write(tmp_path / "run", RUN)
+    shutil.move(folder / linked, tmp_path / "disk")
+    (folder / linked).symlink_to(tmp_path / "disk")
+    claim(folder, overwrite_output_dir=True)
+    assert content(folder) == {}
+    if linked == "checkpoints":  # the folder on the other disk stays in use
+        assert (folder / "checkpoints").is_symlink() and not list((tmp_path / "disk").iterdir())
+
+
+@pytest.mark.parametrize("name", [*ASIDE, "loss.png", "config.json"])
+def test_nothing_is_written_through_links_or_over_folders_of_a_strangers_run(tmp_path, name):
+    write(tmp_path, RUN)
+    if name in ASIDE:
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"would write over it: {name}"):
+        claim(tmp_path, resume_from_checkpoint="latest")
 
 
 @pytest.mark.parametrize("index", [{}, PIPELINE])
@@ -205,6 +258,20 @@ def test_a_save_that_was_cut_off_is_not_in_the_way(tmp_path):
     """The index comes last; until then it lies in a hidden folder."""
     write(tmp_path, RUN | {"tokenizer/config.json": "{}", ".saving/model_index.json": PIPELINE["model_index.json"]})
     claim(tmp_path, "DARPipeline", resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("name", ["training.json", "history.jsonl", "checkpoints/checkpoint-2/trainer_state.json"])
+def test_files_of_endless_depth_are_no_runs(tmp_path, name):
+    report = {"evaluation/reconstruction/report.json": "[" * 100_000}
+    write(tmp_path, report | {name: "[" * 100_000 + "\n"})
+    with pytest.raises(ValueError, match=f"no run of this package wrote.*{name.removesuffix('/trainer_state.json')}"):
+        claim(tmp_path)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """A shell leaves it to the program in --output_dir=~/run and in YAML."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert claim("~/run") == tmp_path / "run"
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -251,7 +318,7 @@ def test_a_run_has_finished_where_record_and_model_say_so(tmp_path):
 
 def test_a_history_is_read_as_far_as_it_can_be(tmp_path, caplog):
     path = tmp_path / "history.jsonl"
-    path.write_bytes(b'{"step": 1}\n\0\0\0\n[]\n{"step": 2}\n{"step": 3}\n{"st')
+    path.write_bytes(b'{"step": 1}\n\0\0\0\n[]\n%s\n{"step": 2}\n{"step": 3}\n{"st' % (b"[" * 100_000))
     assert read_kept_history(path, 2) == [{"step": 1}, {"step": 2}]
-    assert "3 lines of" in caplog.text
+    assert "4 lines of" in caplog.text
     assert read_kept_history(tmp_path / "none", 2) == []

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from .. import __version__
-from ..files import write_json
+from ..files import read_text, write_json
 from ..hub import TASKS, metric_name
 
 REPORT_FILE = "report.json"
@@ -48,8 +48,8 @@ def read_report(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     path = path / REPORT_FILE if path.is_dir() else path
     try:
-        report = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        report = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"no report can be read from {path}: {error}") from error
     missing = [key for key in _KEYS if not (isinstance(report, dict) and key in report)]
     if missing:

@@ -44,7 +44,7 @@ def model_files(folder: str | Path) -> tuple[dict[str, Path], list[str]]:
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if one of the files is behind a link that leads out of the folder.
+        ValueError: if one of the files is behind a link that leads out of the folder or to a hidden file.
     """
     return _own_files(Path(folder), _is_of_a_model, _has_files_of_a_model)
 
@@ -54,7 +54,7 @@ def matching_files(folder: str | Path, patterns: Sequence[str]) -> dict[str, Pat
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if one of them is behind a link that leads out of the folder.
+        ValueError: if one of them is behind a link that leads out of the folder or to a hidden file.
     """
     return _own_files(Path(folder), lambda name: _matches(str(name), patterns), lambda name: False)[0]
 

@@ -1,6 +1,5 @@
 """Uploads: a model, a saved folder or a card, in one commit, with everything kept that people wrote on the Hub."""
 
-import json
 import logging
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -9,7 +8,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.repocard import RepoCard
 
-from ..files import INDICES, read_text, saved_class
+from ..files import INDICES, read_object, read_text, saved_class
 from ..weights_dar import stale_weights
 from .advice import advice
 from .blocks import merge_cards, replace_block
@@ -56,7 +55,7 @@ def _check_class(api: HfApi, repo_id: str, class_name: str, revision: str | None
     held = next((path for path in paths if api.file_exists(repo_id, path, revision=revision)), None)
     if held is None:
         return
-    index = json.loads(_read(api, repo_id, held, "model", revision))
+    index = read_object(_download(api, repo_id, held, "model", revision))
     if saved_class(index) != class_name:
         raise ValueError(f"{repo_id} holds a {saved_class(index)}, not a {class_name}: push to another repository.")
 
@@ -65,8 +64,8 @@ def _path(name: str, subfolder: str | None) -> str:
     return str(PurePosixPath(subfolder or "", name))
 
 
-def _read(api: HfApi, repo_id: str, path: str, repo_type: str, revision: str | None) -> str:
-    return Path(api.hf_hub_download(repo_id, path, repo_type=repo_type, revision=revision)).read_text(encoding="utf-8")
+def _download(api: HfApi, repo_id: str, path: str, repo_type: str, revision: str | None) -> Path:
+    return Path(api.hf_hub_download(repo_id, path, repo_type=repo_type, revision=revision))
 
 
 def push_to_hub(
@@ -219,7 +218,7 @@ def _commit(
         operations += [CommitOperationDelete(path) for path in stale_weights(there, list(files))]
         if card is not None:
             if "README.md" in there:
-                card = merge_cards(_read(api, repo_id, "README.md", repo_type, info.sha), card)
+                card = merge_cards(read_text(_download(api, repo_id, "README.md", repo_type, info.sha)), card)
             operations.append(CommitOperationAdd("README.md", card.encode()))
         return api.create_commit(
             repo_id,

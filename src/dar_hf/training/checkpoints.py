@@ -6,7 +6,6 @@ torch's restricted unpickler alone (DeepSpeed's are not, see `load_checkpoint`).
 """
 
 import hashlib
-import json
 import logging
 import os
 import pickle
@@ -24,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, load
 from safetensors import SafetensorError, safe_open
 
-from ..files import flush, write_json
+from ..files import flush, read_object, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,11 @@ STATE_FILE = "trainer_state.json"
 POSITION_FILE = "position-{}.json"  # of each process in its stream of images
 RANDOM_FILE = "random_states_{}.pkl"  # accelerate's name; of each process
 SAVED = "saved"  # entry of the state file: how the checkpoint was saved
-PICKLED = (".bin", ".pkl", ".pt")
+# what every run reads of a checkpoint; beside it are an fp16 run's scaler and other layouts' shards
+READ_BY_ALL = (
+    *("*.safetensors", "pytorch_model.bin", "optimizer*.bin"),
+    *("random_states_*.pkl", "custom_checkpoint_*.pkl"),
+)
 
 # what torch's sharded checkpoints name in their table of contents
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -67,10 +70,10 @@ def saving(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise SaveError(f"{what} could not be saved: {str(error).rstrip('.')}. {way_back(folder)}") from error
+        raise SaveError(f"{what} could not be saved: {str(error).rstrip('.')}. {resume_hint(folder)}") from error
 
 
-def way_back(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """What a run that ended early can go on from, for its message."""
     for checkpoint in reversed(list_checkpoints(folder)):
         if find_damage(checkpoint, thorough=False) is None:
@@ -79,8 +82,16 @@ def way_back(folder: Path) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints with a record, oldest first; whether each is complete says `find_damage`."""
-    return [path for path in _all_checkpoints(folder) if (path / STATE_FILE).is_file()]
+    """Checkpoints with a record that can be read, oldest first; whether each is complete says `find_damage`."""
+    return [path for path in _all_checkpoints(folder) if _has_record(path)]
+
+
+def _has_record(checkpoint: Path) -> bool:
+    try:
+        _read_record(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def has_checkpoints(folder: Path) -> bool:
@@ -123,14 +134,20 @@ def save_checkpoint(
         for path in (temporary / STATE_FILE, *(path for path in temporary.rglob("*") if path.is_dir()), temporary):
             flush(path)
         if target.exists():
-            os.replace(target, folder / f".{target.name}.old.tmp")
+            _set_aside(target)
         os.replace(temporary, target)
         flush(folder)
-        shutil.rmtree(folder / f".{target.name}.old.tmp", ignore_errors=True)
         others = [path for path in list_checkpoints(folder) if path != target]
         for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
-            shutil.rmtree(old)
+            _set_aside(old)
+        for left in folder.glob(f".{CHECKPOINT_PREFIX}*.old.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Take a checkpoint's name from it, so that a kill while it is deleted leaves no half of one."""
+    os.replace(checkpoint, checkpoint.with_name(f".{checkpoint.name}.old.tmp"))
 
 
 def _file_names(checkpoint: Path) -> list[str]:
@@ -161,13 +178,15 @@ def _signature(path: Path) -> dict[str, Any]:
 def find_damage(checkpoint: Path, thorough: bool = True) -> str | None:
     """What is wrong with a checkpoint, in words, or None if it is complete.
 
-    Those of versions that noted no files are taken for complete where they have a record.
+    Those of versions that noted no files are complete where they have a record and files that can be read.
 
     Args:
-        thorough: compare checksums, too, for which all files are read.
+        thorough: read all files: compare checksums, or see whether they can be read.
     """
     try:
-        files = _read_record(checkpoint).get(SAVED, {}).get("files", {})
+        files = _read_record(checkpoint).get(SAVED, {}).get("files")
+        if files is None:
+            return _find_unreadable(checkpoint) if thorough else None
         present = set(_file_names(checkpoint))
         for name, signature in files.items():
             if name not in present:
@@ -234,10 +253,10 @@ def _read_record(checkpoint: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"no {STATE_FILE} in it")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{STATE_FILE} cannot be read: {error}") from error
-    step = record.get("step") if isinstance(record, dict) else None
+        record = read_object(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error).rstrip(".")) from error
+    step = record.get("step")
     if type(step) is not int or step < 0 or not isinstance(record.get(SAVED, {}), dict):
         raise CheckpointError(f"{STATE_FILE} is no record of a checkpoint")
     return record
@@ -252,7 +271,7 @@ def read_position(checkpoint: Path, process_index: int) -> dict:
     path = checkpoint / POSITION_FILE.format(process_index)
     if not path.is_file():
         raise ValueError(f"{path.name} is missing: it was not saved by so many processes reading a stream")
-    return json.loads(path.read_text())
+    return read_object(path)
 
 
 # Loading
@@ -276,7 +295,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
         with nullcontext() if is_deepspeed else plain_data_only():
             accelerator.load_state(str(checkpoint))
     except Exception as error:  # bytes from anywhere: all kinds are raised
-        raise CheckpointError(_first_refused(checkpoint) or reason(error)) from error
+        raise CheckpointError(reason(error)) from error
     accelerator.step = 0  # of accumulation: the checkpoint may have been saved with another number of micro-batches
     if states is not None:
         _set_random_states(accelerator, states)
@@ -308,7 +327,8 @@ class _ShardTableUnpickler(pickle.Unpickler):
 
 def _check_shards(checkpoint: Path) -> None:
     """Refuse tables that torch, which unpickles them freely, would run code from."""
-    for path in sorted(checkpoint.rglob(".metadata")):
+    # where torch looks, also through links, which rglob does not follow
+    for path in sorted([*checkpoint.glob(".metadata"), *checkpoint.glob("*/.metadata")]):
         try:
             with path.open("rb") as file:
                 _ShardTableUnpickler(file).load()
@@ -358,15 +378,17 @@ def _set_random_states(accelerator: Accelerator, states: dict) -> None:
         raise CheckpointError(f"the random states are damaged: {reason(error)}") from error
 
 
-def _first_refused(checkpoint: Path) -> str | None:
-    """Which file cannot be read, and why; for messages alone."""
-    for path in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+def _find_unreadable(checkpoint: Path) -> str | None:
+    """Which file that every run reads cannot be read, and why."""
+    for path in sorted(path for pattern in READ_BY_ALL for path in checkpoint.glob(pattern)):
+        if not path.is_file():
+            return f"{path.name} is no regular file"
         try:
-            if path.suffix in PICKLED:
-                load(path, map_location="cpu", weights_only=True)
-            elif path.suffix == ".safetensors":
+            if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass
+            else:
+                load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             return f"{path.name} is refused or damaged: {reason(error)}"
     return None

@@ -20,6 +20,8 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".run.lock"
+# the file is emptied: not what a link by its name leads to
+OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
 
 _held: dict[tuple[int, Path], IO[str]] = {}  # by process, since a fork inherits the table and not the locks
 
@@ -42,7 +44,7 @@ def lock_folder(folder: Path) -> None:
         return
     path = folder / LOCK_FILE
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = os.fdopen(os.open(path, OPEN_FLAGS, 0o666), "a+", encoding="utf-8")
         try:
             _lock(file, folder)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -103,7 +105,12 @@ def _read_holder(file: IO[str]) -> dict:
 
 
 def _is_alive(holder: dict) -> bool:
-    """Whether another process of this machine claimed the folder, and runs."""
+    """Whether another process of this machine claimed the folder, and runs: not a later one of the same number."""
     pid = holder.get("pid")
-    is_other = type(pid) is int and pid != os.getpid() and holder.get("host") == socket.gethostname()
-    return is_other and psutil.pid_exists(pid)
+    if type(pid) is not int or pid == os.getpid() or holder.get("host") != socket.gethostname():
+        return False
+    try:
+        started = datetime.fromtimestamp(psutil.Process(pid).create_time())
+        return started.isoformat(" ", "seconds") <= str(holder.get("since"))
+    except (psutil.Error, ValueError):  # negative numbers
+        return False

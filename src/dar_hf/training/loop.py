@@ -46,9 +46,9 @@ from .checkpoints import (
     load_checkpoint,
     read_position,
     read_state,
+    resume_hint,
     save_checkpoint,
     saving,
-    way_back,
 )
 from .folder_lock import lock_folder, unlock_folder
 from .launcher import check_launcher, pick_precision, precision_reason
@@ -335,7 +335,7 @@ class TrainingLoop:
         if len(self.corrupt_images) > self.args.max_corrupt_images:
             raise DataError(
                 f"{len(self.corrupt_images)} images could not be read, more than max_corrupt_images="
-                f"{self.args.max_corrupt_images}; the warnings above name them. {way_back(self.checkpoints)}"
+                f"{self.args.max_corrupt_images}; the warnings above name them. {resume_hint(self.checkpoints)}"
             )
 
     def _step(self, step: int, batches: list[dict]) -> dict[str, float]:
@@ -371,7 +371,7 @@ class TrainingLoop:
                     if accelerator.mixed_precision != "fp16" and not 0 <= float(norm) < math.inf:
                         raise NonFiniteLossError(
                             f"the gradient is not finite at step {step + 1} (norm {float(norm)}). "
-                            f"{way_back(self.checkpoints)}"
+                            f"{resume_hint(self.checkpoints)}"
                         )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -387,7 +387,7 @@ class TrainingLoop:
         for term, value in zip(self.stage.terms, values, strict=True):
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"loss term {term.name!r} is {value} at step {step + 1}. {way_back(self.checkpoints)}"
+                    f"loss term {term.name!r} is {value} at step {step + 1}. {resume_hint(self.checkpoints)}"
                 )
         terms = zip(self.stage.terms, values, strict=True)
         total = sum(term.weight * value for term, value in terms if term.in_total)
@@ -425,10 +425,10 @@ class TrainingLoop:
                 write_text(self._history_path, "".join(json.dumps(line) + "\n" for line in self.history))
         if self.start_step < self.args.max_train_steps:
             self._train()
-        self._background.join()
-        # the model is saved before what can fail
+        # the model is saved before what can fail, or wait for a network
         with saving("the model", self.checkpoints):
             self._save_model()
+        self._background.join()
         self._log_validation(self.args.max_train_steps)
         if self.accelerator.is_main_process:
             with saving(RECORD, self.checkpoints):
@@ -462,13 +462,13 @@ class TrainingLoop:
                     clock, clock_step = time.perf_counter(), done
                     self._log({"step": done, **line, **self.stage.statistics()})
                     progress.set_postfix(loss=f"{line['loss/total']:.3f}", refresh=False)
+                due = bool(args.checkpointing_steps) and (done % args.checkpointing_steps == 0 or is_last)
+                if due:  # before the validation, which can fail
+                    self._save_checkpoint(done)
                 paused = time.perf_counter()
                 if args.validation_steps and done % args.validation_steps == 0 and not is_last:
                     self._log_validation(done)
                 clock += time.perf_counter() - paused
-                due = bool(args.checkpointing_steps) and (done % args.checkpointing_steps == 0 or is_last)
-                if due:
-                    self._save_checkpoint(done)
                 if self._stopping and not is_last:
                     self._stop(done, saved=due)
                 paused = time.perf_counter()

@@ -11,6 +11,8 @@ from ..hub import one_line
 
 logger = logging.getLogger(__name__)
 
+PUSHING = ".pushing"  # in a run's folder: what is being uploaded
+
 
 class BackgroundPush:
     """Uploads what a run has so far while it goes on. Nothing that goes wrong here ends the run: it is a warning.
@@ -21,7 +23,7 @@ class BackgroundPush:
     """
 
     def __init__(self, folder: Path, upload: Callable[[Path, str], Any]):
-        self.folder, self.upload = folder / ".pushing", upload
+        self.folder, self.upload = folder / PUSHING, upload
         self._thread: threading.Thread | None = None
 
     def start(self, message: str, write: Callable[[Path], None]) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import PartialState
@@ -17,12 +18,13 @@ from accelerate.state import is_initialized
 from ..data.sources import DIGITS
 from ..evaluation import read_report
 from ..evaluation.report import REPORT_FILE
-from ..files import flush, saved_class
+from ..files import flush, read_object, saved_class
 from ..pictures import read_history
 from .arguments import LoopArguments
 from .cards import EVALUATIONS, PICTURES
-from .checkpoints import CHECKPOINT_PREFIX, CheckpointError, has_checkpoints, list_checkpoints, read_state
+from .checkpoints import CHECKPOINT_PREFIX, RANDOM_FILE, STATE_FILE, has_checkpoints
 from .folder_lock import lock_folder, unlock_folder
+from .pushing import PUSHING
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,15 @@ CHECKPOINTS = "checkpoints"
 HISTORY = "history.jsonl"
 RECORD = "training.json"
 SAVING = ".saving"  # the finished model, on its way
+CARD = "README.md"
 COMPONENTS = ("tokenizer", "transformer", "scheduler")  # folders of a pipeline
 OWN_PICTURES = ("loss.png", "reconstructions.png", "samples.png")
+# what a run writes before it takes its name
+ASIDE = (
+    *(SAVING, PUSHING),
+    *(f"{name}.tmp" for name in (HISTORY, RECORD, CARD)),
+    *(f".{name}.tmp" for name in OWN_PICTURES),
+)
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)[-.\w]*\.(safetensors|bin)(\.index(\.\w+)?\.json)?"
 )
@@ -107,10 +116,9 @@ def _check_model(folder: Path, expected_class: str) -> None:
 
 def _read_index(path: Path) -> dict:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    return index if isinstance(index, dict) else {}
 
 
 def _continues(args: LoopArguments, folder: Path) -> bool:
@@ -146,15 +154,15 @@ def _check_in_the_way(folder: Path, expected_class: str, args: LoopArguments) ->
     """Refuse what no run of this package wrote and this one would write over."""
     found = [folder / name for name in _foreign_parts(folder, expected_class)]
     if not holds_run(folder):
-        found += [path for name in (HISTORY, RECORD, *OWN_PICTURES) if os.path.lexists(path := folder / name)]
-    for name in (CHECKPOINTS, EVALUATIONS, HISTORY, RECORD):
+        of_a_run = (HISTORY, RECORD, *OWN_PICTURES, SAVING, PUSHING)
+        found += [path for name in of_a_run if os.path.lexists(path := folder / name)]
+    # a run makes no links: a stranger's would lead what it writes out of the folder
+    found += [path for name in ASIDE if (path := folder / name).is_symlink()]
+    for name in (CHECKPOINTS, EVALUATIONS, HISTORY, RECORD, CARD, *OWN_PICTURES, *MODEL_INDICES):
         path = folder / name
         if os.path.lexists(path) and path.is_dir() != (name in (CHECKPOINTS, EVALUATIONS)):
             found.append(path)
-    if not _continues(args, folder):
-        own = _own_checkpoints(folder)
-        numbered = [path for path in (folder / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*") if path not in own]
-        found += [path for path in numbered if path.name.split("-")[-1].isdecimal() and not _is_empty(path)]
+    found += _foreign_checkpoints(folder, _continues(args, folder))
     if found:
         names = ", ".join(str(path.relative_to(folder)) for path in dict.fromkeys(found))
         raise ValueError(
@@ -190,29 +198,45 @@ def holds_run(folder: Path) -> bool:
     try:
         if history.is_file() and all("step" in line for line in read_history(history)):
             return True
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         logger.debug("%s is no history of a run", history)
     return bool(_own_checkpoints(folder))
 
 
 def _own_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that a run of this package wrote, damaged or not."""
-    found = []
-    for path in list_checkpoints(folder / CHECKPOINTS):
-        try:
-            found += [path] if "stage" in read_state(path) else []
-        except CheckpointError:
-            logger.debug("%s has no record that can be read", path)
-    return found
+    return [path for path in _numbered(folder) if _is_own(path)]
+
+
+def _foreign_checkpoints(folder: Path, continues: bool) -> list[Path]:
+    """What is in the place of checkpoints; a run that ``continues`` passes over those that have lost their record."""
+    found = [path for path in _numbered(folder) if not _is_own(path) and not _is_empty(path)]
+    return [path for path in found if not (continues and _has_random_states(path))]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    paths = sorted((folder / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*"))
+    return [path for path in paths if path.name.removeprefix(CHECKPOINT_PREFIX).isdecimal()]
+
+
+def _is_own(checkpoint: Path) -> bool:
+    record = checkpoint / STATE_FILE
+    try:
+        return "stage" in read_object(record)
+    except (OSError, ValueError):  # other libraries have a file of this name, and not beside random states
+        return record.is_file() and _has_random_states(checkpoint)
+
+
+def _has_random_states(checkpoint: Path) -> bool:
+    return any(checkpoint.glob(RANDOM_FILE.format("*")))
 
 
 def read_record(folder: Path) -> dict:
     """What a finished run wrote about itself; empty where there is none."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return read_object(folder / RECORD)
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def read_kept_history(path: Path, last_step: int) -> list[dict]:
@@ -223,7 +247,7 @@ def read_kept_history(path: Path, last_step: int) -> list[dict]:
             line = json.loads(text)
             if line["step"] <= last_step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             unreadable += 1
     if unreadable:
         logger.warning("%d lines of %s cannot be read and are left out", unreadable, path)
@@ -255,7 +279,10 @@ def remove_run(folder: Path) -> None:
     The model stays until the new one is there.
     """
     for checkpoint in _own_checkpoints(folder):
-        shutil.rmtree(checkpoint)
+        if checkpoint.is_symlink():
+            checkpoint.unlink()
+        else:
+            shutil.rmtree(checkpoint)
     for left in (folder / CHECKPOINTS).glob(f".{CHECKPOINT_PREFIX}*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     for report in _reports(folder):
@@ -275,7 +302,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _remove_empty(folder: Path) -> None:
-    if _is_empty(folder):
+    with suppress(OSError):  # of a link or a mounted volume, which stay
         folder.rmdir()
 
 
