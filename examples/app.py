@@ -30,13 +30,13 @@ import torch
 from PIL import Image
 
 from dar_hf import DARPipeline, sample_pipeline
-from dar_hf.commands import command, device_option, port_option
 from dar_hf.data import center_crop, convert_channels, to_tensor
 from dar_hf.hub import describe
-from dar_hf.loading import load_pipeline
 from dar_hf.metrics import psnr
-from dar_hf.pictures import image_grid
-from dar_hf.threads import limit_threads
+from dar_hf.utils.commands import command, device_option, port_option
+from dar_hf.utils.loading import load_pipeline
+from dar_hf.utils.pictures import image_grid
+from dar_hf.utils.threads import limit_threads
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_FILE = 20 * 2**20  # bytes of an upload

@@ -26,11 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
 from dar_hf.acceleration_dar import accelerated, has_fast_bf16
-from dar_hf.commands import check_output, command, device_option, path_option, positive_option, writing
 from dar_hf.conversion import to_original
 from dar_hf.evaluation import versions
-from dar_hf.files import write_json
 from dar_hf.presets import PAPER_SIZES, get_preset
+from dar_hf.utils.commands import check_output, command, device_option, path_option, positive_option, writing
+from dar_hf.utils.files import write_json
 
 POSITION, STEPS = 128, 32  # codes measured: from the middle of the sequence, where a growing cache is half full
 NOTES = ["difference", "share", "images/s", "language model", "decoding", "steps beyond", "agreement", "bytes"]

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dar_hf import DARPipeline, FlowMatchAdamsBashforthScheduler
-from dar_hf.commands import FAILURE, check_output, command, path_option, writing
 from dar_hf.conversion import convert_tokenizer, convert_transformer
-from dar_hf.files import new_folder
 from dar_hf.hub import model_card
-from dar_hf.labels import imagenet_labels, read_labels
-from dar_hf.loading import check_weights
 from dar_hf.presets import parse_options
+from dar_hf.utils.commands import FAILURE, check_output, command, path_option, writing
+from dar_hf.utils.files import new_folder
+from dar_hf.utils.labels import imagenet_labels, read_labels
+from dar_hf.utils.loading import check_weights
 
 # options and the models without which they would say nothing
 NEEDED = {

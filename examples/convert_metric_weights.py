@@ -7,11 +7,11 @@ python examples/convert_metric_weights.py lpips vgg16-397923af.pth vgg.pth lpips
 import argparse
 from collections.abc import Sequence
 
-from dar_hf.commands import check_output, command, path_option, writing
-from dar_hf.loading import check_weights
 from dar_hf.metrics.inception import convert_inception
 from dar_hf.metrics.lpips import convert_lpips
 from dar_hf.metrics.weights import read_original, write_weights
+from dar_hf.utils.commands import check_output, command, path_option, writing
+from dar_hf.utils.loading import check_weights
 
 
 @command("convert_metric_weights.py")

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dar_hf.commands import check_output, command, path_option, positive_option, seed_option, writing
 from dar_hf.data import ImageSamples, ImageTransform, load_images
 from dar_hf.metrics import ImageFeatures, label_agreement
 from dar_hf.metrics.weights import load_exactly, read_weights, write_weights
+from dar_hf.utils.commands import check_output, command, path_option, positive_option, seed_option, writing
 
 SIZE = 8
 ADVICE = "Train it by `python examples/digits_features.py`."

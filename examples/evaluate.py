@@ -16,7 +16,6 @@ from datetime import timedelta
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import HfArgumentParser
 
-from dar_hf.commands import CommandError, check_output, command
 from dar_hf.evaluation import (
     GenerationArguments,
     ReconstructionArguments,
@@ -24,7 +23,8 @@ from dar_hf.evaluation import (
     evaluate_reconstruction,
 )
 from dar_hf.evaluation.measure import table
-from dar_hf.processes import join_processes
+from dar_hf.utils.commands import CommandError, check_output, command
+from dar_hf.utils.processes import join_processes
 
 MODES = {
     "reconstruction": (ReconstructionArguments, evaluate_reconstruction),

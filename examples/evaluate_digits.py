@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from sklearn.svm import SVC
 
 from dar_hf import DARPipeline
-from dar_hf.commands import CommandError, check_output, command, path_option, seed_option, writing
 from dar_hf.data import ImageSamples, ImageTransform, load_images, normal_noise
 from dar_hf.evaluation import metric, versions, write_report
 from dar_hf.evaluation.measure import table
 from dar_hf.evaluation.report import public_name
-from dar_hf.loading import load_pipeline
 from dar_hf.metrics import codebook_statistics, psnr
-from dar_hf.pictures import image_grid, interleave_rows, plot_history, read_history, save_picture
+from dar_hf.utils.commands import CommandError, check_output, command, path_option, seed_option, writing
+from dar_hf.utils.loading import load_pipeline
+from dar_hf.utils.pictures import image_grid, interleave_rows, plot_history, read_history, save_picture
 
 SHOWN = 8  # samples of each class in samples.png
 JUDGED_SIZE = 16  # pixels a side that the judge sees at most: enough for digits, and four times as fast as 32

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dar_hf import DARForCausalLM, DARPipeline
-from dar_hf.commands import FAILURE, check_output, command, path_option, writing
 from dar_hf.conversion import save_llama
-from dar_hf.files import new_folder
-from dar_hf.loading import load
 from dar_hf.pipeline_dar import names_by_id
+from dar_hf.utils.commands import FAILURE, check_output, command, path_option, writing
+from dar_hf.utils.files import new_folder
+from dar_hf.utils.loading import load
 
 
 def class_names(model: str, subfolder: str, num_classes: int) -> dict[int, str]:

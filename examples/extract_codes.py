@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from transformers import HfArgumentParser
 
-from dar_hf.commands import FAILURE, CommandError, check_output, command
-from dar_hf.hub import one_line
-from dar_hf.processes import join_processes
 from dar_hf.training.codes import ExtractArguments, extract_codes, push_codes
+from dar_hf.utils.commands import FAILURE, CommandError, check_output, command
+from dar_hf.utils.errors import one_line
+from dar_hf.utils.processes import join_processes
 
 
 @command("extract_codes.py")

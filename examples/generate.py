@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from dar_hf import DARPipeline
-from dar_hf.commands import check_output, command, device_option, path_option, seed_option, writing
 from dar_hf.data import read_image
-from dar_hf.loading import load_pipeline
-from dar_hf.pictures import image_grid, save_animation, save_picture
+from dar_hf.utils.commands import check_output, command, device_option, path_option, seed_option, writing
+from dar_hf.utils.loading import load_pipeline
+from dar_hf.utils.pictures import image_grid, save_animation, save_picture
 
 MAX_COLUMNS = 10
 TIMED_RUNS = 20

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dar_hf.commands import check_output, command, path_option
-from dar_hf.files import new_folder, read_object, write_json
-from dar_hf.loading import check_weights, load_pipeline
-from dar_hf.sample import FOLDER
+from dar_hf.utils.commands import check_output, command, path_option
+from dar_hf.utils.files import new_folder, read_object, write_json
+from dar_hf.utils.loading import check_weights, load_pipeline
+from dar_hf.utils.sample import FOLDER
 
 MAX_BYTES = 12_000_000
 CONFIGS = (

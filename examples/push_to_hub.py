@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dar_hf.commands import FAILURE, command
 from dar_hf.evaluation import read_report
 from dar_hf.hub import (
     check_complete,
@@ -23,6 +22,7 @@ from dar_hf.hub import (
     push_folder,
 )
 from dar_hf.training.cards import take_report, write_run_card
+from dar_hf.utils.commands import FAILURE, command
 
 
 @command("push_to_hub.py", FAILURE)

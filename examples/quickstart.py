@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from dar_hf import DARPipeline, sample_pipeline
-from dar_hf.commands import check_output, command, path_option, positive_option, seed_option, writing
-from dar_hf.loading import load_pipeline
-from dar_hf.pictures import image_grid, save_picture
-from dar_hf.threads import limit_threads
+from dar_hf.utils.commands import check_output, command, path_option, positive_option, seed_option, writing
+from dar_hf.utils.loading import load_pipeline
+from dar_hf.utils.pictures import image_grid, save_picture
+from dar_hf.utils.threads import limit_threads
 
 CLASSES = list(range(10))
 SAMPLES, DRAWINGS, REFERENCES = 4, [2, 3, 5, 8], [4, 7, 0]  # of each class; classes shown in the other two

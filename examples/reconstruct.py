@@ -14,11 +14,19 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dar_hf.commands import check_output, command, device_option, path_option, positive_option, seed_option, writing
 from dar_hf.data import ImageSamples, ImageTransform, load_images, read_image
-from dar_hf.loading import load_pipeline
 from dar_hf.metrics import psnr
-from dar_hf.pictures import image_grid, interleave_rows, save_picture
+from dar_hf.utils.commands import (
+    check_output,
+    command,
+    device_option,
+    path_option,
+    positive_option,
+    seed_option,
+    writing,
+)
+from dar_hf.utils.loading import load_pipeline
+from dar_hf.utils.pictures import image_grid, interleave_rows, save_picture
 
 MAX_COLUMNS = 8
 

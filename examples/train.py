@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 from transformers import HfArgumentParser
 
-from dar_hf.commands import FAILURE, CommandError, check_output, command, ending_with
-from dar_hf.options import read_options
 from dar_hf.presets import get_preset
 from dar_hf.training import ARArguments, TokenizerArguments, train
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
 from dar_hf.training.loop import ResumeError, StoppedError, make_accelerator
 from dar_hf.training.run_folder import claim_output_dir
+from dar_hf.utils.commands import FAILURE, CommandError, check_output, command, ending_with
+from dar_hf.utils.options import read_options
 
 STAGES = {"tokenizer": TokenizerArguments, "ar": ARArguments}
 

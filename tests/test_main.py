@@ -12,7 +12,7 @@ from PIL import Image
 
 import dar_hf
 from dar_hf.__main__ import main
-from dar_hf.pictures import image_grid
+from dar_hf.utils.pictures import image_grid
 
 
 def test_it_draws_every_class(tiny_pipeline, tmp_path, capsys):

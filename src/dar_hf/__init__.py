@@ -21,9 +21,9 @@ from .configuration_dar import DARConfig
 from .hub import connect
 from .modeling_dar import DARForCausalLM, DARModel
 from .pipeline_dar import DARPipeline, DARPipelineOutput
-from .sample import sample_pipeline
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler
 from .tokenizer_dar import DARPreview, DARTokenizer, DARTokenizerEncoderOutput, DARTokenizerOutput
+from .utils.sample import sample_pipeline
 
 __all__ = [
     "DARConfig",

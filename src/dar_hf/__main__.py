@@ -12,11 +12,11 @@ import torch
 import transformers
 
 from . import DARPipeline, __version__, sample_pipeline
-from .commands import check_output, command, path_option, seed_option, writing
 from .hub import describe
-from .loading import load_pipeline
-from .pictures import image_grid, save_picture
-from .threads import limit_threads
+from .utils.commands import check_output, command, path_option, seed_option, writing
+from .utils.loading import load_pipeline
+from .utils.pictures import image_grid, save_picture
+from .utils.threads import limit_threads
 
 PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "huggingface_hub")
 MAX_CLASSES = 10  # of a model with more, the first

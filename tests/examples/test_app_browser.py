@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import dar_hf
-from dar_hf.pictures import image_grid
+from dar_hf.utils.pictures import image_grid
 
 pytest.importorskip("gradio")
 webdriver = pytest.importorskip("selenium.webdriver")

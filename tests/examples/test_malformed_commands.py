@@ -475,7 +475,7 @@ def mains():
 @pytest.fixture(autouse=True)
 def quiet(world, tmp_path, monkeypatch):
     """No progress bars, network or caches; folders that are full and read-only, as far as Python can tell."""
-    real = dar_hf.commands.tempfile.TemporaryFile
+    real = dar_hf.utils.commands.tempfile.TemporaryFile
 
     def temporary_file(*args, dir=None, **kwargs):
         for name, number, text in (("full", 28, "No space left on device"), ("readonly", 30, "Read-only file system")):
@@ -483,7 +483,7 @@ def quiet(world, tmp_path, monkeypatch):
                 raise OSError(number, text, str(dir))
         return real(*args, dir=dir, **kwargs)
 
-    monkeypatch.setattr(dar_hf.commands.tempfile, "TemporaryFile", temporary_file)
+    monkeypatch.setattr(dar_hf.utils.commands.tempfile, "TemporaryFile", temporary_file)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dar_hf import DARPipeline, DARTokenizer
-from dar_hf.pictures import read_history
 from dar_hf.training import train
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
 from dar_hf.training.checkpoints import list_checkpoints
 from dar_hf.training.loop import StoppedError, make_accelerator
+from dar_hf.utils.pictures import read_history
 
 from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_args, tokenizer_stage
 

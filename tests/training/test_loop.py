@@ -13,11 +13,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dar_hf.data import ImageSamples
-from dar_hf.pictures import read_history
 from dar_hf.training import LossTerm, train
 from dar_hf.training import loop as training_loop
 from dar_hf.training.checkpoints import SaveError, list_checkpoints
 from dar_hf.training.loop import NonFiniteLossError, TrainingLoop, make_accelerator
+from dar_hf.utils.pictures import read_history
 
 from .helpers import fresh_process, tokenizer_stage
 

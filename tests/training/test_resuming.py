@@ -14,7 +14,6 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch.distributed import checkpoint as sharded
 
-from dar_hf.pictures import read_history
 from dar_hf.training import train
 from dar_hf.training.checkpoints import (
     STATE_FILE,
@@ -28,6 +27,7 @@ from dar_hf.training.checkpoints import (
 )
 from dar_hf.training.loop import ResumeError, TrainingLoop, make_accelerator
 from dar_hf.training.resuming import check_same_run
+from dar_hf.utils.pictures import read_history
 
 from .helpers import fresh_process, tokenizer_stage
 

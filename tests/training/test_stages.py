@@ -15,7 +15,6 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 from dar_hf import DARConfig, DARPipeline, DARTokenizer
-from dar_hf.pictures import read_history
 from dar_hf.presets import get_preset
 from dar_hf.training import TokenizerStage, train
 from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
@@ -23,6 +22,7 @@ from dar_hf.training.checkpoints import find_checkpoint
 from dar_hf.training.loop import TrainingLoop, make_accelerator
 from dar_hf.training.losses import cross_entropy_sum
 from dar_hf.training.run_folder import claim_output_dir
+from dar_hf.utils.pictures import read_history
 
 from .helpers import ar_args, ar_stage, batch_of, fresh_process, tiny_tokenizer, tokenizer_args, tokenizer_stage
 

@@ -10,9 +10,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..configuration_dar import DARConfig
-from ..files import write_json
 from ..labels_dar import index_names, names_by_id
 from ..modeling_dar import DARForCausalLM
+from ..utils.files import write_json
 from .reading import fill, without_weights
 
 # a Llama has no use for these; everything else in our configuration is Llama's own

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..options import check_texts, option
+from ..utils.options import check_texts, option
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -8,11 +8,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from ..loading import load, load_pipeline
 from ..metrics.weights import weights_hash
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
+from ..utils.loading import load, load_pipeline
 from .arguments import EvaluationArguments
 
 _PATTERNS = ["*.json", "tokenizer/*", "transformer/*", "scheduler/*", "*.safetensors"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..pictures import draw_curves, image_grid, interleave_rows, save_picture
+from ..utils.pictures import draw_curves, image_grid, interleave_rows, save_picture
 from .images import to_float
 from .shards import ShardFolder
 

@@ -13,8 +13,8 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from .. import __version__
-from ..files import read_text, write_json
 from ..hub import TASKS, metric_name
+from ..utils.files import read_text, write_json
 
 REPORT_FILE = "report.json"
 PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "numpy", "pillow")

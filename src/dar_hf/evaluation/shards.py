@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..files import write_json
+from ..utils.files import write_json
 
 SETTINGS_FILE = "settings.json"
 Compute = Callable[[range], dict[str, torch.Tensor]]

@@ -1,6 +1,6 @@
 """The Hub: uploads that keep what people wrote, model cards, and folders that carry their own code."""
 
-from .advice import advice, one_line
+from .advice import advice
 from .blocks import merge_cards
 from .cards import describe, empty_model, model_card
 from .contents import check_complete, matching_files, model_files
@@ -22,7 +22,6 @@ __all__ = [
     "metric_name",
     "model_card",
     "model_files",
-    "one_line",
     "paper_results",
     "prepare_repository",
     "push_card",

@@ -117,8 +117,3 @@ def loading_error(error: Exception, name: str | Path) -> Exception:
 def _add_note(error: BaseException, name: str | Path, text: str | None) -> None:
     if text is not None and not getattr(error, "__notes__", None):
         error.add_note(f"{name}: {text}")
-
-
-def one_line(error: BaseException) -> str:
-    """An exception with its notes, on one line."""
-    return " ".join([*str(error).split(), *" ".join(getattr(error, "__notes__", [])).split()])

@@ -11,11 +11,11 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from transformers import GenerationConfig
 
 from ..configuration_dar import DARConfig
-from ..files import INDICES, read_object, saved_class
 from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
+from ..utils.files import INDICES, read_object, saved_class
 from .blocks import stamp
 from .results import GENERATION, RECONSTRUCTION, setting_text, tables
 

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
-from ..files import INDICES, read_object, resolve_inside
+from ..utils.files import INDICES, read_object, resolve_inside
 from ..weights_dar import is_pointer
 
 # Folders, and files in them, that the package or the libraries it saves with write. A repository takes nothing else:

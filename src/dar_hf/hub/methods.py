@@ -15,7 +15,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from ..files import damaged_weights, read_object, saved_class
+from ..utils.files import damaged_weights, read_object, saved_class
 from .advice import loading_error
 from .push import push_folder, push_to_hub
 

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.repocard import RepoCard
 
-from ..files import INDICES, read_object, read_text, saved_class
+from ..utils.files import INDICES, read_object, read_text, saved_class
 from ..weights_dar import stale_weights
 from .advice import advice
 from .blocks import merge_cards, replace_block

@@ -19,7 +19,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from .. import __version__
-from ..files import read_object, saved_class, write_json, write_text
+from ..utils.files import read_object, saved_class, write_json, write_text
 
 PACKAGE = Path(__file__).resolve().parent.parent
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from ..data import ImageSamples, StreamedImages, dropped, normal_noise
 from ..modeling_dar import DARForCausalLM
-from ..options import option
-from ..pictures import image_grid
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
+from ..utils.options import option
+from ..utils.pictures import image_grid
 from .arguments import LoopArguments
 from .codes import ENCODE_BATCH, CodeSamples, encode_all, tokenizer_fingerprint
 from .fingerprint import data_fingerprint

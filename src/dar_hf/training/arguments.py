@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..options import check_texts, option
+from ..utils.options import check_texts, option
 
 
 @dataclass

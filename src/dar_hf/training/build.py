@@ -15,10 +15,10 @@ from ..configuration_dar import DARConfig
 from ..data import ImageSamples, ImageTransform, StreamedImages, available_splits, load_images, stream_images
 from ..data.classes import whole_number
 from ..data.sources import first_rows
-from ..loading import load
 from ..modeling_dar import DARForCausalLM
 from ..presets import get_preset, parse_options
 from ..tokenizer_dar import DARTokenizer
+from ..utils.loading import load
 from .ar_stage import ARArguments, ARStage
 from .arguments import LoopArguments
 from .codes import CodeSamples, load_codes, stored_samples

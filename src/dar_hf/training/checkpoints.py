@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, load
 from safetensors import SafetensorError, safe_open
 
-from ..files import flush, read_object, write_json
+from ..utils.files import flush, read_object, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -24,12 +24,12 @@ from tqdm.auto import tqdm
 
 from ..data import ImageSamples, ImageTransform, load_images
 from ..data.loading import clear_errors
-from ..files import read_object, write_json, write_text
 from ..hub import advice, matching_files, prepare_repository, push_card
 from ..hub.blocks import stamp as stamp_card
-from ..loading import load
-from ..options import check_texts, option
 from ..tokenizer_dar import DARTokenizer
+from ..utils.files import read_object, write_json, write_text
+from ..utils.loading import load
+from ..utils.options import check_texts, option
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from ..configuration_dar import DARConfig
-from ..files import read_object
-from ..loading import LoadError, load
 from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import names_by_id
+from ..utils.files import read_object
+from ..utils.loading import LoadError, load
 from .ar_stage import ARArguments
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import datasets
 
 from ..data import DataError, ImageSamples, StreamedImages
 from ..data.batches import image_path
-from ..hub import one_line
+from ..utils.errors import one_line
 from .codes import CodeSamples
 
 ROWS = 64  # whose images are read: enough to tell data sets apart, and soon done on any disk

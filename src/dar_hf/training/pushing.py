@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..hub import one_line
+from ..utils.errors import one_line
 
 logger = logging.getLogger(__name__)
 

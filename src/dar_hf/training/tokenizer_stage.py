@@ -23,9 +23,9 @@ from ..data import ImageSamples, SeedFor, StreamedImages, draw_seed, dropped, no
 from ..layers_dar import NUM_REPA_ROWS, DARAttention
 from ..metrics import codebook_statistics, psnr
 from ..metrics.lpips import MIN_SIZE, load_lpips
-from ..options import option
-from ..pictures import image_grid, interleave_rows
 from ..tokenizer_dar import DARTokenizer, DARTokenizerOutput
+from ..utils.options import option
+from ..utils.pictures import image_grid, interleave_rows
 from .adversary import Adversary, PatchDiscriminator, discriminator_sum, generator_sum
 from .arguments import LoopArguments
 from .codebook import CodebookKeeper

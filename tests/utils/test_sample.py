@@ -10,7 +10,7 @@ import torch
 import dar_hf
 from dar_hf import sample
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dar_hf import processes
-from dar_hf.processes import join_processes
+from dar_hf.utils.processes import join_processes
 
 
 def test_one_process():
@@ -16,7 +16,7 @@ def test_one_process():
 
 def test_processes_of_torchrun_find_each_other_without_a_gpu(tmp_path):
     (tmp_path / "job.py").write_text(
-        "from dar_hf.processes import join_processes\n"
+        "from dar_hf.utils.processes import join_processes\n"
         "accelerator = join_processes()\n"
         "rank, count = accelerator.process_index, accelerator.num_processes\n"
         "print(f'{rank} of {count} on {accelerator.device.type}', flush=True)\n"

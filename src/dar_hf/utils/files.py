@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .weights_dar import is_pointer
+from ..weights_dar import is_pointer
 
 
 def write_text(path: Path, text: str) -> None:

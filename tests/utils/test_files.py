@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dar_hf.files import flush, new_folder, read_object, resolve_inside, write_json
+from dar_hf.utils.files import flush, new_folder, read_object, resolve_inside, write_json
 
 
 def test_write_json(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 def imagenet_labels() -> dict[int, str]:
     """Names of ImageNet's 1,000 classes by id (in the order of their WordNet ids), synonyms separated by commas."""
-    text = resources.files(__package__).joinpath("assets/imagenet_classes.txt").read_text(encoding="utf-8")
+    text = resources.files("dar_hf").joinpath("assets/imagenet_classes.txt").read_text(encoding="utf-8")
     return dict(enumerate(text.splitlines()))
 
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .hub import one_line
+from .errors import one_line
 from .options import expand_path
 
 USAGE, FAILURE = 2, 1  # exit codes: what was asked for cannot be done, or it went wrong

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dar_hf import DARPipeline
-from dar_hf.labels import imagenet_labels, read_labels
+from dar_hf.utils.labels import imagenet_labels, read_labels
 
 
 def test_imagenet():

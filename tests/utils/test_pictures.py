@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dar_hf.pictures import (
+from dar_hf.utils.pictures import (
     MIN_TILE,
     draw_curves,
     image_grid,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from dar_hf.options import option, read_options
+from dar_hf.utils.options import option, read_options
 
 
 @dataclass

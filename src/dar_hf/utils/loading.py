@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..pipeline_dar import DARPipeline
+from .errors import one_line
 from .files import weights_damage
-from .hub import one_line
-from .pipeline_dar import DARPipeline
 
 Model = TypeVar("Model")
 

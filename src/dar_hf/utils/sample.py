@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent / "assets" / "sample"
+FOLDER = Path(__file__).resolve().parent.parent / "assets" / "sample"
 
 
 def sample_pipeline() -> str:

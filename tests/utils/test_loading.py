@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dar_hf import DARForCausalLM, DARPipeline, DARTokenizer
-from dar_hf.loading import LoadError, check_weights, load, load_pipeline
+from dar_hf.utils.loading import LoadError, check_weights, load, load_pipeline
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 WEIGHTS = "transformer/model.safetensors"
