@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dar_hf import processes
+from dar_hf.utils import processes
 from dar_hf.utils.processes import join_processes
 
 

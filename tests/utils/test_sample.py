@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dar_hf
-from dar_hf import sample
+from dar_hf.utils import sample
 
 ROOT = Path(__file__).parents[2]
 

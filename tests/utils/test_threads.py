@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dar_hf import threads
+from dar_hf.utils import threads
 
 
 @pytest.fixture
