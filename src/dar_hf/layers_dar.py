@@ -59,6 +59,57 @@ def causal_mask(length: int, num_open: int = 0) -> torch.Tensor:
     return allowed
 
 
+class Tables:
+    """Rotary tables and masks of a tokenizer for images of some size in pixels, made once and kept on their device.
+
+    They are no parameters, and not saved.
+    """
+
+    def __init__(self, config: Any):
+        self.config = config
+        self._made: dict[tuple, torch.Tensor] = {}
+
+    def encoder(self, height: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Rotary table (identity for the queries) and mask of the encoder's sequence [patches, queries]."""
+        config = self.config
+        rows = height // config.encoder_patch_size
+        columns = width // config.encoder_patch_size
+
+        def rotary() -> torch.Tensor:
+            table = rotary_table(rows, columns, config.attention_head_dim, config.rope_theta)
+            return torch.cat([table, torch.ones_like(table[:1]).expand(config.num_tokens, -1, -1)])
+
+        def mask() -> torch.Tensor:
+            return causal_mask(config.num_tokens, num_open=rows * columns)
+
+        return {
+            "rotary": self._once(rotary, "encoder rotary", rows, columns, device),
+            "attention_mask": self._once(mask, "encoder mask", rows, columns, device),
+        }
+
+    def causal(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
+        """Which codes before ``stop`` the codes ``[start, stop)`` see, ``(1, 1, stop - start, stop)`` bool."""
+        mask = self._once(lambda: causal_mask(self.config.num_tokens), "causal mask", device)
+        return mask[..., start:stop, :stop]
+
+    def denoiser(self, height: int, width: int, device: torch.device) -> torch.Tensor:
+        """Rotary table of the denoiser's patches."""
+        config = self.config
+        rows = height // config.diffusion_patch_size
+        columns = width // config.diffusion_patch_size
+
+        def rotary() -> torch.Tensor:
+            return rotary_table(rows, columns, config.attention_head_dim, config.diffusion_rope_theta)
+
+        return self._once(rotary, "denoiser rotary", rows, columns, device)
+
+    def _once(self, make: Callable[[], torch.Tensor], *key: Any) -> torch.Tensor:
+        if key not in self._made:
+            with torch.inference_mode(False):  # or training after a call in inference mode could not use it
+                self._made[key] = make().to(key[-1])
+        return self._made[key]
+
+
 class CausalCache:
     """Keys and values of the causal blocks for the codes seen so far, one pair ``(B, L, heads, head_dim)`` a block."""
 

@@ -13,7 +13,8 @@ same.
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +44,10 @@ from .layers_dar import (
     Denoiser,
     Float32Linear,
     GatedBlock,
+    Tables,
     VectorQuantizer,
-    causal_mask,
     layer_norm,
     repa_head,
-    rotary_table,
 )
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time, to_adams_bashforth
 from .weights_dar import (
@@ -55,11 +55,11 @@ from .weights_dar import (
     check_weights,
     not_finite,
     replacing_earlier_save,
-    saved_tensors,
-    shapes_of,
+    saved_weights,
     some_of,
 )
 
+REPA_HEAD = "denoiser.repa_head."  # begins the names of the weights of the REPA head
 CODE_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -80,7 +80,7 @@ class DARPreview(BaseOutput):
 
     Attributes:
         step, num_steps: this step, counted from 1, and how many there are.
-        num_tokens: how many codes the picture depends on so far.
+        num_tokens: how many codes the image depends on so far.
         sample: ``(B, C, H, W)`` float32, in the range of images, not clamped: this step taken straight to t = 1.
         timestep: the shifted time at which the step began, in [0, 1).
         latents: ``(B, C, H, W)`` float32, the solver's noisy state after the step; a tensor put in its place before
@@ -127,7 +127,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
 
     Args:
         sample_size: image size in pixels, an int or (height, width).
-        strict_sample_size: refuse other sizes than ``sample_size``. A model trained at one size gives wrong pictures
+        strict_sample_size: refuse other sizes than ``sample_size``. A model trained at one size gives wrong images
             at others without any sign of it; False allows every multiple of both patch sizes, as the original code.
         in_channels: image channels.
         encoder_patch_size, encoder_dim, num_encoder_layers: the encoder.
@@ -157,7 +157,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     _no_split_modules = ["GatedBlock", "DiffusionBlock"]
     _repeated_blocks = ["GatedBlock", "DiffusionBlock"]
     _keep_in_fp32_modules = ["quant_proj", "quantizer"]  # when loading; `KeepsFloat32` sees to casting
-    _keys_to_ignore_on_load_unexpected = [r"^denoiser\.repa_head\."]  # of training
+    _keys_to_ignore_on_load_unexpected = ["^" + re.escape(REPA_HEAD)]  # of training
     # what offloading by blocks must bring in by itself, since encoding and decoding do not go through `forward`
     _group_offload_block_modules = [
         *("patch_embed", "query_embed", "query_proj", "quant_proj", "quantizer", "codebook"),
@@ -228,7 +228,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         self.causal_blocks = nn.ModuleList(GatedBlock(decoder_dim, head_dim) for _ in range(num_decoder_layers))
         self.denoiser = Denoiser(config)
         self.gradient_checkpointing = False
-        self._tables: dict = {}  # rotary tables and masks by size, dtype and device; not parameters, not saved
+        self.tables = Tables(config)
         self.reset_parameters()
 
     def reset_parameters(
@@ -244,62 +244,18 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         for block in (*self.encoder_blocks, *self.causal_blocks):
             nn.init.constant_(block.gate1, gate)
             nn.init.constant_(block.gate2, gate)
-        head = self.denoiser.adaptive_head
-        starts = [(block.modulation, modulation_std) for block in self.denoiser.blocks]
-        starts += [(head.modulation, modulation_std), (head.linear, output_std)] if head else []
-        starts += [] if head else [(self.denoiser.proj_out, output_std)]
-        for layer, std in starts:
+        outputs = [(block.modulation, modulation_std) for block in self.denoiser.blocks]
+        if self.denoiser.adaptive_head is not None:
+            outputs.append((self.denoiser.adaptive_head.modulation, modulation_std))
+            outputs.append((self.denoiser.adaptive_head.linear, output_std))
+        else:
+            outputs.append((self.denoiser.proj_out, output_std))
+        for layer, std in outputs:
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
         if post_quant_std:
             nn.init.normal_(self.post_quant_proj.weight, std=post_quant_std)
         nn.init.normal_(self.token_embed.weight, std=0.02)  # positions must not drown the codes they are added to
-
-    # Saving and loading
-
-    save_pretrained = replacing_earlier_save(ModelMixin.save_pretrained)
-
-    @classmethod
-    def _load_pretrained_model(
-        cls,
-        model: "DARTokenizer",
-        state_dict: dict[str, torch.Tensor] | None,
-        resolved_model_file: list[str],
-        pretrained_model_name_or_path: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple:
-        """diffusers' step of every way of loading that fills the model; by itself it only logs what does not fit.
-
-        The REPA head may be missing, since only training uses it; a new one takes its place then.
-
-        Raises:
-            OSError: for a file of weights that cannot be read.
-            ValueError: for weights that are not those of the model.
-        """
-        quantizer = kwargs.get("hf_quantizer")
-        source = pretrained_model_name_or_path
-        if os.path.isdir(source):
-            source = os.path.dirname(resolved_model_file[0])  # with the subfolder, if any
-        if quantizer is None:  # else tensors have other names, types and shapes
-            found = _saved_weights(state_dict, resolved_model_file)
-            expected = model.state_dict()
-            if model.denoiser.repa_head is None:
-                found = _without_repa_head(found)
-            elif found == _without_repa_head(found):
-                model.denoiser.repa_head = _new_repa_head(model.config, kwargs.get("dtype"))
-                expected = _without_repa_head(expected)
-            check_weights(source, expected, found, sizes=not kwargs.get("ignore_mismatched_sizes"))
-        loaded = super()._load_pretrained_model(
-            model, state_dict, resolved_model_file, pretrained_model_name_or_path, *args, **kwargs
-        )
-        if quantizer is not None and loaded[1]:
-            raise ValueError(f"the quantised weights in {source} lack {some_of(sorted(loaded[1]))}.")
-        if quantizer is None:
-            check_finite_weights(source, model)
-        return loaded
-
-    # Sizes, tables and checks
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -310,86 +266,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         height, width = size
         return height, width
 
-    def _cached(self, name: str, make: Callable[[], torch.Tensor], *key: Any) -> torch.Tensor:
-        """A table on the model's device: made once for each key, no parameter, not saved."""
-        key = (name, *key)
-        if key not in self._tables:
-            with torch.inference_mode(False):  # or training after a call in inference mode could not use it
-                self._tables[key] = make().to(key[-1])
-        return self._tables[key]
-
-    def _encoder_tables(self, height: int, width: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Rotary table (identity for the queries) and mask of the encoder's sequence [patches, queries]."""
-        config = self.config
-
-        def rotary() -> torch.Tensor:
-            table = rotary_table(height, width, config.attention_head_dim, config.rope_theta)
-            return torch.cat([table, torch.ones_like(table[:1]).expand(config.num_tokens, -1, -1)])
-
-        def mask() -> torch.Tensor:
-            return causal_mask(config.num_tokens, num_open=height * width)
-
-        return {
-            "rotary": self._cached("encoder rotary", rotary, height, width, device),
-            "attention_mask": self._cached("encoder mask", mask, height, width, device),
-        }
-
-    def _causal_mask(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        """Which codes before ``stop`` the codes ``[start, stop)`` see, ``(1, 1, stop - start, stop)`` bool."""
-        mask = self._cached("causal mask", lambda: causal_mask(self.config.num_tokens), device)
-        return mask[..., start:stop, :stop]
-
-    def _denoiser_rotary(self, height: int, width: int, device: torch.device) -> torch.Tensor:
-        """Rotary table of images of this size in pixels."""
-        config = self.config
-        patch = config.diffusion_patch_size
-
-        def rotary() -> torch.Tensor:
-            return rotary_table(
-                height // patch, width // patch, config.attention_head_dim, config.diffusion_rope_theta
-            )
-
-        return self._cached("denoiser rotary", rotary, height, width, device)
-
-    def make_tables(self) -> None:
-        """Make the rotary tables and masks for images of `image_size` on the model's device.
-
-        They are made when first needed; but ``torch.compile`` compiles code that made them once more, now that they
-        are there.
-        """
-        height, width = self.image_size
-        patch = self.config.encoder_patch_size
-        self._encoder_tables(height // patch, width // patch, self.device)
-        self._causal_mask(0, self.config.num_tokens, self.device)
-        self._denoiser_rotary(height, width, self.device)
-
-    def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError for an image size in pixels that this tokenizer does not take."""
-        expected = self.image_size
-        for patch in (self.config.encoder_patch_size, self.config.diffusion_patch_size):
-            if height < patch or width < patch or height % patch or width % patch:
-                raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {patch}.")
-        if self.config.strict_sample_size and (height, width) != expected:
-            raise ValueError(
-                f"image size {height}x{width} is not the {expected[0]}x{expected[1]} this tokenizer was made for; "
-                "resize the image, or set strict_sample_size=False in the configuration."
-            )
-
-    def _check_images(self, images: torch.Tensor, name: str = "pixel_values") -> None:
-        check_tensor(name, images, ("batch", self.config.in_channels, "height", "width"))
-        self.check_size(*images.shape[2:])
-
-    def _check_codes(self, codes: torch.Tensor, values: bool = True) -> None:
-        """Raises ValueError for what are no codes; without ``values``, which are read from the device, by form."""
-        if not isinstance(codes, torch.Tensor) or codes.ndim != 2 or codes.dtype not in CODE_DTYPES:
-            raise ValueError(f"codes must be integers of shape (batch, tokens), got {described(codes)}.")
-        if not values:
-            return
-        if not 0 < codes.shape[1] <= self.config.num_tokens:
-            raise ValueError(f"a sequence has 1 to {self.config.num_tokens} codes, got {codes.shape[1]}.")
-        low, high = torch.stack(codes.aminmax()).tolist() if codes.numel() else (0, 0)  # the device is waited for once
-        if low < 0 or high >= self.config.codebook_size:
-            raise ValueError(f"codes must lie in [0, {self.config.codebook_size}), got {low} to {high}.")
+    # Which codes a step sees
 
     def group_start(self, u: torch.Tensor) -> torch.Tensor:
         """First token of the group that a step at *unshifted* time ``u`` in [0, 1] sees.
@@ -409,26 +286,6 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
 
     # Image to codes
 
-    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """l2-normalised float32 latents ``(B, N, codebook_dim)``."""
-        num_tokens = self.config.num_tokens
-        patches = self.patch_embed(pixel_values.to(self.dtype))
-        tables = self._encoder_tables(patches.shape[2], patches.shape[3], patches.device)
-        queries = self.query_embed(torch.arange(num_tokens, device=patches.device))
-        queries = queries if self.query_proj is None else self.query_proj(queries)
-        patches = layer_norm(patches.flatten(2).transpose(1, 2))
-        x = torch.cat([patches, queries.to(patches.dtype).expand(len(patches), -1, -1)], dim=1)
-        x = self._run_blocks(accelerated(self.encoder_blocks), x, tables)
-        return F.normalize(self.quant_proj(layer_norm(x[:, -num_tokens:].float())), dim=-1)
-
-    def _run_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, attention: dict) -> torch.Tensor:
-        for block in blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, attention)
-            else:
-                x = block(x, attention)
-        return x
-
     @apply_forward_hook
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor, return_dict: bool = True) -> DARTokenizerEncoderOutput | tuple:
@@ -445,30 +302,49 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         with torch.autocast(latents.device.type, enabled=False):
             similarities = self.quantizer.similarities(latents)
             codes = similarities.argmax(dim=-1)
-        # the device is waited for once, and at the end; argmax points to NaN wherever there is one
-        best = similarities.gather(-1, codes[..., None])
-        checks = (*pixel_values.aminmax(), best.sum()) if pixel_values.numel() else ()
-        low, high, total = torch.stack([x.to(best) for x in checks]).tolist() if checks else (0.0, 0.0, 0.0)
+        if codes.numel():
+            self._check_encoded(pixel_values, similarities.gather(-1, codes[..., None]))
+        if not return_dict:
+            return codes, latents
+        return DARTokenizerEncoderOutput(codes, latents)
+
+    def _check_encoded(self, pixel_values: torch.Tensor, similarities: torch.Tensor) -> None:
+        """Raises ValueError for pixels out of range, or where latents, and so their similarities, are not finite.
+
+        Checked after the model has run, so that the device is waited for once, and at the end. The largest similarity
+        is NaN wherever there is one.
+        """
+        values = (*pixel_values.aminmax(), similarities.sum())
+        low, high, total = torch.stack([value.to(similarities) for value in values]).tolist()
         if not (low >= -1.001 and high <= 1.001):  # also catches NaN
             raise ValueError(f"pixel_values must lie in [-1, 1], got values from {low:.4g} to {high:.4g}.")
         if not math.isfinite(total):
             raise not_finite("the latents of these images", self)
-        return DARTokenizerEncoderOutput(codes, latents) if return_dict else (codes, latents)
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """l2-normalised float32 latents ``(B, N, codebook_dim)``."""
+        num_tokens = self.config.num_tokens
+        patches = self.patch_embed(pixel_values.to(self.dtype))
+        tables = self.tables.encoder(pixel_values.shape[2], pixel_values.shape[3], patches.device)
+        patches = layer_norm(patches.flatten(2).transpose(1, 2))
+        queries = self.query_embed(torch.arange(num_tokens, device=patches.device))
+        if self.query_proj is not None:
+            queries = self.query_proj(queries)
+        queries = queries.to(patches.dtype).expand(len(patches), -1, -1)
+        x = torch.cat([patches, queries], dim=1)
+        x = self._run_blocks(accelerated(self.encoder_blocks), x, tables)
+        latents = self.quant_proj(layer_norm(x[:, -num_tokens:].float()))
+        return F.normalize(latents, dim=-1)
+
+    def _run_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, attention: dict) -> torch.Tensor:
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, attention)
+            else:
+                x = block(x, attention)
+        return x
 
     # Codes to conditions
-
-    def _condition(self, quantized: torch.Tensor, cache: CausalCache | None = None) -> torch.Tensor:
-        """Conditions of code vectors ``(B, n, codebook_dim)`` that follow those in the cache."""
-        start, length = (cache.length if cache else 0), quantized.shape[1]
-        x = self.post_quant_proj(quantized.to(self.post_quant_proj.weight.dtype))
-        x = x + self.token_embed(torch.arange(start, start + length, device=x.device))
-        mask = self._causal_mask(start, start + length, quantized.device)
-        if cache is None:
-            x = self._run_blocks(self.causal_blocks, x, {"attention_mask": mask})
-        else:
-            for index, block in enumerate(self.causal_blocks):
-                x = block(x, {"attention_mask": mask, "cache": (cache, index)})
-        return layer_norm(x)
 
     def condition(self, codes: torch.Tensor, cache: CausalCache | None = None) -> torch.Tensor:
         """Conditions ``(B, n, decoder_dim)`` of a sequence of codes ``(B, n)``, for any n up to N.
@@ -484,12 +360,27 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(f"{cache.length} + {codes.shape[1]} codes are more than {self.config.num_tokens}.")
         return self._condition(self.quantizer.embed(codes.long()), cache)
 
+    def _condition(self, quantized: torch.Tensor, cache: CausalCache | None = None) -> torch.Tensor:
+        """Conditions of code vectors ``(B, n, codebook_dim)`` that follow those in the cache."""
+        start = 0 if cache is None else cache.length
+        stop = start + quantized.shape[1]
+        x = self.post_quant_proj(quantized.to(self.post_quant_proj.weight.dtype))
+        x = x + self.token_embed(torch.arange(start, stop, device=x.device))
+        mask = self.tables.causal(start, stop, quantized.device)
+        if cache is None:
+            x = self._run_blocks(self.causal_blocks, x, {"attention_mask": mask})
+        else:
+            for index, block in enumerate(self.causal_blocks):
+                x = block(x, {"attention_mask": mask, "cache": (cache, index)})
+        return layer_norm(x)
+
     def _condition_stream(self, groups: Iterable[torch.Tensor], check_codes: bool) -> Iterator[torch.Tensor]:
         """Conditions so far, each time a group is complete, however the codes arrive.
 
         Codes are cut where groups end, so that the same arithmetic runs for one long sequence and for a slow stream.
         """
-        config, cache = self.config, CausalCache(len(self.causal_blocks))
+        config = self.config
+        cache = CausalCache(len(self.causal_blocks))
         starts = self.group_start(torch.arange(config.num_groups + 1, dtype=torch.float64) / config.num_groups)
         ends = sorted({start + config.tokens_per_group for start in starts.tolist()})
         pending: torch.Tensor | None = None
@@ -500,11 +391,13 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 raise ValueError(f"pieces of one sequence differ in batch size: {len(pending)} and {len(codes)}.")
             self._bring_in()
             device = self.device  # looked up once: diffusers searches all modules for it
-            codes = codes if device.type == "meta" else codes.to(device)  # meta: offloaded layer by layer
+            if device.type != "meta":  # offloaded layer by layer
+                codes = codes.to(device)
             pending = codes if pending is None else torch.cat([pending, codes], dim=1)
-            if cache.length + pending.shape[1] > config.num_tokens:
-                raise ValueError(f"a sequence has {config.num_tokens} codes, got {cache.length + pending.shape[1]}.")
-            while ends and cache.length + pending.shape[1] >= ends[0]:
+            received = cache.length + pending.shape[1]
+            if received > config.num_tokens:
+                raise ValueError(f"a sequence has {config.num_tokens} codes, got {received}.")
+            while ends and received >= ends[0]:
                 size = ends.pop(0) - cache.length
                 new = self._condition(self.quantizer.embed(pending[:, :size].long()), cache)
                 pending = pending[:, size:]
@@ -560,24 +453,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             dtype = self.dtype  # not that of its weights: they may be stored in fewer bits
         else:
             dtype = denoiser.condition_proj.weight.dtype
-        rotary = self._denoiser_rotary(sample.shape[2], sample.shape[3], sample.device)
+        rotary = self.tables.denoiser(sample.shape[2], sample.shape[3], sample.device)
         return denoiser(sample.to(dtype), timestep, condition.to(dtype), rotary, output_repa)
-
-    def _decoding_copy(self) -> Denoiser:
-        """The denoiser in `decode_dtype`."""
-        if not is_plain(self.denoiser):
-            return self.denoiser
-        dtype = self.decode_dtype
-        if dtype is None:
-            dtype = fastest_dtype(self.dtype, self.device, self.config.diffusion_dim)
-        if dtype == self.dtype:
-            return accelerated(self.denoiser)
-        return accelerated(self.denoiser, dtype=dtype, pack=True, keep=True, without=["repa_head"])
-
-    def train(self, mode: bool = True) -> "DARTokenizer":
-        if mode:
-            release(self.denoiser)
-        return super().train(mode)
 
     @apply_forward_hook
     def decode(
@@ -668,28 +545,6 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         conditions = self._condition_stream(groups, check_codes)
         return self._denoise(conditions, generator, noise, size, scheduler, start_step)
 
-    def _decoding_size(self, noise: torch.Tensor | None, height: int | None, width: int | None) -> tuple[int, int]:
-        """Size in pixels of the images to decode."""
-        rows, columns = self.image_size
-        if noise is not None:
-            self._check_images(noise, "noise")
-            if noise.device.type == "cpu" and not noise.isfinite().all():  # a GPU would be waited for
-                raise ValueError("noise must be finite, got NaN or infinity.")
-            rows, columns = noise.shape[2:]
-        size = rows, columns
-        if height is not None:
-            size = check_integer("height", height), size[1]
-        if width is not None:
-            size = size[0], check_integer("width", width)
-        if noise is not None and size != (rows, columns):
-            raise ValueError(f"noise of size {(rows, columns)} does not fit height={height}, width={width}.")
-        self.check_size(*size)
-        return size
-
-    @apply_forward_hook
-    def _bring_in(self) -> None:
-        """Under model offloading, have this model moved to its device: codes arrive while another one is there."""
-
     @torch.no_grad()
     def _denoise(
         self,
@@ -749,12 +604,27 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(f"noise for {len(noise)} images does not fit codes of {batch_size}.")
         return noise.to(device)
 
+    def _decoding_copy(self) -> Denoiser:
+        """The denoiser in `decode_dtype`."""
+        if not is_plain(self.denoiser):
+            return self.denoiser
+        dtype = self.decode_dtype
+        if dtype is None:
+            dtype = fastest_dtype(self.dtype, self.device, self.config.diffusion_dim)
+        if dtype == self.dtype:
+            return accelerated(self.denoiser)
+        return accelerated(self.denoiser, dtype=dtype, pack=True, keep=True, without=["repa_head"])
+
+    @apply_forward_hook
+    def _bring_in(self) -> None:
+        """Under model offloading, have this model moved to its device: codes arrive while another one is there."""
+
     def check_finite(self, images: torch.Tensor) -> None:
         """Raises ValueError, which names the cause, for decoded images with NaN or infinity; waits for the device."""
         if not images.isfinite().all():
             raise not_finite("the decoded images", self)
 
-    # Training
+    # Training: image to codes to conditions to velocity
 
     def forward(
         self,
@@ -860,27 +730,114 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         none = torch.zeros(batch_size, self.config.num_tokens, dtype=torch.bool, device=window.device)
         return none.scatter(1, window, hide[:, None].expand(window.shape))
 
+    def make_tables(self) -> None:
+        """Make the rotary tables and masks for images of `image_size` on the model's device.
 
-def _saved_weights(state: dict | None, files: list[str]) -> dict[str, tuple[torch.Size, bool]]:
-    """Shapes of saved weights: one file's, which was read already, or those of shards.
+        They are made when first needed; but ``torch.compile`` would compile code that made them once more, since they
+        are there then.
+        """
+        height, width = self.image_size
+        self.tables.encoder(height, width, self.device)
+        self.tables.causal(0, self.config.num_tokens, self.device)
+        self.tables.denoiser(height, width, self.device)
 
-    Raises:
-        OSError: for a shard that cannot be read.
-        ValueError: for shards of which two hold the same tensor: they are of different saves.
-    """
-    if state is not None:
-        return shapes_of(state)
-    found: dict[str, tuple[torch.Size, bool]] = {}
-    for file in files:
-        shard = saved_tensors(file)
-        if twice := set(shard) & set(found):
-            raise ValueError(f"{file} and another shard both hold {some_of(sorted(twice))}.")
-        found |= shard
-    return found
+    def train(self, mode: bool = True) -> "DARTokenizer":
+        if mode:
+            release(self.denoiser)
+        return super().train(mode)
 
+    # Checks
 
-def _without_repa_head(weights: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in weights.items() if not name.startswith("denoiser.repa_head.")}
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError for an image size in pixels that this tokenizer does not take."""
+        expected = self.image_size
+        for patch in (self.config.encoder_patch_size, self.config.diffusion_patch_size):
+            if height < patch or width < patch or height % patch or width % patch:
+                raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {patch}.")
+        if self.config.strict_sample_size and (height, width) != expected:
+            raise ValueError(
+                f"image size {height}x{width} is not the {expected[0]}x{expected[1]} this tokenizer was made for; "
+                "resize the image, or set strict_sample_size=False in the configuration."
+            )
+
+    def _check_images(self, images: torch.Tensor, name: str = "pixel_values") -> None:
+        check_tensor(name, images, ("batch", self.config.in_channels, "height", "width"))
+        self.check_size(*images.shape[2:])
+
+    def _check_codes(self, codes: torch.Tensor, values: bool = True) -> None:
+        """Raises ValueError for what are no codes; without ``values``, which are read from the device, by form."""
+        if not isinstance(codes, torch.Tensor) or codes.ndim != 2 or codes.dtype not in CODE_DTYPES:
+            raise ValueError(f"codes must be integers of shape (batch, tokens), got {described(codes)}.")
+        if not values:
+            return
+        if not 0 < codes.shape[1] <= self.config.num_tokens:
+            raise ValueError(f"a sequence has 1 to {self.config.num_tokens} codes, got {codes.shape[1]}.")
+        if codes.numel() == 0:
+            return
+        low, high = torch.stack(codes.aminmax()).tolist()  # both at once: the device is waited for once
+        if low < 0 or high >= self.config.codebook_size:
+            raise ValueError(f"codes must lie in [0, {self.config.codebook_size}), got {low} to {high}.")
+
+    def _decoding_size(self, noise: torch.Tensor | None, height: int | None, width: int | None) -> tuple[int, int]:
+        """Size in pixels of the images to decode."""
+        size = self.image_size
+        if noise is not None:
+            self._check_images(noise, "noise")
+            if noise.device.type == "cpu" and not noise.isfinite().all():  # a GPU would be waited for
+                raise ValueError("noise must be finite, got NaN or infinity.")
+            size = (noise.shape[2], noise.shape[3])
+        asked = (
+            size[0] if height is None else check_integer("height", height),
+            size[1] if width is None else check_integer("width", width),
+        )
+        if noise is not None and asked != size:
+            raise ValueError(f"noise of size {size} does not fit height={height}, width={width}.")
+        self.check_size(*asked)
+        return asked
+
+    # Saving and loading
+
+    save_pretrained = replacing_earlier_save(ModelMixin.save_pretrained)
+
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: "DARTokenizer",
+        state_dict: dict[str, torch.Tensor] | None,
+        resolved_model_file: list[str],
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple:
+        """diffusers' step of every way of loading that fills the model; by itself it only logs what does not fit.
+
+        The REPA head may be missing, since only training uses it; a new one takes its place then.
+
+        Raises:
+            OSError: for a file of weights that cannot be read.
+            ValueError: for weights that are not those of the model.
+        """
+        quantizer = kwargs.get("hf_quantizer")
+        source = pretrained_model_name_or_path
+        if os.path.isdir(source):
+            source = os.path.dirname(resolved_model_file[0])  # with the subfolder, if any
+        if quantizer is None:  # else tensors have other names, types and shapes
+            saved = saved_weights(state_dict, resolved_model_file)
+            expected = model.state_dict()
+            if model.denoiser.repa_head is None or not any(name.startswith(REPA_HEAD) for name in saved):
+                saved = {name: shape for name, shape in saved.items() if not name.startswith(REPA_HEAD)}
+                expected = {name: tensor for name, tensor in expected.items() if not name.startswith(REPA_HEAD)}
+                if model.denoiser.repa_head is not None:
+                    model.denoiser.repa_head = _new_repa_head(model.config, kwargs.get("dtype"))
+            check_weights(source, expected, saved, sizes=not kwargs.get("ignore_mismatched_sizes"))
+        loaded = super()._load_pretrained_model(
+            model, state_dict, resolved_model_file, pretrained_model_name_or_path, *args, **kwargs
+        )
+        if quantizer is not None and loaded[1]:
+            raise ValueError(f"the quantised weights in {source} lack {some_of(sorted(loaded[1]))}.")
+        if quantizer is None:
+            check_finite_weights(source, model)
+        return loaded
 
 
 def _new_repa_head(config: Any, dtype: torch.dtype | None) -> nn.Sequential:

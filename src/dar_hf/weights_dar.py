@@ -146,6 +146,24 @@ def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[torch.Size, bool]]:
     return {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in state.items()}
 
 
+def saved_weights(state: Mapping[str, Any] | None, files: Iterable[str]) -> dict[str, tuple[torch.Size, bool]]:
+    """Shapes of saved weights: one file's, which was read already, or those of shards.
+
+    Raises:
+        OSError: for a shard that cannot be read.
+        ValueError: for shards of which two hold the same tensor: they are of different saves.
+    """
+    if state is not None:
+        return shapes_of(state)
+    found: dict[str, tuple[torch.Size, bool]] = {}
+    for file in files:
+        shard = saved_tensors(file)
+        if twice := set(shard) & set(found):
+            raise ValueError(f"{file} and another shard both hold {some_of(sorted(twice))}.")
+        found |= shard
+    return found
+
+
 def is_pointer(path: str | os.PathLike) -> bool:
     """Whether git put a pointer in the place of a large file."""
     if not os.path.isfile(path):
