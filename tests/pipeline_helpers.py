@@ -4,6 +4,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+OUTPUT_TYPES = ["pil", "np", "pt", "codes", "latent"]
+
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The package in layers: a file imports from its own layer and from those below, and no imports go round in a circle."""
+"""The package in layers: a file imports from its own layer and from those below; no imports go in a circle."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
