@@ -322,7 +322,7 @@ class SideStream:
 
 
 def can_overlap(transformer: nn.Module, tokenizer: nn.Module) -> bool:
-    """Whether denoising may run beside the language model: both stay on one CUDA device.
+    """Whether denoising may run alongside the language model: both stay on one CUDA device.
 
     Compiled tokenizers are left out: CUDA graphs share memory, and must not be replayed on two streams at once.
     """

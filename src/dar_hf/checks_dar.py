@@ -19,7 +19,7 @@ def described(value: Any) -> str:
 
 
 def check_integer(name: str, value: Any, least: int | None = 1) -> int:
-    """The value as an int, of any integer type; booleans are none.
+    """The value as an int, of any integer type; booleans are refused.
 
     Raises:
         ValueError: for anything else, and for a value below ``least``, where there is one.

@@ -15,7 +15,7 @@ POSITIVE = (
 
 @strict
 class DARConfig(LlamaConfig):
-    """Llama's own options beside those of D-AR (arXiv 2505.23660, section 3.3; sizes as in LlamaGen).
+    """Llama's own options and those of D-AR (arXiv 2505.23660, section 3.3; sizes as in LlamaGen).
 
     Input vocabulary: ``codebook_size`` image codes, then ``num_classes`` class tokens, then one null class token.
     Output vocabulary: the image codes. A sequence is ``[codebook_size + class, code, code, ...]``.

@@ -257,7 +257,7 @@ class DiffusionBlock(nn.Module):
             normed,
             encoder_hidden_states=layer_norm(self.condition_embed(condition)),
             rotary=rotary,
-            rotate_keys=False,  # the conditions have no place in the picture
+            rotate_keys=False,  # conditions have no position in the image
         )
         modulation = self.modulation(F.silu(time.unsqueeze(1) + attended))
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)

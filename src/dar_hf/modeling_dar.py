@@ -1,7 +1,7 @@
 """The D-AR language model: transformers' Llama over image codes, with batched classifier-free guidance.
 
 The layers are Llama's own (the original is LlamaGen's Llama). Ours are three dropouts, the split vocabulary, guidance
-in one doubled forward pass, and `stream_codes`, which yields every group of codes as soon as it is there.
+in one doubled forward pass, and `stream_codes`, which yields every group of codes as soon as it is complete.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """Class-conditional image generation with D-AR: language model and tokenizer, composed as two generators.
 
 `DARPipeline.stream` is the composition; calling the pipeline gives its last element, and `DARPipeline.reconstruct` is
-the same path over codes that are there already. Image-to-image follows the idea of the original code, which slices its
+the same path over codes that exist already. Image-to-image follows the idea of the original code, which slices its
 schedule twice there (the steps it skips are skipped again); here the schedule is entered once, at the step that
 ``strength`` selects.
 """
@@ -123,7 +123,7 @@ class DARPipeline(DiffusionPipeline):
         """diffusers' own, and like it in float32 unless ``dtype`` says otherwise.
 
         Without this, transformers would keep the dtype a folder was saved in and diffusers would not: a pipeline saved
-        in half precision would come back as a half-precision transformer beside a float32 tokenizer.
+        in half precision would come back as a half-precision transformer and a float32 tokenizer.
         """
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32
@@ -527,7 +527,7 @@ class DARPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         scheduler = to_adams_bashforth(self.scheduler)
-        if scheduler is not self.scheduler:  # a foreign one was put in the place of the constructor's
+        if scheduler is not self.scheduler:  # a foreign one has replaced the constructor's
             self.register_modules(scheduler=scheduler)
         _check_exclusive(prefix_codes=prefix_codes, layout_image=layout_image, image=image)
         _check_exclusive(image=image, latents=latents)  # the noise of image-to-image is drawn

@@ -45,7 +45,7 @@ def guidance_schedule(scale: GuidanceScale, num_image_tokens: int) -> list[float
 
 
 def _is_scale(value: Any) -> bool:
-    """Whether this is a number >= 0, finite as a float; True and False are none."""
+    """Whether this is a number >= 0, finite as a float, and not a bool."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
     except OverflowError:

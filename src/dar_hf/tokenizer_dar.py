@@ -266,7 +266,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         height, width = size
         return height, width
 
-    # Which codes a step sees
+    # Groups and steps
 
     def group_start(self, u: torch.Tensor) -> torch.Tensor:
         """First token of the group that a step at *unshifted* time ``u`` in [0, 1] sees.
@@ -508,7 +508,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         start_step: int = 0,
         check_codes: bool = True,
     ) -> Iterator[DARPreview]:
-        """Denoise while codes arrive: one `DARPreview` a step, each as soon as the codes it depends on are there.
+        """Denoise while codes arrive: one `DARPreview` per step, each as soon as the codes it depends on have arrived.
 
         The last one is the image; the one after k groups equals ``decode`` of those k groups, value for value.
 
@@ -617,7 +617,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
 
     @apply_forward_hook
     def _bring_in(self) -> None:
-        """Under model offloading, have this model moved to its device: codes arrive while another one is there."""
+        """Under model offloading, have this model moved to its device, where another one may be."""
 
     def check_finite(self, images: torch.Tensor) -> None:
         """Raises ValueError, which names the cause, for decoded images with NaN or infinity; waits for the device."""

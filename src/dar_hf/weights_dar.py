@@ -120,7 +120,7 @@ def saved_tensors(path: str | os.PathLike) -> dict[str, tuple[torch.Size, bool]]
     """Shape of every tensor in a file of weights, and whether it is floating point; no values are read.
 
     Raises:
-        OSError: for a file that is damaged, or none of safetensors or torch.
+        OSError: for a damaged file, or one that neither safetensors nor torch can read.
     """
     try:
         if str(path).endswith(".safetensors"):
@@ -261,5 +261,5 @@ def not_finite(what: str, model: torch.nn.Module) -> ValueError:
     kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.parameters()})
     return ValueError(
         f"{what} are not finite (NaN or infinity), though all weights are ({', '.join(kinds)}): values overflowed on "
-        "the way. Load the model with dtype=torch.float32, or torch.bfloat16 in the place of torch.float16."
+        "the way. Load the model with dtype=torch.float32, or torch.bfloat16 instead of torch.float16."
     )

@@ -1,1 +1,1 @@
-"""What the rest shares: files written atomically, pictures, options and errors of commands, processes, threads."""
+"""What the rest shares: atomic writes, grids and plots, options and errors of commands, processes, threads."""

@@ -1,4 +1,4 @@
-"""What all commands share: one line for whatever goes wrong, exit codes, and checks before anything slow.
+"""What all commands share: one line per error, exit codes, and checks before anything slow.
 
 A mistake of the user's (2), and a disk, device or network that fails (1), end a command with one line on stderr. What
 may be a fault of the program keeps its traceback. ``DAR_HF_DEBUG=1`` shows every traceback.

@@ -1,4 +1,4 @@
-"""Saved models by folder or Hub id, with one clear line for whatever is wrong with them."""
+"""Loads saved models by folder or Hub id, with one clear error."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def load(model_class: type[Model], source: str | os.PathLike, what: str = "model
         options: those of ``from_pretrained``.
 
     Raises:
-        LoadError: for whatever keeps it from being loaded.
+        LoadError: if it cannot be loaded, for any reason.
     """
     if not str(source):
         raise LoadError(f"no {what} is named: give a folder or a Hub id.")
@@ -53,7 +53,7 @@ def load_pipeline(
     """A pipeline by folder or Hub id, on a device.
 
     Raises:
-        LoadError: for whatever keeps it from being loaded.
+        LoadError: if it cannot be loaded, for any reason.
     """
     return load(DARPipeline, source, "pipeline", dtype=dtype).to(device)
 

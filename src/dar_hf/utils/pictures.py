@@ -1,4 +1,4 @@
-"""Pictures people can look at: grids of images and loss curves."""
+"""Grids of images and plots of loss curves, for people to look at."""
 
 import json
 import os
@@ -14,7 +14,7 @@ MIN_TILE = 48  # small images are shown enlarged, pixel by pixel
 
 
 def image_grid(images: torch.Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """Images ``(n, C, H, W)`` in [-1, 1], row by row, as one picture on white."""
+    """Images ``(n, C, H, W)`` in [-1, 1], row by row, as one image on white."""
     pixels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     scale = max(1, -(-MIN_TILE // min(pixels.shape[2:])))
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
