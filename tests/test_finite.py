@@ -38,6 +38,14 @@ def test_the_pipeline_gives_no_image(tiny_pipeline, output_type):
         tiny_pipeline(0, image=picture(), strength=0.5, output_type=output_type)
 
 
+def test_guidance_that_overflows_is_refused(tiny_transformer):
+    ids = torch.tensor([[tiny_transformer.config.class_token_id(3)]])
+    with pytest.raises(ValueError, match="logits are not finite"):
+        list(tiny_transformer.stream_codes(3, guidance_scale=1e40))
+    with pytest.raises(ValueError, match="logits are not finite"):
+        tiny_transformer.generate(ids, guidance_scale=1e40)
+
+
 def test_codes_need_no_denoiser(tiny_pipeline):
     damaged(tiny_pipeline.tokenizer)
     assert tiny_pipeline([0, 3], output_type="codes").images.shape == (2, 16)

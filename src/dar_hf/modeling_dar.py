@@ -385,7 +385,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         processors.insert(0, FiniteLogits(self))
         options = model_kwargs or {}
         if options.get("guidance") is not None:
-            processors.insert(1, ClassifierFreeGuidance(options["guidance"], self.config.codebook_size))
+            processors.insert(0, ClassifierFreeGuidance(options["guidance"], self.config.codebook_size))
         if options.get("generator") is not None and generation_config.do_sample:
             processors.append(GeneratorSampling(options["generator"]))
             generation_config.do_sample = False  # sampled already; argmax draws nothing from the global generator
@@ -529,10 +529,10 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
                         if schedule is not None:  # the same rows once more, under the null class
                             tokens = torch.cat([tokens, self.model.to_unconditional(tokens)])
                         logits = step(tokens)
-                        extremes.extend(logits.aminmax())
                         codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
                         if schedule is not None:
                             logits = apply_guidance(logits, schedule[codes.shape[1]])
+                        extremes.extend(logits.aminmax())
                         if warpers is None:
                             tokens = logits.argmax(dim=-1, keepdim=True)
                         else:

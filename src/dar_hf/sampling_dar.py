@@ -108,7 +108,7 @@ def check_finite(tensors: Iterable[torch.Tensor], model: nn.Module) -> None:
 
 
 class ClassifierFreeGuidance(LogitsProcessor):
-    """Merges the doubled rows of a guided step; stands first among the processors of `generate`."""
+    """Merges the doubled rows of a guided step; the first of `generate`'s processors."""
 
     def __init__(self, schedule: list[float], codebook_size: int):
         self.scales = torch.tensor(schedule)
@@ -122,7 +122,7 @@ class ClassifierFreeGuidance(LogitsProcessor):
 
 
 class FiniteLogits(LogitsProcessor):
-    """Refuses logits that are not finite, of which `generate` would make code 0; stands before all others."""
+    """Refuses logits that are not finite, of which `generate` would make code 0; only guidance stands before it."""
 
     supports_continuous_batching = True
 
