@@ -316,9 +316,9 @@ class SideStream:
         finally:
             getattr(steps, "close", lambda: None)()
             self.main.wait_stream(self.side)
-        if last is not None:
-            last.sample.record_stream(self.main)
-            last.latents.record_stream(self.main)
+            if last is not None:
+                last.sample.record_stream(self.main)
+                last.latents.record_stream(self.main)
 
 
 def can_overlap(transformer: nn.Module, tokenizer: nn.Module) -> bool:
