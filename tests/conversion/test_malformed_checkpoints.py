@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from dar_hf.conversion import convert_tokenizer, convert_transformer, save_llama
 from dar_hf.hub import export_remote_code, push_folder
-from dar_hf.training.cards import take_report, write_run_card
+from dar_hf.hub.run_cards import take_report, write_run_card
 
 from . import originals
 

@@ -32,7 +32,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(_normal(text).encode()).hexdigest()[:8]
 
 
-def stamp(text: str) -> str:
+def sign(text: str) -> str:
     """Give every block of a freshly rendered card the digest of its text."""
     return _BLANK.sub(
         lambda m: (

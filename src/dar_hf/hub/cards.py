@@ -11,13 +11,14 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from transformers import GenerationConfig
 
 from ..configuration_dar import DARConfig
+from ..metrics.names import GENERATION, RECONSTRUCTION
 from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
 from ..utils.files import INDICES, read_object, saved_class
-from .blocks import stamp
-from .results import GENERATION, RECONSTRUCTION, setting_text, tables
+from .blocks import sign
+from .tables import setting_text, tables
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "assets" / "card.md"
 PAPER_TAG = "arxiv:2505.23660"
@@ -196,7 +197,7 @@ def model_card(
         recipe=recipe or {},
         sections=sections or {},
     )
-    card.text = stamp(card.text).rstrip() + "\n"
+    card.text = sign(card.text).rstrip() + "\n"
     return card
 
 

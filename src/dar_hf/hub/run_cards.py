@@ -10,11 +10,11 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ..evaluation import dataset_names, eval_results, metric, read_report
 from ..evaluation.report import REPORT_FILE, public_name
-from ..hub import empty_model, merge_cards, model_card
-from ..hub.blocks import replace_block
-from ..hub.remote_code import is_self_contained
 from ..utils.files import read_object, read_text, resolve_inside, write_text
 from ..utils.pictures import read_history
+from .blocks import merge_cards, replace_block
+from .cards import empty_model, model_card
+from .remote_code import is_self_contained
 
 EVALUATIONS = "evaluation"  # folder of the evaluations, one for each mode
 PICTURES = {
