@@ -521,7 +521,7 @@ COMMANDS = {
     "a push of an empty folder": ([*PUSH, "EMPTY", "user/x"], "holds no model"),
     "a push with a report that is missing": ([*PUSH, "SAVED", "user/x", "--report", "NONE"], "NONE"),
     "a push to no repository": ([*PUSH, "SAVED"], "repo_id"),
-    "a push to a name that is none": ([*PUSH, "SAVED", "a/b/c"], "owner/name"),
+    "a push to a name that is none": ([*PUSH, "SAVED", "a/b/c"], "namespace/repo_name"),
 }
 
 

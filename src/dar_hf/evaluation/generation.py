@@ -186,12 +186,12 @@ class Generation(Evaluation):
         measure_agreement(self.results, shards, logits, self.num_classes, self.network, num_tokens=tokens)
 
     def _measure_precision_recall(self, shards: ShardFolder, references: References, tokens: int) -> None:
-        reason = None
+        reason = ""
         if references.shards is None:
             reason = "the reference holds statistics, no images"
         elif min(shards.count, references.shards.count) <= NUM_NEIGHBOURS:
             reason = f"a set has {NUM_NEIGHBOURS} images or fewer"
-        if references.shards is None or reason is not None:
+        if references.shards is None or reason:
             self.results.not_measured |= {"precision": reason, "recall": reason}
             return
         metric = PrecisionRecall(NUM_NEIGHBOURS, self.device)
@@ -204,7 +204,8 @@ class Generation(Evaluation):
 
     def _named(self, kind: str) -> str:
         """Display name of a metric that is computed on the features of a network."""
-        return metric_name(kind, network="" if self.network == INCEPTION else self.network)
+        network = "" if self.network == INCEPTION else self.network
+        return metric_name(kind, network=network)
 
 
 def _guidance(scale: list[float] | None) -> float | tuple[float, float] | None:

@@ -46,7 +46,8 @@ def _count(number: float) -> str:
 
 
 def _describe_tokenizer(model: DARTokenizer) -> dict[str, str]:
-    config, (height, width) = model.config, model.image_size
+    config = model.config
+    height, width = model.image_size
     # the head that REPA trains with takes no part in encoding or decoding
     parameters = sum(p.numel() for name, p in model.named_parameters() if "repa_head" not in name)
     return {
@@ -57,7 +58,8 @@ def _describe_tokenizer(model: DARTokenizer) -> dict[str, str]:
 
 
 def _describe_transformer(model: DARForCausalLM) -> dict[str, str]:
-    config, scale = model.config, model.generation_config.guidance_scale
+    config = model.config
+    scale = model.generation_config.guidance_scale
     return {
         "language model": f"Llama, {_count(model.num_parameters())} parameters, {config.num_hidden_layers} layers, "
         f"{config.num_attention_heads} heads, width {config.hidden_size}, {config.num_classes} classes",
@@ -163,10 +165,10 @@ def model_card(
         title: default the last part of ``repo_id``.
         summary: a paragraph below the title.
         facts: further rows of the table about the model, such as {"converted from": "…"}.
-        results: measured figures, for the text and the metadata's model-index; see `paper_results` and
+        results: metrics, for the text and the metadata's model-index; see
             `dar_hf.evaluation.eval_results`.
         results_note: who measured them, and how.
-        pictures: captions and their files, relative to the card.
+        pictures: captions and files of images, relative to the card.
         recipe: options of each stage of training, by the stage's title.
         sections: further headings and their Markdown.
         self_contained: say how to load the repository's own code.

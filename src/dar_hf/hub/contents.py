@@ -1,4 +1,4 @@
-"""What of a folder goes to the Hub: the files that belong to a model or a run, and nothing that lies outside it."""
+"""What of a folder goes to the Hub: the files that belong to a model or a run, and nothing outside it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,7 +10,7 @@ from ..utils.files import INDICES, read_object, resolve_inside
 from ..weights_dar import is_pointer
 
 # Folders, and files in them, that the package or the libraries it saves with write. A repository takes nothing else:
-# whatever else lies in a folder was not meant for it
+# whatever else is in a folder was not meant for it
 FOLDERS = (".", "tokenizer", "transformer", "scheduler", "text_tokenizer")
 FILES = (
     *INDICES,
