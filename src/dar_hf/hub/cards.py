@@ -11,7 +11,6 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from transformers import GenerationConfig
 
 from ..configuration_dar import DARConfig
-from ..metrics.names import GENERATION, RECONSTRUCTION
 from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
@@ -102,14 +101,14 @@ _KINDS = {
         "from diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("{id}", trust_remote_code=True)',
         "diffusers",
-        GENERATION,
+        "unconditional-image-generation",
         _describe_pipeline,
     ),
     "DARTokenizer": _Kind(
         'from dar_hf import DARTokenizer\n\ntokenizer = DARTokenizer.from_pretrained("{id}")' + _USE_TOKENIZER,
         'from diffusers import AutoModel\n\ntokenizer = AutoModel.from_pretrained("{id}", trust_remote_code=True)',
         "diffusers",
-        RECONSTRUCTION,
+        "image-to-image",
         _describe_tokenizer,
     ),
     "DARForCausalLM": _Kind(

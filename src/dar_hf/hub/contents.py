@@ -26,8 +26,8 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),  # of text
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja"),
 )
-PICTURE_FOLDERS = (".", "images", "evaluation")  # and the folders in evaluation, one for each kind
-PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "report.json")
+IMAGE_FOLDERS = (".", "images", "evaluation")  # and the folders in evaluation, one for each kind
+IMAGES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "report.json")
 WEIGHTS = (".safetensors", ".bin")
 # folders with weights, of models that have them elsewhere than at the root
 WEIGHTS_IN: dict[str, tuple[str, ...]] = {
@@ -98,15 +98,15 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _is_of_a_model(name: PurePosixPath) -> bool:
     if str(name.parent) in FOLDERS and _matches(name.name, FILES):
         return True
-    return _has_pictures(name.parent) and _matches(name.name, PICTURES)
+    return _has_images(name.parent) and _matches(name.name, IMAGES)
 
 
 def _has_files_of_a_model(name: PurePosixPath) -> bool:
-    return str(name) in FOLDERS or _has_pictures(name)
+    return str(name) in FOLDERS or _has_images(name)
 
 
-def _has_pictures(name: PurePosixPath) -> bool:
-    return str(name) in PICTURE_FOLDERS or str(name.parent) == "evaluation"
+def _has_images(name: PurePosixPath) -> bool:
+    return str(name) in IMAGE_FOLDERS or str(name.parent) == "evaluation"
 
 
 def _own_files(

@@ -165,8 +165,7 @@ def push_folder(
     files = {_path(name, subfolder): path for name, path in local_files.items()}
     text = None
     if subfolder is None:
-        default = model_card(model, repo_id, self_contained=is_self_contained(folder))
-        text = str(card or default)
+        text = str(card or model_card(model, repo_id, self_contained=is_self_contained(folder)))
         if card is None and written is not None:
             text = replace_block(written, text, "use")  # it loads from the Hub now
     return _commit(
