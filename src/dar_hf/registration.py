@@ -29,7 +29,7 @@ from .utils.files import damaged_weights, read_object, saved_class
 
 CLASSES = (DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler)
 _OPTIONS_OF_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
-_OF_BITSANDBYTES = ("load_in_8bit", "load_in_4bit")  # options of from_pretrained once; diffusers ignores what it lacks
+_OF_BITSANDBYTES = ("load_in_8bit", "load_in_4bit")  # options of old versions, which diffusers 0.42 ignores
 
 
 def register() -> None:
@@ -63,8 +63,8 @@ def _register_with_diffusers() -> None:
 def add_hub_methods(model_class: Any) -> None:
     """Give a class uploads with a card (`push_to_hub`), and clear exceptions in loading, the Hub's own with advice.
 
-    Classes of diffusers also refuse folders that hold another class: their loader warns only, and fills a model with
-    random weights.
+    Classes of diffusers also refuse folders that hold another class: the loader of diffusers 0.42 only warns, and
+    fills a model with random weights.
     """
     model_class.push_to_hub = push_to_hub
     model_class.save_pretrained = _pushing_save(model_class.save_pretrained)
@@ -116,7 +116,7 @@ def _pushing_save(save: Any) -> Any:
 
 
 def _check_configs(folder: Path) -> None:
-    """Refuse damaged files: of one of them transformers would take the defaults, and the saved guidance be lost."""
+    """Refuse damaged files: transformers 5.23 would take the defaults, and lose the saved guidance."""
     for path in (folder / CONFIG_NAME, folder / GENERATION_CONFIG_NAME):
         if path.is_file():
             read_object(path)
