@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: grids of images, previews of a few, and figures over prefix length and steps."""
+"""What an evaluation draws: grids of images, previews of a few, and metrics over prefix length and steps."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,8 @@ COLUMNS = 10
 
 def draw_reconstruction(folder: Path, report: dict[str, Any], shards: ShardFolder) -> None:
     """reconstructions.png (references above), previews.png, fid_over_prefix.png, error_over_steps.png."""
-    references, shown = (to_float(shards.rows(name)) for name in ("references", "shown"))
+    references = to_float(shards.rows("references"))
+    shown = to_float(shards.rows("shown"))
     columns = min(NUM_PAIRS // 4, len(shown))
     pairs = interleave_rows(references[:NUM_PAIRS], shown[:NUM_PAIRS], columns=columns)
     save_picture(image_grid(pairs, columns), folder / "reconstructions.png")
@@ -41,7 +42,7 @@ def draw_generation(folder: Path, report: dict[str, Any], shards: ShardFolder) -
 
 
 def _draw_previews(folder: Path, shards: ShardFolder, references: torch.Tensor | None = None) -> None:
-    """A row an image: the reference where there is one, then the picture after every step."""
+    """One row per image: the reference where there is one, then the image after every step."""
     rows = to_float(shards.rows("previews"))
     if references is not None:
         rows = torch.cat([references[: len(rows), None], rows], dim=1)
