@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from dar_hf.data import DataError
-from dar_hf.training import train
-from dar_hf.training.loop import ResumeError, make_accelerator
+from dar_hf.training import make_accelerator, train
+from dar_hf.training.resuming import ResumeError
 from dar_hf.training.run_folder import claim_output_dir
 from dar_hf.utils.pictures import read_history
 

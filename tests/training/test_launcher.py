@@ -2,9 +2,8 @@
 
 import pytest
 
-from dar_hf.training import LoopArguments, launcher
+from dar_hf.training import LoopArguments, launcher, make_accelerator
 from dar_hf.training.launcher import check_launcher, pick_precision, precision_reason
-from dar_hf.training.loop import make_accelerator
 
 from .helpers import fresh_process
 

@@ -12,8 +12,10 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from dar_hf import DARPipeline
-from dar_hf.training.loop import TrainingLoop, make_accelerator
-from dar_hf.training.sharding import check_layout, configure_deepspeed, gather_into
+from dar_hf.training import make_accelerator
+from dar_hf.training.launcher import check_layout, configure_deepspeed
+from dar_hf.training.loop import TrainingLoop
+from dar_hf.training.sharding import gather_into
 
 from .commands import Script
 from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_args

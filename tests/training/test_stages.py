@@ -16,10 +16,9 @@ from torch._dynamo.testing import CompileCounter
 
 from dar_hf import DARConfig, DARPipeline, DARTokenizer
 from dar_hf.presets import get_preset
-from dar_hf.training import TokenizerStage, train
-from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
+from dar_hf.training import ARStage, TokenizerStage, make_accelerator, train
 from dar_hf.training.checkpoints import find_checkpoint
-from dar_hf.training.loop import TrainingLoop, make_accelerator
+from dar_hf.training.loop import TrainingLoop
 from dar_hf.training.losses import cross_entropy_sum
 from dar_hf.training.run_folder import claim_output_dir
 from dar_hf.utils.pictures import read_history
@@ -45,7 +44,7 @@ def stage_of(name, folder, tokenizer, model=None, **changes):
 def run_steps(stage, args, count):
     """The loop after ``count`` steps, and the lines it would log."""
     loop = TrainingLoop(stage, args, make_accelerator(args))
-    batches = loop._batches()
+    batches = iter(loop.batches)
     stage.model.train()
     lines = []
     for step in range(count):
@@ -61,7 +60,7 @@ def test_a_model_is_compiled_once_and_whole(tmp_path, tokenizer, name):
     stage, args = stage_of(name, tmp_path / "run", tokenizer)
     loop = TrainingLoop(stage, args, make_accelerator(args))
     torch._dynamo.reset()  # other tests may have compiled the same code
-    counter, batches = CompileCounter(), loop._batches()
+    counter, batches = CompileCounter(), iter(loop.batches)
     loop.model = torch.compile(loop.model, backend=counter)
     stage.model.train()
     for step in range(3):
@@ -81,7 +80,7 @@ def unmoved(stage, args, steps):
 PAPER = {"gate_start": 0.0, "modulation_std": 0.0, "output_std": 0.0, "post_quant_std": 0.0, "adam_epsilon": 1e-8}
 
 
-@pytest.mark.parametrize("recipe, steps", [({}, 3), ({"continuous_steps": 4}, 3), (PAPER, 8)])
+@pytest.mark.parametrize("recipe, steps", [({}, 3), ({"unquantized_steps": 4}, 3), (PAPER, 8)])
 def test_every_parameter_of_the_tokenizer_moves(tmp_path, recipe, steps):
     stage, args = tokenizer_stage(tmp_path, max_train_steps=8, weight_decay=0.0, **recipe)
     assert unmoved(stage, args, steps) == set()
@@ -172,13 +171,13 @@ def test_tokens_are_counted_up_to_each_images_group(tmp_path):
     stage, _ = tokenizer_stage(tmp_path)
     batch = batch_of(stage, [(index, 1000 + index) for index in range(8)])
     output = stage.forward(stage.model, batch, 0)
-    assert stage.amounts(batch) == {"images": 8.0, "tokens": float(output.token_mask.sum())}
+    assert stage.loss_denominators(batch) == {"images": 8.0, "tokens": float(output.token_mask.sum())}
 
 
 def test_codes_are_counted(tmp_path, tokenizer):
     for cache in (True, False):
         stage, _ = ar_stage(tmp_path, tokenizer, cache_codes=cache)
-        assert stage.amounts(batch_of(stage, [(0, 1), (3, 2)])) == {"images": 2.0, "tokens": 32.0}
+        assert stage.loss_denominators(batch_of(stage, [(0, 1), (3, 2)])) == {"images": 2.0, "tokens": 32.0}
 
 
 @pytest.mark.parametrize("size", [15, 16, 31, 32, 33])
@@ -260,7 +259,7 @@ def test_half_precision_keeps_float32_weights(tmp_path, tokenizer, name):
 
 def test_the_codebook_starts_from_the_latents_everywhere(tmp_path):
     """After the continuous steps: weights, averages and the optimizer's memory."""
-    stage, args = tokenizer_stage(tmp_path, continuous_steps=3, ema_decay=0.9)
+    stage, args = tokenizer_stage(tmp_path, unquantized_steps=3, ema_decay=0.9)
     loop, lines = run_steps(stage, args, 3)
     codebook = stage.model.quantizer.codebook.weight
     torch.testing.assert_close(codebook.norm(dim=1), torch.ones(len(codebook)))
@@ -287,8 +286,8 @@ def test_groups_are_hidden_at_their_rate(tmp_path, monkeypatch):
             tokenizer_stage(tmp_path / "other", group_dropout=wrong)
 
 
-def test_quantizing_begins_after_the_continuous_steps(tmp_path, monkeypatch):
-    stage, args = tokenizer_stage(tmp_path, continuous_steps=2)
+def test_quantizing_begins_after_the_unquantized_steps(tmp_path, monkeypatch):
+    stage, args = tokenizer_stage(tmp_path, unquantized_steps=2)
     seen, forward = [], stage.model.forward
     monkeypatch.setattr(stage.model, "forward", lambda *a, **k: seen.append(k["quantize"]) or forward(*a, **k))
     _, lines = run_steps(stage, args, 4)
@@ -297,14 +296,14 @@ def test_quantizing_begins_after_the_continuous_steps(tmp_path, monkeypatch):
 
 
 def test_dead_codes_move_to_latents(tmp_path):
-    stage, args = tokenizer_stage(tmp_path, revive_every=2, revive_until=1.0)
+    stage, args = tokenizer_stage(tmp_path, dead_code_interval=2, revive_until=1.0)
     loop, _ = run_steps(stage, args, 1)
     codebook = stage.model.quantizer.codebook.weight
     with torch.no_grad():
         codebook.copy_(torch.nn.functional.normalize(torch.tensor([[-1.0] * 8]), dim=-1))  # equal rows: code 0 wins
         before = codebook.clone()
     stage.keeper.counts.zero_()
-    batches = loop._batches()
+    batches = iter(loop.batches)
     next(batches)
     loop._step(1, [next(batches)])
     moved = (codebook - before).norm(dim=1)
@@ -394,7 +393,7 @@ def test_one_guidance_scale(tmp_path, tokenizer):
         ar_args(tmp_path, tokenizer, guidance_scale=[1.0, math.nan])
 
 
-CARE = {"max_train_steps": 16, "continuous_steps": 7, "revive_every": 2, "revive_until": 0.8, "ema_decay": 0.9}
+CARE = {"max_train_steps": 16, "unquantized_steps": 7, "dead_code_interval": 2, "revive_until": 0.8, "ema_decay": 0.9}
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "ar"])
@@ -507,7 +506,7 @@ def test_overrides_that_make_no_tokenizer(tmp_path, item):
     args = tokenizer_args(tmp_path)
     args.model_overrides.append(item)
     with pytest.raises(ValueError, match=item.split("=")[0]):
-        build_tokenizer_stage(args)
+        TokenizerStage.build(args)
 
 
 @pytest.mark.parametrize("item", ["hidden_szie=32", "hidden_size=33", "num_classes=0", "resid_dropout=2.0"])
@@ -515,7 +514,7 @@ def test_overrides_that_make_no_transformer(tmp_path, tokenizer, item):
     args = ar_args(tmp_path, tokenizer)
     args.model_overrides.append(item)
     with pytest.raises(ValueError, match=item.split("=")[0].replace("_", "[_ ]")):
-        build_ar_stage(args)
+        ARStage.build(args)
 
 
 def test_presets_without_the_part(tmp_path, tokenizer):

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dar_hf.training import train
-from dar_hf.training.loop import StoppedError, make_accelerator
-from dar_hf.training.stopping import StopRequest
+from dar_hf.training import make_accelerator, train
+from dar_hf.training.stopping import StoppedError, StopRequest
 from dar_hf.utils.pictures import read_history
 
 from .helpers import fresh_process, tokenizer_stage

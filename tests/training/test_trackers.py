@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from dar_hf.training import LoopArguments, train
-from dar_hf.training.loop import make_accelerator
+from dar_hf.training import LoopArguments, make_accelerator, train
 from dar_hf.training.trackers import track_pictures
 
 from .helpers import fresh_process, tokenizer_stage

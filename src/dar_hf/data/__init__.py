@@ -7,31 +7,34 @@ from .batches import (
     GlobalBatchSampler,
     ImageSamples,
     SeedFor,
+    bernoulli_mask,
     collate,
     draw_seed,
-    dropped,
     normal_noise,
     sample_times,
 )
 from .sources import available_splits, load_images, stream_images
+from .splits import DataArguments, image_splits
 from .streaming import BatchStream, StreamedImages
 from .transforms import ImageTransform, random_crop, ten_crop
 
 __all__ = [
     "BatchStream",
+    "DataArguments",
     "DataError",
-    "StreamedImages",
-    "UNREADABLE",
-    "collate",
     "GlobalBatchSampler",
     "ImageSamples",
     "ImageTransform",
     "SeedFor",
+    "StreamedImages",
+    "UNREADABLE",
     "available_splits",
+    "bernoulli_mask",
     "center_crop",
+    "collate",
     "convert_channels",
     "draw_seed",
-    "dropped",
+    "image_splits",
     "image_to_pixels",
     "load_images",
     "normal_noise",

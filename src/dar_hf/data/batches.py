@@ -241,10 +241,16 @@ def warn_unreadable(name: str, error: BaseException) -> None:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples as one batch; ``skipped`` lists what was left out of any of them, where there is any."""
+    """Samples as one batch, with each one's time of the diffusion (``timesteps``).
+
+    ``skipped`` lists what was left out of any of them, where there is any.
+    """
     skipped = [index for sample in samples for index in sample.pop("skipped", [])]
     batch = torch.utils.data.default_collate(samples)
-    return batch | ({"skipped": skipped} if skipped else {})
+    batch["timesteps"] = sample_times(batch["seed"])
+    if skipped:
+        batch["skipped"] = skipped
+    return batch
 
 
 def sample_times(seeds: torch.Tensor) -> torch.Tensor:
@@ -261,8 +267,7 @@ def normal_noise(seeds: torch.Tensor, shape: Sequence[int], device: torch.device
     return noise
 
 
-def dropped(seeds: torch.Tensor, rate: float, purpose: SeedFor = SeedFor.CLASS_DROPOUT) -> torch.Tensor:
-    """Which samples lose their class, or what else is dropped at a rate; ``(B,)`` bool, each from its own seed."""
-    return torch.tensor(
-        [random.Random(draw_seed(int(seed), purpose)).random() < rate for seed in seeds], dtype=torch.bool
-    )
+def bernoulli_mask(seeds: torch.Tensor, rate: float, purpose: SeedFor = SeedFor.CLASS_DROPOUT) -> torch.Tensor:
+    """True with probability ``rate`` for each sample, drawn from its own seed: what is dropped; ``(B,)`` bool."""
+    draws = [random.Random(draw_seed(int(seed), purpose)).random() for seed in seeds]
+    return torch.tensor([draw < rate for draw in draws], dtype=torch.bool)

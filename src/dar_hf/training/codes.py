@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from accelerate.utils import gather_object
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, hf_hub_download
 from pyarrow.parquet import read_metadata
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from ..data import ImageSamples, ImageTransform, load_images
 from ..data.loading import clear_errors
+from ..data.splits import DataArguments, load_validation, random_subset, validation_samples
 from ..hub import advice, matching_files, prepare_repository, push_card
 from ..hub.blocks import stamp as stamp_card
 from ..tokenizer_dar import DARTokenizer
 from ..utils.files import read_object, write_json, write_text
 from ..utils.loading import load
-from ..utils.options import check_texts, option
+from ..utils.options import check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -176,9 +179,22 @@ def load_codes(source: str, tokenizer: DARTokenizer, transform: ImageTransform) 
     return dataset
 
 
-def stored_samples(dataset: datasets.Dataset, transform: ImageTransform) -> CodeSamples:
-    """Samples of a stored set from `load_codes`."""
-    return CodeSamples(_StoredCodes(dataset), dataset["label"][:], transform)
+def code_splits(
+    args: DataArguments, source: str, tokenizer: DARTokenizer
+) -> tuple[CodeSamples, ImageSamples | None, datasets.ClassLabel]:
+    """Stored codes to train on, images to validate on where ``args`` name a data set, and the classes of both."""
+    size = tokenizer.image_size
+    channels = tokenizer.config.in_channels
+    transform = args.train_transform(size, channels)
+    dataset = load_codes(source, tokenizer, transform)
+    classes = dataset.features["label"]
+    validation = None
+    if args.dataset_name:
+        load_split = partial(load_images, **args.source(with_labels=True), class_names=classes.names)
+        validation = load_validation(args, load_split)
+    dataset = random_subset(dataset, args.max_train_samples, args.seed)
+    samples = CodeSamples(_StoredCodes(dataset), dataset["label"][:], transform)
+    return samples, validation_samples(validation, size, channels, args), classes
 
 
 def _find_codes(source: str) -> tuple[dict, list[str]]:
@@ -216,20 +232,26 @@ def make_stamp(tokenizer: DARTokenizer, transform: ImageTransform) -> dict[str, 
 class ExtractArguments:
     """Options of examples/extract_codes.py."""
 
-    tokenizer: str = option("", "folder or Hub id of the trained tokenizer, or of a pipeline's tokenizer folder")
-    dataset_name: str = option("", "digits, a folder of images or parquet files, a parquet file, or a Hub id")
-    output_dir: str = option("outputs/codes", "folder for the codes; an unfinished one is continued")
-    split: str = option("train", "split to encode")
-    dataset_config_name: str | None = option(None, "configuration of a Hub data set")
-    image_column: str = option("image", "column with the images")
-    label_column: str = option("label", "column with the classes")
-    crop: str = option("ten", "center or ten")
-    flip: bool = option(False, "also the mirrored images; the ten crops hold them in any case")
-    batch_size: int = option(128, "images per forward pass")
-    shard_size: int = option(8192, "images per shard; an interrupted extraction repeats at most one of each process")
-    push_to_hub: bool = option(False, "upload the finished set")
-    hub_dataset_id: str | None = option(None, "repository to upload to; default the name of output_dir")
-    hub_private_repo: bool = option(False, "create that repository as a private one")
+    tokenizer: str = HfArg(
+        default="", help="folder or Hub id of the trained tokenizer, or of a pipeline's tokenizer folder"
+    )
+    dataset_name: str = HfArg(
+        default="", help="digits, a folder of images or parquet files, a parquet file, or a Hub id"
+    )
+    output_dir: str = HfArg(default="outputs/codes", help="folder for the codes; an unfinished one is continued")
+    split: str = HfArg(default="train", help="split to encode")
+    dataset_config_name: str | None = HfArg(default=None, help="configuration of a Hub data set")
+    image_column: str = HfArg(default="image", help="column with the images")
+    label_column: str = HfArg(default="label", help="column with the classes")
+    crop: str = HfArg(default="ten", help="center or ten")
+    flip: bool = HfArg(default=False, help="also the mirrored images; the ten crops hold them in any case")
+    batch_size: int = HfArg(default=128, help="images per forward pass")
+    shard_size: int = HfArg(
+        default=8192, help="images per shard; an interrupted extraction repeats at most one of each process"
+    )
+    push_to_hub: bool = HfArg(default=False, help="upload the finished set")
+    hub_dataset_id: str | None = HfArg(default=None, help="repository to upload to; default the name of output_dir")
+    hub_private_repo: bool = HfArg(default=False, help="create that repository as a private one")
 
     def __post_init__(self):
         check_texts(self)

@@ -1,20 +1,50 @@
 """Options of commands: dataclasses that transformers' HfArgumentParser reads, and files of options."""
 
+import argparse
+import functools
+import logging
 import os
 import types
-from collections.abc import Callable
-from dataclasses import field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+logger = logging.getLogger(__name__)
+
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def option(default: Any, text: str) -> Any:
-    """A field of a dataclass of options, with its help text."""
-    return field(default=default, metadata={"help": text})
+class RenamedOption(argparse.Action):
+    """The ``action`` of an option whose ``aliases`` are former names: it takes them with a warning."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        given = (option_string or "").lstrip("-").replace("-", "_")
+        if given != self.dest:
+            _warn_renamed(given, self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def current_names(options: Mapping[str, Any], options_class: type) -> dict[str, Any]:
+    """Options of a preset or a file by the names they have now; a former name is taken with a warning."""
+    renamed = {}
+    for part in fields(options_class):
+        if part.metadata.get("action") is RenamedOption:
+            renamed[part.metadata["aliases"].lstrip("-")] = part.name
+    current = {name: value for name, value in options.items() if name not in renamed}
+    for former in options.keys() & renamed.keys():
+        _warn_renamed(former, renamed[former])
+        current.setdefault(renamed[former], options[former])
+    return current
+
+
+@functools.cache  # commands may read their options twice
+def _warn_renamed(former: str, name: str) -> None:
+    logger.warning("the option %s is now called %s; the next version takes the new name only.", former, name)
 
 
 def expand_path(path: str) -> str:
@@ -70,6 +100,7 @@ def read_options(path: str | Path, options_class: type) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold options by name, not a {type(content).__name__}.")
+    content = current_names(content, options_class)
     wanted = {part.name for part in fields(options_class)}
     unknown = sorted(str(name) for name in content if name not in wanted)
     if unknown:
