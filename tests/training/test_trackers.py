@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dar_hf.training import LoopArguments, make_accelerator, train
-from dar_hf.training.trackers import track_pictures
+from dar_hf.training.trackers import track_images
 
 from .helpers import fresh_process, tokenizer_stage
 
@@ -43,7 +43,7 @@ def test_each_tracker_is_given_what_it_takes():
         return SimpleNamespace(name=name, log_images=lambda values, **options: given.append((name, values, options)))
 
     trackers = [tracker(name) for name in names]
-    track_pictures(trackers, {"samples": Image.new("L", (3, 2))}, 7)
+    track_images(trackers, {"samples": Image.new("L", (3, 2))}, 7)
     (first, pixels, options), (second, pictures, others) = given
     assert (first, second) == ("tensorboard", "wandb") and options == {"step": 7, "dataformats": "NHWC"}
     assert pixels["validation/samples"].shape == (1, 2, 3, 3)

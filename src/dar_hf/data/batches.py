@@ -91,15 +91,21 @@ class GlobalBatchSampler:
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("accumulation", accumulation)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.num_processes, self.process_index, self.accumulation = num_processes, process_index, accumulation
-        self.start_step, self.num_steps = start_step, num_steps
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.accumulation = accumulation
+        self.seed = seed
+        self.start_step = start_step
+        self.num_steps = num_steps
 
     def __len__(self) -> int:
         return (self.num_steps - self.start_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, torch.empty(0)
+        epoch = -1
+        order = torch.empty(0)
         for micro_step in range(self.start_step * self.accumulation, self.num_steps * self.accumulation):
             first = (micro_step * self.num_processes + self.process_index) * self.batch_size
             batch = []
@@ -147,12 +153,13 @@ class ImageSamples(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """``pixel_values (C, H, W)``, ``index``, ``seed`` and, where there are labels, ``label``.
 
-        In the place of an image that cannot be read comes the next one, and ``skipped`` lists what was left out.
+        Unreadable images are replaced by the next one, and ``skipped`` lists them.
 
         Raises:
             DataError: if no image can be read.
         """
-        (index, seed), skipped = key, []
+        index, seed = key
+        skipped = []
         while (pixels := self._attempt(index, lambda image: self.transform(image, seed))) is None:
             skipped.append(index)
             if len(skipped) == len(self):
@@ -161,7 +168,9 @@ class ImageSamples(torch.utils.data.Dataset):
         sample = {"pixel_values": pixels, "index": index, "seed": seed}
         if self.labels:
             sample["label"] = self.labels[index]
-        return sample | ({"skipped": skipped} if skipped else {})
+        if skipped:
+            sample["skipped"] = skipped
+        return sample
 
     def readable_image(self, index: int) -> Image.Image | None:
         """The image, upright and in the transform's channels, or None if it cannot be read."""

@@ -26,39 +26,25 @@ HELD_OUT_PART = 20  # one image in this many is held out for validation where th
 class DataArguments:
     """Options that say which images a run sees, and how they are cut."""
 
-    dataset_name: str = HfArg(
-        default="", help="digits, a folder of images, parquet files or webdataset tars, a file, a Hub id"
-    )
-    streaming: bool = HfArg(
-        default=False, help="read the training images as they are needed, without an index or a copy on disk"
-    )
+    dataset_name: str = HfArg(default="", help="digits, a folder of images, parquet files or tars, a file, a Hub id")
+    streaming: bool = HfArg(default=False, help="read training images as needed, without a copy on disk")
     stream_block_size: int = HfArg(default=1024, help="rows of a stream that are shuffled together")
     dataset_config_name: str | None = HfArg(default=None, help="configuration of a Hub data set")
     train_split: str = HfArg(default="train", help="split to train on")
-    validation_split: str | None = HfArg(
-        default=None, help="split for validation; default validation or test, where there is one"
-    )
+    validation_split: str | None = HfArg(default=None, help="split to validate on; default validation or test")
     image_column: str = HfArg(default="image", help="column with the images")
     label_column: str = HfArg(default="label", help="column with the classes")
-    max_train_samples: int | None = HfArg(
-        default=None, help="use a random N of the training images; of a stream the first N"
-    )
+    max_train_samples: int | None = HfArg(default=None, help="train on N random images; of a stream the first N")
     max_validation_samples: int = HfArg(default=256, help="validate on at most N images")
     crop: str = HfArg(default="center", help="center, random or ten")
     flip: bool = HfArg(default=False, help="mirror half of the images")
-    pixel_noise: float = HfArg(
-        default=0.0, help="standard deviation of the noise on training pixels, in units of [-1, 1]; for stage 2"
-    )
+    pixel_noise: float = HfArg(default=0.0, help="standard deviation of noise on training pixels in [-1, 1]")
     seed: int = HfArg(default=0, help="seed of everything random")
 
     def source(self, with_labels: bool) -> dict[str, Any]:
         """What `load_images` and `stream_images` are told besides the split."""
-        return {
-            "name": self.dataset_name,
-            "config_name": self.dataset_config_name,
-            "image_column": self.image_column,
-            "label_column": self.label_column if with_labels else None,
-        }
+        columns = {"image_column": self.image_column, "label_column": self.label_column if with_labels else None}
+        return {"name": self.dataset_name, "config_name": self.dataset_config_name, **columns}
 
     def train_transform(self, size: tuple[int, int], channels: int) -> ImageTransform:
         """How training images are cut to ``size`` (height, width)."""

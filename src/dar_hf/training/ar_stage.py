@@ -76,7 +76,8 @@ class ARStage(Stage):
         id2label: dict[int, str] | None = None,
     ):
         self.model: Any = model
-        self.args, self.id2label = args, id2label
+        self.args = args
+        self.id2label = id2label
         if args.lora_rank:
             self.model = add_adapters(
                 model, args.lora_rank, args.lora_alpha or args.lora_rank, train_classes=bool(args.new_classes)
@@ -139,9 +140,8 @@ class ARStage(Stage):
     def forward(self, model: nn.Module, batch: dict, step: int) -> torch.Tensor:
         if "codes" not in batch:
             batch["codes"] = self._encode(batch["pixel_values"])
-        return self._logits(
-            model, batch["codes"], batch["label"], bernoulli_mask(batch["seed"], self.model.config.class_dropout)
-        )
+        drop_class = bernoulli_mask(batch["seed"], self.model.config.class_dropout)
+        return self._logits(model, batch["codes"], batch["label"], drop_class)
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         return self.tokenizer.to(images.device).encode(images).codes
@@ -156,10 +156,11 @@ class ARStage(Stage):
 
     @torch.no_grad()
     def validate(self, step: int) -> tuple[dict[str, float], dict[str, Image.Image]]:
-        """Cross-entropy on the validation images, and a grid of samples, one class a row."""
-        figures = {}
+        """Cross-entropy on the validation images, and a grid of samples, one row per class."""
+        metrics = {}
         if self.validation is not None:
-            total, count = 0.0, 0
+            total = 0.0
+            count = 0
             for indices in readable_batches(self.validation, self.args.max_validation_samples, ENCODE_BATCH):
                 codes = self._encode(self.validation.stack(indices).to(self.model.device))
                 labels = torch.tensor([self.validation.labels[i] for i in indices], device=codes.device)
@@ -167,7 +168,7 @@ class ARStage(Stage):
                 total += float(cross_entropy_sum(logits, codes))
                 count += len(indices)
             if count:
-                figures["cross_entropy"] = total / (count * self.model.config.num_image_tokens)
+                metrics["cross_entropy"] = total / (count * self.model.config.num_image_tokens)
         rows = min(self.model.config.num_classes, MAX_SAMPLE_ROWS)
         labels = [label for label in range(rows) for _ in range(SAMPLE_COLUMNS)]
         generator = torch.Generator(self.model.device).manual_seed(self.args.seed)
@@ -175,7 +176,7 @@ class ARStage(Stage):
         shape = (self.tokenizer.config.in_channels, *self.tokenizer.image_size)
         noise = normal_noise(torch.arange(len(labels)), shape, codes.device)
         images = self.tokenizer.to(codes.device).decode(codes, noise=noise).sample
-        return figures, {"samples": image_grid(images, SAMPLE_COLUMNS)}
+        return metrics, {"samples": image_grid(images, SAMPLE_COLUMNS)}
 
     def save(self, folder: Path) -> None:
         model: Any = self.model
@@ -190,7 +191,7 @@ class ARStage(Stage):
         return DARPipeline(self.tokenizer, model, scheduler, self.id2label)
 
     def _check(self, model: DARForCausalLM) -> None:
-        """Refuse now what saving would refuse after the whole training.
+        """Reject now what saving would reject after the whole training.
 
         Raises:
             ValueError: for parts that make no pipeline, or configurations that cannot be written.

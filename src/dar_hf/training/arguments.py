@@ -1,15 +1,14 @@
 """Options of a run: what both stages share, and what each adds."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers.hf_argparser import HfArg
 
 from ..data.splits import DataArguments
 from ..utils.options import RenamedOption, check_texts
-
-POSITIVE = ("discriminator_layers", "discriminator_width", "discriminator_learning_rate", "encoder_learning_rate")
 
 
 @dataclass
@@ -20,17 +19,11 @@ class LoopArguments(DataArguments):
 
     preset: str = HfArg(default="v1", help="named size and recipe, see dar_hf.presets")
     output_dir: str = HfArg(default="outputs/run", help="folder for the model, checkpoints, curves and pictures")
-    max_corrupt_images: int = HfArg(
-        default=100, help="stop when more than this many images cannot be read; fewer are left out"
-    )
+    max_corrupt_images: int = HfArg(default=100, help="stop when more images than this cannot be read")
     model_overrides: list[str] | None = HfArg(default=None, help="changes to the preset's model, as name=value")
-    init_from: str | None = HfArg(
-        default=None, help="fine-tune this saved model instead of a new one: a folder or Hub id"
-    )
+    init_from: str | None = HfArg(default=None, help="folder or Hub id of a model to fine-tune")
 
-    max_train_steps: int = HfArg(
-        default=1000, help="optimizer steps of the whole run; a resumed run can be given more"
-    )
+    max_train_steps: int = HfArg(default=1000, help="optimizer steps; a resumed run can be given more")
     train_batch_size: int = HfArg(default=64, help="images per process and forward pass")
     gradient_accumulation_steps: int = HfArg(default=1, help="forward passes per optimizer step")
     learning_rate: float = HfArg(default=1e-3, help="peak learning rate")
@@ -42,25 +35,19 @@ class LoopArguments(DataArguments):
     adam_epsilon: float = HfArg(default=1e-8, help="AdamW epsilon")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay")
     max_grad_norm: float = HfArg(default=1.0, help="gradient norm is clipped to this")
-    ema_decay: float | None = HfArg(
-        default=None, help="decay of the averaged weights that are validated and saved; none if unset"
-    )
+    ema_decay: float | None = HfArg(default=None, help="decay of the weights' average, which is validated and saved")
     mixed_precision: str = HfArg(
         default="auto", help="auto (what the launcher says; without one, bf16 where native), no, bf16 or fp16"
     )
     torch_compile: bool = HfArg(default=False, help="compile the model's forward pass with torch's inductor")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
 
-    checkpointing_steps: int = HfArg(
-        default=1000, help="steps between checkpoints, of which the last is at the end; 0 for none"
-    )
+    checkpointing_steps: int = HfArg(default=1000, help="steps between checkpoints, also at the end; 0 for none")
     checkpoints_total_limit: int | None = HfArg(default=2, help="keep only the last N checkpoints; 0 for all")
     resume_from_checkpoint: str | None = HfArg(
         default=None, help="latest (also starts a run where there is none), a checkpoint's name or its path"
     )
-    overwrite_output_dir: bool = HfArg(
-        default=False, help="start over in a folder that holds an earlier run, and delete that"
-    )
+    overwrite_output_dir: bool = HfArg(default=False, help="delete an earlier run in output_dir and start over")
     validation_steps: int = HfArg(default=500, help="steps between validations; 0 for none before the end")
     logging_steps: int = HfArg(default=10, help="steps between lines of history.jsonl")
     dataloader_num_workers: int = HfArg(default=0, help="worker processes per data loader")
@@ -68,7 +55,7 @@ class LoopArguments(DataArguments):
     push_to_hub: bool = HfArg(default=False, help="upload the finished model, its card and pictures to the Hub")
     hub_model_id: str | None = HfArg(default=None, help="repository to upload to; default the name of output_dir")
     hub_private_repo: bool = HfArg(default=False, help="create that repository as a private one")
-    push_steps: int = HfArg(default=0, help="also upload the model so far every N steps; 0 for the finished one alone")
+    push_steps: int = HfArg(default=0, help="also upload the model so far every N steps")
 
     def __post_init__(self):
         check_texts(self)
@@ -76,34 +63,21 @@ class LoopArguments(DataArguments):
         if precision in ("false", "off"):  # YAML's reading of a bare no, and of its other spellings
             precision = "no"
         self.mixed_precision = precision
-        positive = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
-        for name in (*positive, "max_train_samples", "max_validation_samples", "stream_block_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if isinstance(value, float) and not math.isfinite(value) and name != "max_grad_norm":  # inf clips nothing
-                raise ValueError(f"{name} must be a finite number, got {value}.")
-        for name in ("decay_fraction", "final_learning_rate_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
-        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
-        counts = (
-            "warmup_steps",
-            "checkpointing_steps",
-            "validation_steps",
-            "push_steps",
-            "seed",
-            "max_corrupt_images",
-        )
-        for name in (*counts, "checkpoints_total_limit", "dataloader_num_workers", "weight_decay", "pixel_noise"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        sizes = ("max_train_samples", "max_validation_samples", "stream_block_size")
+        _require(self, counts + sizes, lambda value: value >= 1, "be at least 1")
+        _require(self, ("learning_rate", "max_grad_norm", "adam_epsilon"), lambda value: value > 0, "be positive")
+        numbers = [name for name, value in vars(self).items() if isinstance(value, float)]
+        numbers.remove("max_grad_norm")  # an infinite one clips nothing
+        _require(self, numbers, math.isfinite, "be a finite number")
+        shares = ("decay_fraction", "final_learning_rate_ratio")
+        _require(self, shares, lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        decays = ("ema_decay", "adam_beta1", "adam_beta2")
+        _require(self, decays, lambda value: 0 <= value < 1, "lie in [0, 1)")
+        intervals = ("checkpointing_steps", "validation_steps", "push_steps", "warmup_steps")
+        limits = ("max_corrupt_images", "checkpoints_total_limit", "dataloader_num_workers")
+        others = ("seed", "weight_decay", "pixel_noise")
+        _require(self, intervals + limits + others, lambda value: value >= 0, "not be negative")
         if self.push_steps and not self.push_to_hub:
             raise ValueError("push_steps says when to upload: give --push_to_hub with it.")
         if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
@@ -119,45 +93,43 @@ class LoopArguments(DataArguments):
         return factor
 
 
+def _require(args: LoopArguments, names: Iterable[str], holds: Callable[[Any], bool], what: str) -> None:
+    """Raise a ValueError for the first of these options that is set and does not hold."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} must {what}, got {value}.")
+
+
 @dataclass
 class TokenizerArguments(LoopArguments):
     """Options of stage 1. The defaults are the paper's plain recipe; small presets switch on what small data need."""
 
     can_be_sharded: ClassVar[bool] = False
 
-    encoder_learning_rate: float | None = HfArg(default=None, help="peak rate of the encoder, if not the decoder's")
+    encoder_learning_rate: float | None = HfArg(default=None, help="peak rate of the encoder; default learning_rate")
     vq_weight: float = HfArg(default=1.0, help="weight of the codebook loss")
     commit_weight: float = HfArg(default=1.0, help="weight of the commitment loss (its own 0.25 comes on top)")
     perceptual_weight: float = HfArg(default=0.0, help="weight of LPIPS between the image and its jump estimate")
-    lpips_weights: str | None = HfArg(
-        default=None, help="converted weights of LPIPS: a file, a folder or a Hub repository"
-    )
-    repa_weight: float = HfArg(
-        default=0.0, help="weight of REPA, which pulls features of the denoiser towards repa_model's"
-    )
+    lpips_weights: str | None = HfArg(default=None, help="converted weights of LPIPS: file, folder or Hub id")
+    repa_weight: float = HfArg(default=0.0, help="weight of REPA: the denoiser learns repa_model's features")
     repa_model: str = HfArg(default="facebook/dinov2-base", help="folder or Hub id of REPA's image encoder")
     discriminator_weight: float = HfArg(default=0.0, help="weight of the PatchGAN discriminator's verdict; 0 for none")
     discriminator_start: int = HfArg(default=0, help="steps before the discriminator trains and counts")
     discriminator_layers: int = HfArg(default=3, help="convolutions of stride 2 of the discriminator")
     discriminator_width: int = HfArg(default=128, help="channels after the discriminator's first layer")
-    discriminator_learning_rate: float | None = HfArg(
-        default=None, help="peak rate of the discriminator, if not the tokenizer's"
-    )
+    discriminator_learning_rate: float | None = HfArg(default=None, help="its peak rate; default learning_rate")
     gate_start: float = HfArg(default=0.0, help="initial value of the block gates")
     modulation_std: float = HfArg(default=0.0, help="initial standard deviation of the denoiser's adaLN layers")
     output_std: float = HfArg(default=0.0, help="initial standard deviation of the denoiser's output layer")
-    post_quant_std: float = HfArg(
-        default=0.0, help="initial standard deviation of the projection after the quantizer; 0 for torch's own"
-    )
+    post_quant_std: float = HfArg(default=0.0, help="initial std of post_quant_proj; 0 for torch's own")
     unquantized_steps: int = HfArg(
         default=0,
         aliases="--continuous_steps",
         metadata={"action": RenamedOption},
         help="first steps without quantizing, after which the codebook starts from k-means",
     )
-    group_dropout: float = HfArg(
-        default=0.0, help="share of samples that see the codes before their group's, but not its own"
-    )
+    group_dropout: float = HfArg(default=0.0, help="share of images whose group of codes is hidden from them")
     dead_code_interval: int = HfArg(
         default=0,
         aliases="--revive_every",
@@ -176,17 +148,15 @@ class TokenizerArguments(LoopArguments):
             raise ValueError(
                 "unquantized_steps would replace the codebook that --init_from brings: pass --unquantized_steps 0."
             )
-        if not 0 <= self.group_dropout < 1:
-            raise ValueError(f"group_dropout must lie in [0, 1), got {self.group_dropout}.")
-        if self.dead_code_interval < 0 or not 0 <= self.revive_until <= 1:
-            raise ValueError("dead_code_interval must not be negative, and revive_until must lie in [0, 1].")
-        weights = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
-        for name in (*weights, "discriminator_start", "modulation_std", "output_std", "post_quant_std"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in POSITIVE:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        _require(self, ("group_dropout",), lambda value: 0 <= value < 1, "lie in [0, 1)")
+        _require(self, ("revive_until",), lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        weights = [name for name in vars(self) if name.endswith("_weight")]
+        deviations = ("modulation_std", "output_std", "post_quant_std")
+        steps = ("dead_code_interval", "discriminator_start")
+        _require(self, [*weights, *deviations, *steps], lambda value: value >= 0, "not be negative")
+        sizes = ("discriminator_layers", "discriminator_width")
+        rates = ("discriminator_learning_rate", "encoder_learning_rate")
+        _require(self, sizes + rates, lambda value: value > 0, "be positive")
 
 
 @dataclass
@@ -194,24 +164,16 @@ class ARArguments(LoopArguments):
     """Options of stage 2."""
 
     tokenizer: str = HfArg(default="", help="folder or Hub id of the trained tokenizer")
-    codes: str | None = HfArg(
-        default=None, help="codes made by extract_codes.py, a folder or Hub id, instead of training images"
-    )
+    codes: str | None = HfArg(default=None, help="train on the codes of extract_codes.py, a folder or Hub id")
     cache_codes: bool = HfArg(default=False, help="encode the whole set once, before training: for small sets")
     new_classes: str | None = HfArg(
         default=None,
         help="with --init_from, choose its classes anew, starting from: null (the null class), mean (of all) or fresh",
     )
-    lora_rank: int = HfArg(
-        default=0, help="train only low-rank adapters of this rank, which are merged at the end; 0 for all"
-    )
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank, merged at the end; 0 for all weights")
     lora_alpha: int | None = HfArg(default=None, help="scale of the adapters times their rank; default the rank")
-    guidance_scale: list[float] | None = HfArg(
-        default=None, help="default guidance saved with the model: one scale, or two ends"
-    )
-    solver_order: int = HfArg(
-        default=2, help="solver saved with the pipeline: 2 is the original's Adams-Bashforth, 1 Euler"
-    )
+    guidance_scale: list[float] | None = HfArg(default=None, help="default guidance, saved: one scale or two ends")
+    solver_order: int = HfArg(default=2, help="saved solver: 2 is the original's Adams-Bashforth, 1 Euler")
 
     def __post_init__(self):
         super().__post_init__()

@@ -95,4 +95,5 @@ class CodebookKeeper:
         return {"counts": self.counts, "latents": self.latents}
 
     def load_state_dict(self, state: dict) -> None:
-        self.counts, self.latents = state["counts"], state["latents"]
+        self.counts = state["counts"]
+        self.latents = state["latents"]

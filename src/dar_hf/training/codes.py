@@ -1,6 +1,6 @@
 """Codes of a whole data set, made once: the tokenizer need not run while the language model trains.
 
-A stored set is a folder of parquet shards with ``codes.json`` beside them, the stamp that says which tokenizer, crops
+A stored set is a folder of parquet shards with ``codes.json`` next to them, the stamp that says which tokenizer, crops
 and size the codes are of. `dar_hf.training` reads no set whose stamp does not fit.
 """
 
@@ -49,7 +49,7 @@ tags: [dar, image-codes]
 <!-- dar-hf:about -->
 # Image codes
 
-Codes of `{dataset}` ({split}, {num_images:,} images) under a D-AR tokenizer, {variants} a row: `codes` is
+Codes of `{dataset}` ({split}, {num_images:,} images) under a D-AR tokenizer, {variants} per row: `codes` is
 (variants, tokens), in the order of the crops of `dar_hf.data.ImageTransform`. `codes.json` says which tokenizer
 (a hash of its weights), crop and size they are of; `examples/train.py ar --codes` takes no others.
 <!-- /dar-hf:about -->
@@ -82,11 +82,11 @@ def encode_variants(samples: ImageSamples, indices: range, tokenizer: DARTokeniz
     """
     transform = samples.transform
     found = {index: image for index in indices if (image := samples.readable_image(index)) is not None}
-    kept, images = list(found), list(found.values())
-    if not images:
+    kept = list(found)
+    if not kept:
         return torch.empty(0, num_variants(transform), tokenizer.config.num_tokens, dtype=torch.long), kept
     stacks = (
-        torch.stack([transform.render(image, variant) for image in images])
+        torch.stack([transform.render(image, variant) for image in found.values()])
         for variant in range(num_variants(transform))
     )
     return torch.stack([tokenizer.encode(stack.to(tokenizer.device)).codes.cpu() for stack in stacks], dim=1), kept
@@ -117,7 +117,9 @@ class CodeSamples(torch.utils.data.Dataset):
     """
 
     def __init__(self, codes: Any, labels: list[int], transform: ImageTransform):
-        self.codes, self.labels, self.transform = codes, labels, transform
+        self.codes = codes
+        self.labels = labels
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -138,10 +140,10 @@ def encode_all(samples: ImageSamples, tokenizer: DARTokenizer) -> CodeSamples:
     state = PartialState()
     with state.split_between_processes(_batches(range(len(samples)), ENCODE_BATCH)) as mine:
         parts = gather_object([_encode(samples, mine, tokenizer, progress=state.is_main_process)])
-    codes, labels = torch.cat([codes for codes, _ in parts]), [label for _, labels in parts for label in labels]
+    labels = [label for _, labels in parts for label in labels]
     if not labels:
         raise ValueError(f"none of the {len(samples)} images can be read.")
-    return CodeSamples(codes, labels, samples.transform)
+    return CodeSamples(torch.cat([codes for codes, _ in parts]), labels, samples.transform)
 
 
 class _StoredCodes:
@@ -232,12 +234,8 @@ def make_stamp(tokenizer: DARTokenizer, transform: ImageTransform) -> dict[str, 
 class ExtractArguments:
     """Options of examples/extract_codes.py."""
 
-    tokenizer: str = HfArg(
-        default="", help="folder or Hub id of the trained tokenizer, or of a pipeline's tokenizer folder"
-    )
-    dataset_name: str = HfArg(
-        default="", help="digits, a folder of images or parquet files, a parquet file, or a Hub id"
-    )
+    tokenizer: str = HfArg(default="", help="folder or Hub id of the trained tokenizer")
+    dataset_name: str = HfArg(default="", help="digits, a folder, a parquet or tar file, or a Hub id")
     output_dir: str = HfArg(default="outputs/codes", help="folder for the codes; an unfinished one is continued")
     split: str = HfArg(default="train", help="split to encode")
     dataset_config_name: str | None = HfArg(default=None, help="configuration of a Hub data set")
@@ -246,9 +244,7 @@ class ExtractArguments:
     crop: str = HfArg(default="ten", help="center or ten")
     flip: bool = HfArg(default=False, help="also the mirrored images; the ten crops hold them in any case")
     batch_size: int = HfArg(default=128, help="images per forward pass")
-    shard_size: int = HfArg(
-        default=8192, help="images per shard; an interrupted extraction repeats at most one of each process"
-    )
+    shard_size: int = HfArg(default=8192, help="images per shard, the unit of an interrupted extraction")
     push_to_hub: bool = HfArg(default=False, help="upload the finished set")
     hub_dataset_id: str | None = HfArg(default=None, help="repository to upload to; default the name of output_dir")
     hub_private_repo: bool = HfArg(default=False, help="create that repository as a private one")

@@ -271,7 +271,9 @@ class TrainingLoop:
     def _clip_gradients(self, step: int) -> float:
         """Clip the gradients, and return the norm they had."""
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        norm = float(norm)
         # fp16 skips such steps; DeepSpeed calls such norms -1
         if self.accelerator.mixed_precision != "fp16" and not 0 <= norm < math.inf:
             hint = resume_hint(self.checkpoints)

@@ -189,14 +189,16 @@ def _warn_of_other_names(source: str, place: str, num_classes: int, names: list[
         if label in saved and name not in {saved[label], *(part.strip() for part in saved[label].split(","))}
     ]
     if other:
-        shown = ", ".join([*other[:MAX_NAMED], *(["…"] if len(other) > MAX_NAMED else [])])
+        named = ", ".join(other[:MAX_NAMED])
+        if len(other) > MAX_NAMED:
+            named += ", …"
         logger.warning(
             "init_from: %d of %d classes have other names than in %s (%s), and start from the embeddings of those "
             "classes. If they are other things, give --new_classes.",
             len(other),
             len(names),
             source,
-            shown,
+            named,
         )
 
 

@@ -19,7 +19,7 @@ from .cards import write_run_card
 from .checkpoints import saving
 from .pushing import hub_repository
 from .run_folder import CHECKPOINTS, HISTORY, RECORD, read_kept_history
-from .trackers import track_pictures
+from .trackers import track_images
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class RunRecords:
                     save_picture(image, self.folder / f"{name}.png")
                     self.pictures.add(f"{name}.png")
                 self._plot(self.folder)
-            track_pictures(self.accelerator.trackers, images, step)
+            track_images(self.accelerator.trackers, images, step)
         self.accelerator.wait_for_everyone()
         if metrics:
             line = {f"validation/{name}": value for name, value in metrics.items()}
@@ -84,9 +84,11 @@ class RunRecords:
         self._plot(folder)
         record = {"arguments": recorded_arguments(self.args), **self.description, "trained_steps": step}
         write_json(folder / RECORD, record)
-        repository = hub_repository(self.args) if self.args.push_to_hub else str(folder)
+        source = str(folder)
+        if self.args.push_to_hub:
+            source = hub_repository(self.args)
         try:
-            write_run_card(folder, repository)
+            write_run_card(folder, source)
         except ValueError as error:
             logger.warning("README.md is left as it is: %s", error)
 

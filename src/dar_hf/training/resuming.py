@@ -109,7 +109,8 @@ def check_same_run(place: Path, found: dict, description: dict) -> None:
         value = json.loads(json.dumps(value))  # tuples come back as lists
         if name != "max_train_steps" and value != found.get(name):
             raise ResumeError(f"cannot resume {place}: {_difference(name, found.get(name), value)}.")
-    before, now = found.get("max_train_steps"), description["max_train_steps"]
+    before = found.get("max_train_steps")
+    now = description["max_train_steps"]
     if type(before) is not int or now < max(before, found.get("step", 0)):
         difference = _difference("max_train_steps", before, now)
         raise ResumeError(f"cannot resume {place}: {difference}. A run can be made longer, not shorter.")

@@ -34,8 +34,8 @@ from .stage import Stage, readable_batches
 
 ENCODER_PARTS = ("patch_embed", "query_embed", "query_proj", "encoder_blocks", "quant_proj")
 VALIDATION_BATCH = 64
-STATISTICS_BATCHES = 100  # codebook figures look back this many micro-batches at most, on the main process
-NUM_PICTURES = 16
+STATISTICS_BATCHES = 100  # codebook metrics look back this many micro-batches at most, on the main process
+NUM_SHOWN = 16  # validation images, each with its reconstruction
 
 
 class TokenizerStage(Stage):
@@ -58,7 +58,10 @@ class TokenizerStage(Stage):
         args: TokenizerArguments,
         validation: ImageSamples | None,
     ):
-        self.model, self.samples, self.args, self.validation = model, samples, args, validation
+        self.model = model
+        self.samples = samples
+        self.args = args
+        self.validation = validation
         data_std = model.config.data_std
         self.terms = [
             LossTerm("flow", 1.0, "images", lambda output, batch: flow_matching_sum(output, data_std)),
@@ -205,12 +208,12 @@ class TokenizerStage(Stage):
 
     def parameter_groups(self) -> list[dict]:
         args = self.args
-        encoder: list[nn.Parameter] = []
-        decoder: list[nn.Parameter] = []
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                (encoder if name.split(".")[0] in ENCODER_PARTS else decoder).append(parameter)
-        rate = args.learning_rate if args.encoder_learning_rate is None else args.encoder_learning_rate
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        encoder = [parameter for name, parameter in trained.items() if name.split(".")[0] in ENCODER_PARTS]
+        decoder = [parameter for name, parameter in trained.items() if name.split(".")[0] not in ENCODER_PARTS]
+        rate = args.encoder_learning_rate
+        if rate is None:
+            rate = args.learning_rate
         return [{"params": decoder, "lr": args.learning_rate}, {"params": encoder, "lr": rate}]
 
     def loss_denominators(self, batch: dict) -> dict[str, float]:
@@ -219,18 +222,20 @@ class TokenizerStage(Stage):
         return {"images": float(len(starts)), "tokens": float(tokens)}
 
     def forward(self, model: nn.Module, batch: dict, step: int) -> DARTokenizerOutput:
-        images, seeds = batch["pixel_values"], batch["seed"]
+        images = batch["pixel_values"]
+        hide_group = None
+        if self.args.group_dropout:
+            hide_group = bernoulli_mask(batch["seed"], self.args.group_dropout, SeedFor.GROUP_DROPOUT)
         self._quantize = step >= self.args.unquantized_steps
-        rate = self.args.group_dropout
         self._judging = step >= self.args.discriminator_start
         if self.adversary is not None and self._accelerator is not None:
             self.adversary.note_scale(self._accelerator)
         output = model(
             images,
             timesteps=batch["timesteps"],
-            noise=normal_noise(seeds, images.shape[1:], images.device),
+            noise=normal_noise(batch["seed"], images.shape[1:], images.device),
             quantize=self._quantize,
-            hide_group=bernoulli_mask(seeds, rate, SeedFor.GROUP_DROPOUT) if rate else None,
+            hide_group=hide_group,
             output_repa=self.args.repa_weight > 0,
         )
         self._seen.append((output.codes, output.latents.detach()))
@@ -247,7 +252,8 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def after_step(self, step: int, accelerator: Accelerator, optimizer: Any, ema: EMAModel | None) -> None:
-        seen, self._seen = self._seen, []
+        seen = self._seen
+        self._seen = []
         self._codes.extend(codes for codes, _ in seen)
         if self.adversary is not None and self._judging:
             self.adversary.step(accelerator, self.args.learning_rate_factor(step))
@@ -257,11 +263,14 @@ class TokenizerStage(Stage):
         codes, latents = (torch.cat(parts) for parts in zip(*gathered, strict=True))
         self.keeper.observe(step, codes, latents)
         replacements = self.keeper.replacements(step)
-        if replacements is None:
-            return
-        rows, vectors = replacements
+        if replacements is not None:
+            self._move_codes(*replacements, optimizer, ema)
+
+    def _move_codes(self, rows: torch.Tensor, vectors: torch.Tensor, optimizer: Any, ema: EMAModel | None) -> None:
+        """Put vectors into rows of the codebook and of its average, and forget the optimizer's momenta of them."""
         codebook = self.model.quantizer.codebook.weight
-        rows, vectors = rows.to(codebook.device), vectors.to(codebook.device, codebook.dtype)
+        rows = rows.to(codebook.device)
+        vectors = vectors.to(codebook)
         codebook[rows] = vectors
         broadcast(codebook.data)  # every process found the same; make sure of it
         state = optimizer.state.get(codebook, {})
@@ -273,17 +282,19 @@ class TokenizerStage(Stage):
             ema.shadow_params[index][rows] = vectors
 
     def statistics(self) -> dict[str, float]:
-        figures = codebook_statistics(torch.cat(list(self._codes)), self.model.config.codebook_size)
+        metrics = codebook_statistics(torch.cat(list(self._codes)), self.model.config.codebook_size)
         self._codes.clear()
-        return {f"codebook/{name}": value for name, value in figures.items()}
+        return {f"codebook/{name}": value for name, value in metrics.items()}
 
     @torch.no_grad()
     def validate(self, step: int) -> tuple[dict[str, float], dict[str, Image.Image]]:
-        """PSNR and codebook figures on the validation images, and a grid of inputs above reconstructions."""
+        """PSNR and codebook usage on the validation images, and a grid of inputs above reconstructions."""
         if self.validation is None:
             return {}, {}
         device = self.model.device
-        codes, scores, first = [], [], None
+        codes: list[torch.Tensor] = []
+        scores: list[torch.Tensor] = []
+        shown: list[torch.Tensor] = []
         batches = readable_batches(self.validation, self.args.max_validation_samples, VALIDATION_BATCH)
         if not batches:
             return {}, {}
@@ -294,12 +305,11 @@ class TokenizerStage(Stage):
             decoded = self.model.decode(batch_codes, noise=noise).sample
             codes.append(batch_codes)
             scores.append(psnr(decoded, images))
-            first = (images, decoded) if first is None else first
-        columns = min(NUM_PICTURES // 2, len(batches[0]))
-        shown = [part[:NUM_PICTURES] for part in first] if first else []
-        statistics = codebook_statistics(torch.cat(codes), self.model.config.codebook_size)
-        figures = {"psnr": float(torch.cat(scores).mean()), "codebook_usage": statistics["usage"]}
-        return figures, {"reconstructions": image_grid(interleave_rows(*shown, columns=columns), columns)}
+            shown = shown or [images[:NUM_SHOWN], decoded[:NUM_SHOWN]]
+        columns = min(NUM_SHOWN // 2, len(batches[0]))
+        usage = codebook_statistics(torch.cat(codes), self.model.config.codebook_size)["usage"]
+        metrics = {"psnr": float(torch.cat(scores).mean()), "codebook_usage": usage}
+        return metrics, {"reconstructions": image_grid(interleave_rows(*shown, columns=columns), columns)}
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
