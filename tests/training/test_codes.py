@@ -23,13 +23,6 @@ from .helpers import ar_args, ar_stage, batch_of, fresh_process, tiny_tokenizer
 SUBSET = {"max_train_samples": 20, "cache_codes": False}
 
 
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with fresh_process():
-        yield
-
-
 @pytest.fixture(scope="module")
 def small_digits(tmp_path_factory):
     """40 digits as a data set of its own, with a test split."""

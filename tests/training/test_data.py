@@ -19,13 +19,6 @@ KINDS = ["imagefolder", "parquet", "webdataset"]
 OPTIONS = {"max_train_samples": None, "max_train_steps": 6, "train_batch_size": 8}
 
 
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with fresh_process():
-        yield
-
-
 def history(folder):
     lines = read_history(folder / "history.jsonl")
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]

@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 
-import datasets
 import pytest
 import torch
 
@@ -15,13 +14,6 @@ from dar_hf.training.stopping import StoppedError
 from dar_hf.utils.pictures import read_history
 
 from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_args, tokenizer_stage
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with fresh_process():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,7 @@ from dar_hf.training.checkpoints import SaveError, list_checkpoints
 from dar_hf.training.loop import NonFiniteLossError, TrainingLoop
 from dar_hf.utils.pictures import read_history
 
-from .helpers import fresh_process, tokenizer_stage
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    with fresh_process():
-        yield
-
+from .helpers import tokenizer_stage
 
 # Runs
 

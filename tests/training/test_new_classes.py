@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 import torch
 from PIL import Image
@@ -14,13 +13,6 @@ from dar_hf.training.models import renew_classes
 from .helpers import ar_args, ar_stage, fresh_process
 
 STARTS = ("null", "mean", "fresh")
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with fresh_process():
-        yield
 
 
 @pytest.fixture(scope="module")

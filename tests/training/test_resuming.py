@@ -32,12 +32,6 @@ from dar_hf.utils.pictures import read_history
 from .helpers import fresh_process, tokenizer_stage
 
 
-@pytest.fixture(autouse=True)
-def alone():
-    with fresh_process():
-        yield
-
-
 def run(folder, **changes):
     """A run of the tiny tokenizer in what passes for a new process; returns its loop, which ``train`` would end."""
     AcceleratorState._reset_state(True)

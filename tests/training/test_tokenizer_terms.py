@@ -2,7 +2,6 @@
 
 import math
 
-import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,13 +29,6 @@ ALL_TERMS = {
     "discriminator_width": 8,
     "max_train_samples": 12,
 }
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with fresh_process():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from dar_hf.utils import options as options_module
-from dar_hf.utils.options import RenamedOption, current_names, read_options
+from dar_hf.utils.options import current_names, read_options, renamed_option
 
 
 @dataclass
@@ -118,7 +118,7 @@ def test_files_that_are_none(tmp_path):
 
 @dataclass
 class Renamed:
-    new_name: int = HfArg(default=1, aliases="--old_name", metadata={"action": RenamedOption}, help="number")
+    new_name: int = renamed_option("old_name", default=1, help="number")
 
 
 def parsed(*words):

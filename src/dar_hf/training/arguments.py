@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers.hf_argparser import HfArg
 
 from ..data.splits import DataArguments
-from ..utils.options import RenamedOption, check_texts
+from ..utils.options import check_texts, renamed_option
 
 
 @dataclass
@@ -123,18 +123,12 @@ class TokenizerArguments(LoopArguments):
     modulation_std: float = HfArg(default=0.0, help="initial standard deviation of the denoiser's adaLN layers")
     output_std: float = HfArg(default=0.0, help="initial standard deviation of the denoiser's output layer")
     post_quant_std: float = HfArg(default=0.0, help="initial std of post_quant_proj; 0 for torch's own")
-    unquantized_steps: int = HfArg(
-        default=0,
-        aliases="--continuous_steps",
-        metadata={"action": RenamedOption},
-        help="first steps without quantizing, after which the codebook starts from k-means",
+    unquantized_steps: int = renamed_option(
+        "continuous_steps", default=0, help="first steps without quantizing; the codebook then starts from k-means"
     )
     group_dropout: float = HfArg(default=0.0, help="share of images whose group of codes is hidden from them")
-    dead_code_interval: int = HfArg(
-        default=0,
-        aliases="--revive_every",
-        metadata={"action": RenamedOption},
-        help="move codes that were unused for this many steps; 0 for never",
+    dead_code_interval: int = renamed_option(
+        "revive_every", default=0, help="move codes that were unused for this many steps; 0 for never"
     )
     revive_until: float = HfArg(default=0.8, help="share of the run after which dead codes are left alone")
 

@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from transformers.hf_argparser import HfArg
 
 logger = logging.getLogger(__name__)
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-class RenamedOption(argparse.Action):
-    """The ``action`` of an option whose ``aliases`` are former names: it takes them with a warning."""
+def renamed_option(former: str, **options: Any) -> Any:
+    """transformers' `HfArg` for an option that was called ``former``, a name that is still taken, with a warning."""
+    aliases = [f"--{former}", f"--{former.replace('_', '-')}"]
+    return HfArg(aliases=aliases, metadata={"action": _RenamedOption}, **options)
 
+
+class _RenamedOption(argparse.Action):
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
     ) -> None:
@@ -31,14 +36,13 @@ class RenamedOption(argparse.Action):
 
 def current_names(options: Mapping[str, Any], options_class: type) -> dict[str, Any]:
     """Options of a preset or a file by the names they have now; a former name is taken with a warning."""
-    renamed = {}
+    current = dict(options)
     for part in fields(options_class):
-        if part.metadata.get("action") is RenamedOption:
-            renamed[part.metadata["aliases"].lstrip("-")] = part.name
-    current = {name: value for name, value in options.items() if name not in renamed}
-    for former in options.keys() & renamed.keys():
-        _warn_renamed(former, renamed[former])
-        current.setdefault(renamed[former], options[former])
+        for alias in part.metadata.get("aliases", []):
+            former = alias.lstrip("-")
+            if former in current:
+                _warn_renamed(former, part.name)
+                current.setdefault(part.name, current.pop(former))
     return current
 
 
