@@ -15,7 +15,8 @@ from accelerate import Accelerator, PartialState
 from dar_hf.data import ImageTransform
 from dar_hf.training import ARStage, make_accelerator, train
 from dar_hf.training import codes as codes_module
-from dar_hf.training.codes import ExtractArguments, extract_codes, load_codes, make_stamp
+from dar_hf.training.codes import load_codes, make_stamp
+from dar_hf.training.extraction import ExtractArguments, extract_codes
 from dar_hf.training.loop import TrainingLoop
 
 from .helpers import ar_args, ar_stage, batch_of, fresh_process, tiny_tokenizer
