@@ -13,14 +13,7 @@ from collections.abc import Sequence
 from transformers import HfArgumentParser
 
 from dar_hf.presets import get_preset
-from dar_hf.training import (
-    ARArguments,
-    ARStage,
-    TokenizerArguments,
-    TokenizerStage,
-    make_accelerator,
-    train,
-)
+from dar_hf.training import ARArguments, ARStage, TokenizerArguments, TokenizerStage, make_accelerator, train
 from dar_hf.training.resuming import ResumeError
 from dar_hf.training.run_folder import claim_output_dir
 from dar_hf.training.stopping import StoppedError

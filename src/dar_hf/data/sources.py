@@ -15,16 +15,7 @@ from PIL import Image
 from .classes import whole_number, with_class_labels
 from .folders import DATA_ENDINGS, IMAGES, WEBDATASET, LocalFiles, data_kind, image_endings, read_folder
 from .image_folders import load_image_folder
-from .loading import (
-    check_tar,
-    clear_errors,
-    escaped,
-    pick,
-    split_names,
-    warn_once,
-    with_known_splits,
-    with_rows,
-)
+from .loading import check_tar, clear_errors, escaped, pick, split_names, warn_once, with_known_splits, with_rows
 
 DIGITS = "digits"
 NUM_TRAIN_DIGITS = 1437  # the first 80 %; the split is fixed so that metrics can be compared
