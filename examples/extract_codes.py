@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from transformers import HfArgumentParser
 
-from dar_hf.training.codes import ExtractArguments, extract_codes, push_codes
+from dar_hf.training.extraction import ExtractArguments, extract_codes, push_codes
 from dar_hf.utils.commands import FAILURE, CommandError, check_output, command
 from dar_hf.utils.errors import one_line
 from dar_hf.utils.processes import join_processes

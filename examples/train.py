@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from transformers import HfArgumentParser
 
 from dar_hf.presets import get_preset
-from dar_hf.training import ARArguments, TokenizerArguments, train
-from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
-from dar_hf.training.loop import ResumeError, StoppedError, make_accelerator
+from dar_hf.training import ARArguments, ARStage, TokenizerArguments, TokenizerStage, make_accelerator, train
+from dar_hf.training.resuming import ResumeError
 from dar_hf.training.run_folder import claim_output_dir
+from dar_hf.training.stopping import StoppedError
 from dar_hf.utils.commands import FAILURE, CommandError, check_output, command, ending_with
-from dar_hf.utils.options import read_options
+from dar_hf.utils.options import current_names, read_options
 
 STAGES = {"tokenizer": TokenizerArguments, "ar": ARArguments}
 
@@ -35,7 +35,7 @@ def parse(stage: str, argv: list[str]) -> TokenizerArguments | ARArguments:
     parser = HfArgumentParser(STAGES[stage], prog=f"train.py {stage}")
     parser.add_argument("--config", help="YAML file with options")
     recipe = preset.tokenizer_recipe if stage == "tokenizer" else preset.ar_recipe
-    parser.set_defaults(**recipe | from_file)
+    parser.set_defaults(**current_names(recipe, STAGES[stage]) | from_file)
     return parser.parse_args_into_dataclasses(argv)[0]
 
 
@@ -51,9 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(stage_name, words[1:])
     check_output(args.output_dir)
     accelerator = make_accelerator(args)
+    stage_class = TokenizerStage if isinstance(args, TokenizerArguments) else ARStage
     with accelerator.main_process_first():
-        claim_output_dir(args, "DARTokenizer" if stage_name == "tokenizer" else "DARPipeline")
-    stage = build_tokenizer_stage(args) if stage_name == "tokenizer" else build_ar_stage(args, accelerator.device)
+        claim_output_dir(args, stage_class.saved_class)
+    if isinstance(args, TokenizerArguments):
+        stage = TokenizerStage.build(args)
+    else:
+        stage = ARStage.build(args, accelerator.device)
     try:
         with ending_with(FAILURE, keep=(ResumeError, StoppedError)):
             train(stage, args, accelerator)

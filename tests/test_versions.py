@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from dar_hf import DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
 from dar_hf.hub import export_remote_code, remote_code
 from dar_hf.modeling_dar import CACHE
-from dar_hf.training.loop import make_accelerator, train
+from dar_hf.training import make_accelerator
+from dar_hf.training.loop import train
 
 pytestmark = pytest.mark.versions
 CLASSES = torch.tensor([[32], [35]])

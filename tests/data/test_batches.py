@@ -12,8 +12,8 @@ from dar_hf.data import (
     GlobalBatchSampler,
     ImageSamples,
     ImageTransform,
+    bernoulli_mask,
     draw_seed,
-    dropped,
     load_images,
     normal_noise,
     sample_times,
@@ -113,7 +113,7 @@ def test_noise_depends_on_nothing_but_its_seed():
 
 
 def test_dropped_classes_depend_on_nothing_but_their_seed():
-    per_sample(lambda seeds: dropped(seeds, 0.5))
+    per_sample(lambda seeds: bernoulli_mask(seeds, 0.5))
 
 
 def test_times_are_uniform():
@@ -132,12 +132,12 @@ def test_noise_is_standard_normal():
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
 def test_dropped_share(rate):
-    share = dropped(SEEDS, rate).float().mean()
+    share = bernoulli_mask(SEEDS, rate).float().mean()
     assert abs(share - rate) < 0.02 and (0 < rate < 1 or share == rate)
 
 
 def test_draws_of_one_sample_are_unrelated():
-    times, drops = sample_times(SEEDS), dropped(SEEDS, 0.5).float()
+    times, drops = sample_times(SEEDS), bernoulli_mask(SEEDS, 0.5).float()
     noise = normal_noise(SEEDS, (16,), torch.device("cpu"))[:, 0]
     assert torch.corrcoef(torch.stack([times, drops, noise])).fill_diagonal_(0).abs().max() < 0.06
 

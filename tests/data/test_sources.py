@@ -13,11 +13,6 @@ from PIL import Image
 from dar_hf.data import available_splits, load_images, stream_images
 
 
-@pytest.fixture(autouse=True)
-def cache_in_tmp(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def encoded(value):
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")

@@ -191,8 +191,7 @@ def test_damage_in_the_middle_of_a_stream():
             next(batches)
 
 
-def test_images_in_an_archive(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_images_in_an_archive(tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for value in range(4):
             archive.writestr(f"{value}.png", encoded(value)["bytes"])

@@ -10,8 +10,8 @@ import torch
 import yaml
 from training.helpers import QUICK, TINY_TOKENIZER, TINY_TRANSFORMER, fresh_process, overrides, tokenizer_stage
 
-from dar_hf.training import TokenizerArguments, loop, train
-from dar_hf.training.loop import PushError, make_accelerator
+from dar_hf.training import TokenizerArguments, loop, make_accelerator, pushing, train
+from dar_hf.training.pushing import PushError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 FEATURES = """
@@ -136,7 +136,7 @@ def test_a_failed_upload_after_training_loses_nothing(hub, run, monkeypatch):
     def fail(*arguments, **keywords):
         raise OSError("no route to the Hub")
 
-    monkeypatch.setattr(loop, "push_folder", fail)
+    monkeypatch.setattr(pushing, "push_folder", fail)
     with pytest.raises(PushError, match="no route to the Hub.*push_to_hub.py .*run user/x") as caught:
         train(stage, args, make_accelerator(args))
     assert args.output_dir in str(caught.value)
@@ -164,7 +164,7 @@ def test_a_tokenizer_is_pushed_after_training(hub, run):
 def test_a_run_is_pushed_while_it_trains(hub, run, monkeypatch, caplog):
     stage, args = run
     args.push_steps, args.validation_steps, tried = 2, 2, []
-    upload = loop.push_folder
+    upload = pushing.push_folder
 
     def unreliable(folder, repo_id, message):
         tried.append(message)
@@ -177,11 +177,11 @@ def test_a_run_is_pushed_while_it_trains(hub, run, monkeypatch, caplog):
             assert f"{args.max_train_steps} steps" in hub.read(repo_id, "README.md").decode()
         return upload(folder, repo_id, message)
 
-    monkeypatch.setattr(loop, "push_folder", unreliable)
+    monkeypatch.setattr(pushing, "push_folder", unreliable)
     validate = loop.TrainingLoop._validate
 
     def validate_later(self, step):
-        self._background.join()  # so that no upload is skipped because the last one is still under way
+        self.background.join()  # so that no upload is skipped because the last one is still under way
         return validate(self, step)
 
     monkeypatch.setattr(loop.TrainingLoop, "_validate", validate_later)

@@ -11,8 +11,8 @@ from huggingface_hub import snapshot_download
 
 from dar_hf.hub import matching_files, model_files, push_folder
 from dar_hf.hub.run_cards import take_report, write_run_card
-from dar_hf.training.codes import ExtractArguments, push_codes
-from dar_hf.training.loop import PushError, claim_repository
+from dar_hf.training.extraction import ExtractArguments, push_codes
+from dar_hf.training.pushing import PushError, claim_repository
 
 REPORTS = Path(__file__).resolve().parents[2] / "model_cards" / "reports"
 SECRET = "hf_of_somebody"

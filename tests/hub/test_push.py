@@ -16,7 +16,7 @@ from dar_hf import DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
 from dar_hf.data import load_images
 from dar_hf.hub import model_card, push_card, push_folder
 from dar_hf.hub.push import stale_weights
-from dar_hf.training.codes import ExtractArguments, extract_codes, push_codes
+from dar_hf.training.extraction import ExtractArguments, extract_codes, push_codes
 
 LOAD = """
 import sys, torch

@@ -57,7 +57,7 @@ COMMON = {
 
 def start_fork_server(environment: dict[str, str]) -> None:
     """Libraries read some variables as they are imported: the server imports them in this environment."""
-    FORK_SERVER.set_forkserver_preload(["dar_hf.training.build", "matplotlib.pyplot", "sklearn.datasets"])
+    FORK_SERVER.set_forkserver_preload(["dar_hf.training", "matplotlib.pyplot", "sklearn.datasets"])
     with mock.patch.dict(os.environ, environment, clear=True):
         first = FORK_SERVER.Process(target=int)
         first.start()

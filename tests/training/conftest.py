@@ -1,9 +1,18 @@
 import os
 
+import datasets
 import pytest
 
 from .commands import start_fork_server
-from .helpers import tiny_tokenizer
+from .helpers import fresh_process, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path_factory, monkeypatch):
+    """Every test has accelerate as in a new process, and a cache of data sets of its own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    with fresh_process():
+        yield
 
 
 @pytest.fixture(scope="session")

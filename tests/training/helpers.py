@@ -5,12 +5,11 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.state import AcceleratorState
-from torch.utils.data import default_collate
 
 from dar_hf import DARTokenizer
+from dar_hf.data import collate
 from dar_hf.presets import get_preset
-from dar_hf.training import ARArguments, TokenizerArguments
-from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
+from dar_hf.training import ARArguments, ARStage, TokenizerArguments, TokenizerStage
 
 TINY_TOKENIZER = {
     "in_channels": 3,
@@ -71,12 +70,12 @@ def ar_args(folder, tokenizer, model=None, **changes):
 
 def tokenizer_stage(folder, model=None, **changes):
     args = tokenizer_args(folder, model, **changes)
-    return build_tokenizer_stage(args), args
+    return TokenizerStage.build(args), args
 
 
 def ar_stage(folder, tokenizer, model=None, **changes):
     args = ar_args(folder, tokenizer, model, **changes)
-    return build_ar_stage(args), args
+    return ARStage.build(args), args
 
 
 def tiny_tokenizer(seed=0, **changes):
@@ -89,4 +88,4 @@ def tiny_tokenizer(seed=0, **changes):
 
 
 def batch_of(stage, keys):
-    return default_collate([stage.samples[key] for key in keys])
+    return collate([stage.samples[key] for key in keys])

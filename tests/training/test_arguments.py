@@ -86,9 +86,9 @@ def test_arguments_that_make_no_run_are_refused_by_name(name, value):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("continuous_steps", 6),
-        ("continuous_steps", -1),
-        ("revive_every", -1),
+        ("unquantized_steps", 6),
+        ("unquantized_steps", -1),
+        ("dead_code_interval", -1),
         ("revive_until", 1.5),
         ("vq_weight", -1.0),
         ("modulation_std", -1.0),

@@ -112,7 +112,7 @@ def run(keeper, steps, codes=None):
     return found
 
 
-def test_kmeans_runs_once_at_the_end_of_the_continuous_steps():
+def test_kmeans_runs_once_at_the_end_of_the_unquantized_steps():
     found = run(CodebookKeeper(SIZE, 5, 0, 100, seed=0), range(12))
     assert list(found) == [4]
     rows, vectors = found[4]
@@ -120,7 +120,7 @@ def test_kmeans_runs_once_at_the_end_of_the_continuous_steps():
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(SIZE))
 
 
-def test_kmeans_starts_from_the_latents_of_the_continuous_steps():
+def test_kmeans_starts_from_the_latents_of_the_unquantized_steps():
     keeper = CodebookKeeper(2, 3, 0, 100, seed=0)
     centres, _ = clusters(2, 1)
     for step in range(3):

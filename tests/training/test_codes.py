@@ -13,22 +13,15 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from dar_hf.data import ImageTransform
+from dar_hf.training import ARStage, make_accelerator, train
 from dar_hf.training import codes as codes_module
-from dar_hf.training import train
-from dar_hf.training.build import build_ar_stage
-from dar_hf.training.codes import ExtractArguments, extract_codes, load_codes, make_stamp
-from dar_hf.training.loop import TrainingLoop, make_accelerator
+from dar_hf.training.codes import load_codes, make_stamp
+from dar_hf.training.extraction import ExtractArguments, extract_codes
+from dar_hf.training.loop import TrainingLoop
 
 from .helpers import ar_args, ar_stage, batch_of, fresh_process, tiny_tokenizer
 
 SUBSET = {"max_train_samples": 20, "cache_codes": False}
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with fresh_process():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +75,7 @@ def test_stored_codes_are_those_computed_online(tmp_path, tokenizer, small_digit
             torch.manual_seed(0)
             loop = TrainingLoop(stage, args, make_accelerator(args))
             stage.model.train()
-            stream = loop._batches()
+            stream = iter(loop.batches)
             lines.append([loop._step(step, [next(stream)]) for step in range(3)])
     online, cached = batches
     assert torch.equal(online["codes"], cached["codes"]) and torch.equal(online["label"], cached["label"])
@@ -168,7 +161,7 @@ def test_damaged_shards(tmp_path, tokenizer, small_digits, stored):
 
 def test_more_classes_than_the_model_has(tmp_path, tokenizer, stored):
     with pytest.raises(ValueError, match="num_classes=5, but the data set has 10 classes"):
-        build_ar_stage(ar_args(tmp_path, tokenizer, {"num_classes": 5}, **SUBSET, crop="ten", codes=str(stored)))
+        ARStage.build(ar_args(tmp_path, tokenizer, {"num_classes": 5}, **SUBSET, crop="ten", codes=str(stored)))
 
 
 # Interrupted, shared, repeated

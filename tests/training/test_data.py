@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from dar_hf.data import DataError
-from dar_hf.training import train
-from dar_hf.training.loop import ResumeError, make_accelerator
+from dar_hf.training import make_accelerator, train
+from dar_hf.training.resuming import ResumeError
 from dar_hf.training.run_folder import claim_output_dir
 from dar_hf.utils.pictures import read_history
 
@@ -17,13 +17,6 @@ from .helpers import ar_args, ar_stage, fresh_process, tokenizer_stage
 
 KINDS = ["imagefolder", "parquet", "webdataset"]
 OPTIONS = {"max_train_samples": None, "max_train_steps": 6, "train_batch_size": 8}
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with fresh_process():
-        yield
 
 
 def history(folder):

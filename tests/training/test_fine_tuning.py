@@ -4,25 +4,16 @@ import os
 import signal
 import threading
 
-import datasets
 import pytest
 import torch
 
 from dar_hf import DARPipeline, DARTokenizer
-from dar_hf.training import train
-from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
+from dar_hf.training import ARStage, TokenizerStage, make_accelerator, train
 from dar_hf.training.checkpoints import list_checkpoints
-from dar_hf.training.loop import StoppedError, make_accelerator
+from dar_hf.training.stopping import StoppedError
 from dar_hf.utils.pictures import read_history
 
 from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_args, tokenizer_stage
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with fresh_process():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +40,7 @@ def same(one, other):
 def fine_tuned(folder, source, overrides=(), **options):
     args = tokenizer_args(folder, init_from=source, **options)
     args.model_overrides = list(overrides)
-    return build_tokenizer_stage(args), args
+    return TokenizerStage.build(args), args
 
 
 def test_a_tokenizer_starts_from_a_saved_one(tmp_path, tokenizer, pipeline):
@@ -94,10 +85,10 @@ def test_overrides_that_the_weights_do_not_fit(tmp_path, tokenizer, item):
 def test_sources_that_are_none(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="init_from: no tokenizer at './nothing'"):
         fine_tuned(tmp_path, "./nothing")
-    with pytest.raises(ValueError, match="pass --continuous_steps 0"):
-        fine_tuned(tmp_path, tokenizer, continuous_steps=2)
+    with pytest.raises(ValueError, match="pass --unquantized_steps 0"):
+        fine_tuned(tmp_path, tokenizer, unquantized_steps=2)
     with pytest.raises(ValueError, match="init_from: no language model at './nothing'"):
-        build_ar_stage(ar_args(tmp_path, tokenizer, init_from="./nothing", model_overrides=None))
+        ARStage.build(ar_args(tmp_path, tokenizer, init_from="./nothing", model_overrides=None))
 
 
 # Stage 2
@@ -105,7 +96,7 @@ def test_sources_that_are_none(tmp_path, tokenizer):
 
 def adapted(folder, tokenizer, pipeline, **options):
     args = ar_args(folder, tokenizer, init_from=pipeline, model_overrides=None, **options)
-    return build_ar_stage(args), args
+    return ARStage.build(args), args
 
 
 def test_a_language_model_starts_from_a_saved_one(tmp_path, tokenizer, pipeline):
@@ -119,9 +110,9 @@ def test_what_a_saved_language_model_must_be(tmp_path, tokenizer, pipeline):
     args = ar_args(tmp_path, tokenizer, init_from=pipeline)
     args.model_overrides = ["hidden_size=64"]
     with pytest.raises(ValueError, match="only dropouts can change, not hidden_size"):
-        build_ar_stage(args)
+        ARStage.build(args)
     args.model_overrides = ["token_dropout=0.4"]
-    assert build_ar_stage(args).model.config.token_dropout == 0.4
+    assert ARStage.build(args).model.config.token_dropout == 0.4
     tiny_tokenizer(codebook_size=8).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="has codebook_size=16, the tokenizer and data have 8"):
         adapted(tmp_path, str(tmp_path / "other"), pipeline)
@@ -158,7 +149,7 @@ def test_adapters_resume_exactly(tmp_path, tokenizer, pipeline):
 
 def test_adapters_need_a_model(tmp_path, tokenizer):
     for options in ({"lora_rank": 2}, {"lora_rank": -1}, {"lora_alpha": 0}):
-        with pytest.raises(ValueError, match="give --init_from beside --lora_rank|lora_rank must not"):
+        with pytest.raises(ValueError, match="give --init_from with --lora_rank|lora_rank must not"):
             ar_args(tmp_path, tokenizer, **options)
 
 

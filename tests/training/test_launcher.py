@@ -2,11 +2,8 @@
 
 import pytest
 
-from dar_hf.training import LoopArguments, launcher
+from dar_hf.training import LoopArguments, launcher, make_accelerator
 from dar_hf.training.launcher import check_launcher, pick_precision, precision_reason
-from dar_hf.training.loop import make_accelerator
-
-from .helpers import fresh_process
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +69,7 @@ def test_the_options_accumulation_is_that_of_the_run(value, monkeypatch, tmp_pat
     """accelerate itself prefers the variable, which the launcher sets to 1 where nothing was said."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", value)
     args = LoopArguments(gradient_accumulation_steps=4, mixed_precision="no", output_dir=str(tmp_path))
-    with fresh_process():
-        assert make_accelerator(args).gradient_accumulation_steps == 4
+    assert make_accelerator(args).gradient_accumulation_steps == 4
 
 
 def test_the_launchers_compiler_is_used(monkeypatch):

@@ -13,20 +13,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from dar_hf.data import ImageSamples
-from dar_hf.training import LossTerm, train
-from dar_hf.training import loop as training_loop
+from dar_hf.training import LossTerm, make_accelerator, records, train
 from dar_hf.training.checkpoints import SaveError, list_checkpoints
-from dar_hf.training.loop import NonFiniteLossError, TrainingLoop, make_accelerator
+from dar_hf.training.loop import NonFiniteLossError, TrainingLoop
 from dar_hf.utils.pictures import read_history
 
-from .helpers import fresh_process, tokenizer_stage
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    with fresh_process():
-        yield
-
+from .helpers import tokenizer_stage
 
 # Runs
 
@@ -119,10 +111,10 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, what, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if what == "history.jsonl":
-        monkeypatch.setattr(training_loop.TrainingLoop, "_history_path", tmp_path / "none" / "history.jsonl")
-        monkeypatch.setattr(training_loop, "write_text", lambda path, text: None)
+        monkeypatch.setattr(records.RunRecords, "history_path", tmp_path / "none" / "history.jsonl")
+        monkeypatch.setattr(records, "write_text", lambda path, text: None)
     elif what == "pictures":
-        monkeypatch.setattr(training_loop, "save_picture", fail)
+        monkeypatch.setattr(records, "save_picture", fail)
     else:
         stage.save = fail
     with pytest.raises(SaveError, match=f"{what} could not be saved: .*No s.*(checkpoint-[46] is|There is no)"):
@@ -177,7 +169,7 @@ def test_gradients_that_are_not_finite_spoil_no_checkpoint(tmp_path):
 def test_learning_rates_follow_the_schedule_in_every_group(tmp_path):
     stage, args = tokenizer_stage(tmp_path, warmup_steps=4, learning_rate=1e-3, encoder_learning_rate=1e-4)
     loop = TrainingLoop(stage, args, make_accelerator(args))
-    batches = loop._batches()
+    batches = iter(loop.batches)
     for step in range(3):
         line = loop._step(step, [next(batches)])
         assert line["lr"] == pytest.approx(1e-3 * (step + 1) / 4)
@@ -194,7 +186,7 @@ def test_gradients_are_clipped(tmp_path):
         torch.cat([p.grad.flatten() for p in stage.model.parameters()]).norm().item()
     )
     sizes = []
-    line = loop._step(0, [next(loop._batches())])
+    line = loop._step(0, [next(iter(loop.batches))])
     assert line["grad_norm"] > 0.01 and sizes == pytest.approx([0.01], rel=1e-3)
 
 
@@ -209,7 +201,7 @@ def same(first, second):
 def test_averaged_weights_are_put_in_and_taken_out(tmp_path):
     stage, args = tokenizer_stage(tmp_path, ema_decay=0.9)
     loop = TrainingLoop(stage, args, make_accelerator(args))
-    batches = loop._batches()
+    batches = iter(loop.batches)
     for step in range(3):
         loop._step(step, [next(batches)])
     trained = snapshot(stage.model)

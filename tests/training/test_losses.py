@@ -10,13 +10,7 @@ from dar_hf import DARTokenizerOutput
 from dar_hf.training.losses import codebook_sum, commitment_sum, cross_entropy_sum, flow_matching_sum
 from dar_hf.training.tokenizer_stage import ENCODER_PARTS
 
-from .helpers import fresh_process, tiny_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    with fresh_process():
-        yield
+from .helpers import tiny_tokenizer
 
 
 @pytest.fixture

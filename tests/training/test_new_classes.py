@@ -2,27 +2,17 @@
 
 import json
 
-import datasets
 import pytest
 import torch
 from PIL import Image
 
 from dar_hf import DARPipeline
-from dar_hf.training import train
-from dar_hf.training.build import build_ar_stage
-from dar_hf.training.fine_tuning import renew_classes
-from dar_hf.training.loop import make_accelerator
+from dar_hf.training import ARStage, make_accelerator, train
+from dar_hf.training.models import renew_classes
 
 from .helpers import ar_args, ar_stage, fresh_process
 
 STARTS = ("null", "mean", "fresh")
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with fresh_process():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +38,7 @@ def images(folder, count):
 def tuned(folder, tokenizer, pipeline, overrides=None, **options):
     options = {"cache_codes": False, "init_from": pipeline} | options
     args = ar_args(folder, tokenizer, model_overrides=overrides, **options)
-    return build_ar_stage(args), args
+    return ARStage.build(args), args
 
 
 def table(model):
@@ -132,7 +122,7 @@ def test_more_classes_than_the_model_has_are_refused_by_name_of_the_option(tmp_p
     with pytest.raises(ValueError, match="has num_classes=10, the tokenizer and data have 12.*--new_classes null"):
         tuned(tmp_path / "run", tokenizer, pipeline, dataset_name=images(tmp_path / "data", 12))
     for options in ({"new_classes": "mean", "init_from": None}, {"new_classes": "median"}):
-        with pytest.raises(ValueError, match="give --init_from beside|must be null, mean or fresh, got 'median'"):
+        with pytest.raises(ValueError, match="give --init_from with|must be null, mean or fresh, got 'median'"):
             tuned(tmp_path / "run", tokenizer, pipeline, **options)
 
 

@@ -45,7 +45,7 @@ def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     variants = {"single": {"mixed_precision": "no"}, "half": HALF, "compiled": HALF | {"torch_compile": True}}
     runs = {
-        name: train("tokenizer", folder / name, TINY_TOKENIZER, continuous_steps=10, **variant, **OPEN_GATES)
+        name: train("tokenizer", folder / name, TINY_TOKENIZER, unquantized_steps=10, **variant, **OPEN_GATES)
         for name, variant in variants.items()
     }
     return folder, runs

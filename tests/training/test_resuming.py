@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch.distributed import checkpoint as sharded
 
-from dar_hf.training import train
+from dar_hf.training import make_accelerator, train
 from dar_hf.training.checkpoints import (
     STATE_FILE,
     CheckpointError,
@@ -25,17 +25,11 @@ from dar_hf.training.checkpoints import (
     load_checkpoint,
     plain_data_only,
 )
-from dar_hf.training.loop import ResumeError, TrainingLoop, make_accelerator
-from dar_hf.training.resuming import check_same_run
+from dar_hf.training.loop import TrainingLoop
+from dar_hf.training.resuming import ResumeError, check_same_run, choose_checkpoint
 from dar_hf.utils.pictures import read_history
 
 from .helpers import fresh_process, tokenizer_stage
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    with fresh_process():
-        yield
 
 
 def run(folder, **changes):
@@ -204,13 +198,13 @@ def test_latest_is_the_newest_that_is_complete(folder, file, harm, caplog):
     newest = folder / "checkpoints" / "checkpoint-6"
     harm(newest / file)
     loop = loop_for(folder)
-    assert loop._find_checkpoint("latest").name == "checkpoint-4"
+    assert choose_checkpoint(loop.checkpoints, "latest").name == "checkpoint-4"
     assert "checkpoint-6" in caplog.text and file in caplog.text and "resuming from checkpoint-4" in caplog.text
     with pytest.raises(ResumeError, match=rf"checkpoint-6 is no complete checkpoint \(.*{file}.*checkpoint-4"):
-        loop._find_checkpoint("checkpoint-6")
+        choose_checkpoint(loop.checkpoints, "checkpoint-6")
     harm(folder / "checkpoints" / "checkpoint-4" / file)
     with pytest.raises(ResumeError, match="no checkpoint in .* is complete: checkpoint-6.*checkpoint-4"):
-        loop._find_checkpoint("latest")
+        choose_checkpoint(loop.checkpoints, "latest")
 
 
 def loop_for(folder, **changes):
@@ -251,7 +245,7 @@ def test_damage_that_nobody_noted_is_found(folder, harm, caplog):
     with pytest.raises(ResumeError, match=message) as caught:
         loop.resume()
     assert "\n" not in str(caught.value)
-    assert loop._find_checkpoint("latest").name == "checkpoint-4"
+    assert choose_checkpoint(loop.checkpoints, "latest").name == "checkpoint-4"
     assert "checkpoint-6 (optimizer.bin is" in caplog.text
 
 
@@ -432,7 +426,7 @@ def test_what_can_fail_comes_after_what_is_saved(tmp_path):
     saved = []
     loop = run(tmp_path, resume_from_checkpoint="latest")
     (tmp_path / "config.json").unlink()
-    loop._background.join = lambda: saved.append((tmp_path / "config.json").is_file())
+    loop.background.join = lambda: saved.append((tmp_path / "config.json").is_file())
     loop.start_step = args.max_train_steps
     loop.run()
     assert saved == [True]

@@ -4,7 +4,6 @@ import copy
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -12,11 +11,13 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from dar_hf import DARPipeline
-from dar_hf.training.loop import TrainingLoop, make_accelerator
-from dar_hf.training.sharding import check_layout, configure_deepspeed, gather_into
+from dar_hf.training import make_accelerator
+from dar_hf.training.launcher import check_layout, configure_deepspeed
+from dar_hf.training.loop import TrainingLoop
+from dar_hf.training.sharding import gather_into
 
 from .commands import Script
-from .helpers import ar_args, ar_stage, fresh_process, tiny_tokenizer, tokenizer_args
+from .helpers import ar_args, ar_stage, tiny_tokenizer, tokenizer_args
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 
@@ -84,22 +85,20 @@ def test_plain_parameters_are_copied():
 
 
 @pytest.fixture
-def tokenizer(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def tokenizer(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
 
 
 def test_a_sharded_run_validates_and_saves_the_whole_copy(tmp_path, tokenizer):
     """As under FSDP: the model that trains never meets validation or saving."""
-    with fresh_process():
-        stage, args = ar_stage(tmp_path / "run", tokenizer, ema_decay=None)
-        loop = TrainingLoop(stage, args, make_accelerator(args))
-        loop.sharded, loop.whole, trained = True, copy.deepcopy(stage.model), stage.model
-        judged = []
-        validate = stage.validate
-        stage.validate = lambda step: judged.append(stage.model) or validate(step)
-        loop.run()
+    stage, args = ar_stage(tmp_path / "run", tokenizer, ema_decay=None)
+    loop = TrainingLoop(stage, args, make_accelerator(args))
+    loop.sharded, loop.whole, trained = True, copy.deepcopy(stage.model), stage.model
+    judged = []
+    validate = stage.validate
+    stage.validate = lambda step: judged.append(stage.model) or validate(step)
+    loop.run()
     assert judged == [loop.whole] and stage.model is trained and trained.training
     saved = DARPipeline.from_pretrained(tmp_path / "run").transformer
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), trained.parameters(), strict=True))

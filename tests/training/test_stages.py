@@ -1,12 +1,9 @@
 """What each stage brings: every parameter learns, batches and layouts agree, codebook care, validation, folders."""
 
-import importlib.util
 import io
 import json
 import math
 import shutil
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
@@ -15,11 +12,9 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 from dar_hf import DARConfig, DARPipeline, DARTokenizer
-from dar_hf.presets import get_preset
-from dar_hf.training import TokenizerStage, train
-from dar_hf.training.build import build_ar_stage, build_tokenizer_stage
+from dar_hf.training import ARStage, TokenizerStage, make_accelerator, train
 from dar_hf.training.checkpoints import find_checkpoint
-from dar_hf.training.loop import TrainingLoop, make_accelerator
+from dar_hf.training.loop import TrainingLoop
 from dar_hf.training.losses import cross_entropy_sum
 from dar_hf.training.run_folder import claim_output_dir
 from dar_hf.utils.pictures import read_history
@@ -27,13 +22,6 @@ from dar_hf.utils.pictures import read_history
 from .helpers import ar_args, ar_stage, batch_of, fresh_process, tiny_tokenizer, tokenizer_args, tokenizer_stage
 
 NO_DROPOUT = {"resid_dropout": 0, "ffn_dropout": 0, "token_dropout": 0}
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with fresh_process():
-        yield
 
 
 def stage_of(name, folder, tokenizer, model=None, **changes):
@@ -45,7 +33,7 @@ def stage_of(name, folder, tokenizer, model=None, **changes):
 def run_steps(stage, args, count):
     """The loop after ``count`` steps, and the lines it would log."""
     loop = TrainingLoop(stage, args, make_accelerator(args))
-    batches = loop._batches()
+    batches = iter(loop.batches)
     stage.model.train()
     lines = []
     for step in range(count):
@@ -61,7 +49,7 @@ def test_a_model_is_compiled_once_and_whole(tmp_path, tokenizer, name):
     stage, args = stage_of(name, tmp_path / "run", tokenizer)
     loop = TrainingLoop(stage, args, make_accelerator(args))
     torch._dynamo.reset()  # other tests may have compiled the same code
-    counter, batches = CompileCounter(), loop._batches()
+    counter, batches = CompileCounter(), iter(loop.batches)
     loop.model = torch.compile(loop.model, backend=counter)
     stage.model.train()
     for step in range(3):
@@ -81,7 +69,7 @@ def unmoved(stage, args, steps):
 PAPER = {"gate_start": 0.0, "modulation_std": 0.0, "output_std": 0.0, "post_quant_std": 0.0, "adam_epsilon": 1e-8}
 
 
-@pytest.mark.parametrize("recipe, steps", [({}, 3), ({"continuous_steps": 4}, 3), (PAPER, 8)])
+@pytest.mark.parametrize("recipe, steps", [({}, 3), ({"unquantized_steps": 4}, 3), (PAPER, 8)])
 def test_every_parameter_of_the_tokenizer_moves(tmp_path, recipe, steps):
     stage, args = tokenizer_stage(tmp_path, max_train_steps=8, weight_decay=0.0, **recipe)
     assert unmoved(stage, args, steps) == set()
@@ -172,13 +160,13 @@ def test_tokens_are_counted_up_to_each_images_group(tmp_path):
     stage, _ = tokenizer_stage(tmp_path)
     batch = batch_of(stage, [(index, 1000 + index) for index in range(8)])
     output = stage.forward(stage.model, batch, 0)
-    assert stage.amounts(batch) == {"images": 8.0, "tokens": float(output.token_mask.sum())}
+    assert stage.loss_denominators(batch) == {"images": 8.0, "tokens": float(output.token_mask.sum())}
 
 
 def test_codes_are_counted(tmp_path, tokenizer):
     for cache in (True, False):
         stage, _ = ar_stage(tmp_path, tokenizer, cache_codes=cache)
-        assert stage.amounts(batch_of(stage, [(0, 1), (3, 2)])) == {"images": 2.0, "tokens": 32.0}
+        assert stage.loss_denominators(batch_of(stage, [(0, 1), (3, 2)])) == {"images": 2.0, "tokens": 32.0}
 
 
 @pytest.mark.parametrize("size", [15, 16, 31, 32, 33])
@@ -260,7 +248,7 @@ def test_half_precision_keeps_float32_weights(tmp_path, tokenizer, name):
 
 def test_the_codebook_starts_from_the_latents_everywhere(tmp_path):
     """After the continuous steps: weights, averages and the optimizer's memory."""
-    stage, args = tokenizer_stage(tmp_path, continuous_steps=3, ema_decay=0.9)
+    stage, args = tokenizer_stage(tmp_path, unquantized_steps=3, ema_decay=0.9)
     loop, lines = run_steps(stage, args, 3)
     codebook = stage.model.quantizer.codebook.weight
     torch.testing.assert_close(codebook.norm(dim=1), torch.ones(len(codebook)))
@@ -287,8 +275,8 @@ def test_groups_are_hidden_at_their_rate(tmp_path, monkeypatch):
             tokenizer_stage(tmp_path / "other", group_dropout=wrong)
 
 
-def test_quantizing_begins_after_the_continuous_steps(tmp_path, monkeypatch):
-    stage, args = tokenizer_stage(tmp_path, continuous_steps=2)
+def test_quantizing_begins_after_the_unquantized_steps(tmp_path, monkeypatch):
+    stage, args = tokenizer_stage(tmp_path, unquantized_steps=2)
     seen, forward = [], stage.model.forward
     monkeypatch.setattr(stage.model, "forward", lambda *a, **k: seen.append(k["quantize"]) or forward(*a, **k))
     _, lines = run_steps(stage, args, 4)
@@ -297,14 +285,14 @@ def test_quantizing_begins_after_the_continuous_steps(tmp_path, monkeypatch):
 
 
 def test_dead_codes_move_to_latents(tmp_path):
-    stage, args = tokenizer_stage(tmp_path, revive_every=2, revive_until=1.0)
+    stage, args = tokenizer_stage(tmp_path, dead_code_interval=2, revive_until=1.0)
     loop, _ = run_steps(stage, args, 1)
     codebook = stage.model.quantizer.codebook.weight
     with torch.no_grad():
         codebook.copy_(torch.nn.functional.normalize(torch.tensor([[-1.0] * 8]), dim=-1))  # equal rows: code 0 wins
         before = codebook.clone()
     stage.keeper.counts.zero_()
-    batches = loop._batches()
+    batches = iter(loop.batches)
     next(batches)
     loop._step(1, [next(batches)])
     moved = (codebook - before).norm(dim=1)
@@ -394,7 +382,7 @@ def test_one_guidance_scale(tmp_path, tokenizer):
         ar_args(tmp_path, tokenizer, guidance_scale=[1.0, math.nan])
 
 
-CARE = {"max_train_steps": 16, "continuous_steps": 7, "revive_every": 2, "revive_until": 0.8, "ema_decay": 0.9}
+CARE = {"max_train_steps": 16, "unquantized_steps": 7, "dead_code_interval": 2, "revive_until": 0.8, "ema_decay": 0.9}
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "ar"])
@@ -428,86 +416,12 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, tokenizer, name, 
 # From arguments to stages
 
 
-@pytest.fixture
-def command():
-    path = Path(__file__).parents[2] / "examples" / "train.py"
-    spec = importlib.util.spec_from_file_location("train_command", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_path, command):
-    recipe = get_preset("digits").tokenizer_recipe
-    (tmp_path / "run.yaml").write_text(
-        "preset: digits\nlearning_rate: 1e-4\nseed: 5\nmodel_overrides: [data_std=0.5]\n"
-    )
-    args = command.parse("tokenizer", ["--config", str(tmp_path / "run.yaml"), "--seed", "6"])
-    assert (args.seed, args.learning_rate, args.model_overrides) == (6, 1e-4, ["data_std=0.5"])
-    assert args.max_train_steps == recipe["max_train_steps"] and args.adam_beta2 == 0.95
-    plain = command.parse("tokenizer", ["--preset=digits"])
-    assert plain.learning_rate == recipe["learning_rate"] and plain.seed == 0
-
-
-def test_unknown_options_in_a_file_are_named(tmp_path, command):
-    (tmp_path / "run.yaml").write_text("learning_rat: 1e-4\n")
-    with pytest.raises(ValueError, match="unknown options in .*run.yaml: learning_rat"):
-        command.parse("ar", ["--config", str(tmp_path / "run.yaml")])
-
-
-@pytest.mark.parametrize(
-    "stage, preset", [("tokenizer", "v1"), ("tokenizer", "digits"), ("ar", "L"), ("ar", "digits")]
-)
-def test_every_recipe_is_accepted(command, stage, preset):
-    args, recipe = command.parse(stage, ["--preset", preset]), get_preset(preset)
-    wanted = recipe.tokenizer_recipe if stage == "tokenizer" else recipe.ar_recipe
-    assert wanted and {name: getattr(args, name) for name in wanted} == wanted
-
-
-MISTAKES = {
-    ("tokenizer", "--preset huge"): "unknown preset 'huge'; there are v1, B, L, XL, XXL, 3B, digits",
-    ("tokenizer", "--image_column picture"): "no column 'picture' for the images; it has image, label",
-    ("tokenizer", "--model_overrides encoder_dmi=64"): "encoder_dmi",
-    ("tokenizer", "--output_dir {earlier}"): "holds an earlier run or model: pass --resume_from_checkpoint latest",
-    ("ar", "--dataset_name {unlabelled}"): "no column 'label' for the labels; it has image",
-    ("ar", "--model_overrides hidden_size=33"): "hidden size (33)",
-}
-
-
-@pytest.fixture
-def no_progress_bars():
-    datasets.utils.disable_progress_bars()
-    yield
-    datasets.utils.enable_progress_bars()
-
-
-@pytest.mark.usefixtures("no_progress_bars")
-@pytest.mark.parametrize("stage, options", MISTAKES)
-def test_mistakes_end_the_command_with_one_line(tmp_path, tokenizer, command, monkeypatch, capsys, stage, options):
-    (tmp_path / "unlabelled").mkdir()
-    for index in range(3):
-        Image.new("L", (8, 8), 80 * index).save(tmp_path / "unlabelled" / f"{index}.png")
-    earlier = shutil.copytree(tokenizer, tmp_path / "earlier")
-    (earlier / "history.jsonl").write_text('{"step": 1}\n')
-    before = {path: path.read_bytes() for path in earlier.iterdir()}
-    argv = ["--preset", "digits", "--output_dir", str(tmp_path / "run")]
-    argv += ["--tokenizer", str(tokenizer)] if stage == "ar" else []
-    argv += options.format(earlier=earlier, unlabelled=tmp_path / "unlabelled").split()
-    monkeypatch.setattr(sys, "argv", ["train.py", stage, *argv])
-    with pytest.raises(SystemExit) as ended:
-        command.main()
-    said = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
-    assert len(said) == 1 and said[0].startswith("train.py: ") and MISTAKES[stage, options] in said[0], said
-    assert {path: path.read_bytes() for path in earlier.iterdir()} == before
-
-
 @pytest.mark.parametrize("item", ["encoder_dmi=32", "encoder_dim=33", "num_tokens=15", "codebook_size=0"])
 def test_overrides_that_make_no_tokenizer(tmp_path, item):
     args = tokenizer_args(tmp_path)
     args.model_overrides.append(item)
     with pytest.raises(ValueError, match=item.split("=")[0]):
-        build_tokenizer_stage(args)
+        TokenizerStage.build(args)
 
 
 @pytest.mark.parametrize("item", ["hidden_szie=32", "hidden_size=33", "num_classes=0", "resid_dropout=2.0"])
@@ -515,7 +429,7 @@ def test_overrides_that_make_no_transformer(tmp_path, tokenizer, item):
     args = ar_args(tmp_path, tokenizer)
     args.model_overrides.append(item)
     with pytest.raises(ValueError, match=item.split("=")[0].replace("_", "[_ ]")):
-        build_ar_stage(args)
+        ARStage.build(args)
 
 
 def test_presets_without_the_part(tmp_path, tokenizer):

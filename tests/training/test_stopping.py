@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from dar_hf.training import train
-from dar_hf.training.loop import StoppedError, make_accelerator
-from dar_hf.training.stopping import StopRequest
+from dar_hf.training import make_accelerator, train
+from dar_hf.training.stopping import StoppedError, StopRequest
 from dar_hf.utils.pictures import read_history
 
-from .helpers import fresh_process, tokenizer_stage
+from .helpers import tokenizer_stage
 
 
 def send(number):
@@ -56,18 +55,17 @@ def test_a_ctrl_c_that_torchrun_passes_on_is_the_same_one():
 @pytest.mark.parametrize("number, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_that_is_asked_to_end_leaves_a_checkpoint(tmp_path, number, name, workers):
-    with fresh_process():
-        stage, args = tokenizer_stage(tmp_path, max_train_steps=50, dataloader_num_workers=workers)
-        after_step = stage.after_step
+    stage, args = tokenizer_stage(tmp_path, max_train_steps=50, dataloader_num_workers=workers)
+    after_step = stage.after_step
 
-        def ask(step, *arguments):
-            after_step(step, *arguments)
-            if step == 2:
-                send(number)
+    def ask(step, *arguments):
+        after_step(step, *arguments)
+        if step == 2:
+            send(number)
 
-        stage.after_step = ask
-        with pytest.raises(StoppedError, match=f"stopped by {name} after step 4 .*checkpoint-4 is saved") as caught:
-            train(stage, args, make_accelerator(args))
+    stage.after_step = ask
+    with pytest.raises(StoppedError, match=f"stopped by {name} after step 4 .*checkpoint-4 is saved") as caught:
+        train(stage, args, make_accelerator(args))
     assert caught.value.signal_number == number
     assert (tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").is_file()
     assert [line["step"] for line in read_history(tmp_path / "history.jsonl")] == [1, 2, 3, 4]

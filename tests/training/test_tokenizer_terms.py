@@ -2,7 +2,6 @@
 
 import math
 
-import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,9 @@ from transformers import Dinov2WithRegistersModel as Dinov2WithRegisters
 from dar_hf.metrics.lpips import LPIPSNetwork
 from dar_hf.metrics.weights import write_weights
 from dar_hf.presets import get_preset
-from dar_hf.training import train
+from dar_hf.training import make_accelerator, train
 from dar_hf.training.adversary import Adversary, PatchDiscriminator, discriminator_sum, generator_sum
-from dar_hf.training.loop import TrainingLoop, make_accelerator
+from dar_hf.training.loop import TrainingLoop
 from dar_hf.training.losses import perceptual_sum
 from dar_hf.training.repa import IMAGENET_MEAN, IMAGENET_STD, RepaTeacher, load_teacher, repa_grid, repa_sum
 
@@ -30,13 +29,6 @@ ALL_TERMS = {
     "discriminator_width": 8,
     "max_train_samples": 12,
 }
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with fresh_process():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +103,7 @@ def test_the_papers_weights():
 
 def run(stage, args, steps):
     loop = TrainingLoop(stage, args, make_accelerator(args))
-    batches = loop._batches()
+    batches = iter(loop.batches)
     stage.model.train()
     count = args.gradient_accumulation_steps
     return loop, [loop._step(step, [next(batches) for _ in range(count)]) for step in range(steps)]
@@ -165,7 +157,7 @@ def test_the_discriminator_waits_for_its_start(tmp_path, judges):
     loop, lines = run(stage, args, 2)
     assert [line["loss/adversarial"] for line in lines] == [0, 0]
     assert all(torch.equal(a, b) for a, b in zip(before, stage.adversary.network.parameters(), strict=True))
-    batches = loop._batches()
+    batches = iter(loop.batches)
     line = loop._step(2, [next(batches)])
     assert line["loss/adversarial"] > 0 and line["loss/discriminator"] > 0
     assert not any(torch.equal(a, b) for a, b in zip(before, stage.adversary.network.parameters(), strict=True))

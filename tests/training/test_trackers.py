@@ -5,18 +5,17 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from dar_hf.training import LoopArguments, train
-from dar_hf.training.loop import make_accelerator
-from dar_hf.training.trackers import track_pictures
+from dar_hf.training import LoopArguments, make_accelerator, train
+from dar_hf.training.trackers import track_images
 
-from .helpers import fresh_process, tokenizer_stage
+from .helpers import tokenizer_stage
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "all"])
 def test_a_tracker_that_is_not_installed_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     args = LoopArguments(report_to=name, output_dir=str(tmp_path))
-    with fresh_process(), pytest.raises(ValueError, match=f"report_to: the package of {name} is not installed"):
+    with pytest.raises(ValueError, match=f"report_to: the package of {name} is not installed"):
         make_accelerator(args)
 
 
@@ -24,9 +23,8 @@ def test_tensorboard_has_figures_and_pictures(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with fresh_process():
-        stage, args = tokenizer_stage(tmp_path, report_to="tensorboard", validation_steps=2, max_train_steps=4)
-        train(stage, args, make_accelerator(args))
+    stage, args = tokenizer_stage(tmp_path, report_to="tensorboard", validation_steps=2, max_train_steps=4)
+    train(stage, args, make_accelerator(args))
     folder = next(path.parent for path in tmp_path.rglob("*tfevents*"))
     events = EventAccumulator(str(folder)).Reload()
     assert {"loss/total", "loss/flow", "lr", "grad_norm", "images_per_second", "validation/psnr"} <= set(
@@ -44,7 +42,7 @@ def test_each_tracker_is_given_what_it_takes():
         return SimpleNamespace(name=name, log_images=lambda values, **options: given.append((name, values, options)))
 
     trackers = [tracker(name) for name in names]
-    track_pictures(trackers, {"samples": Image.new("L", (3, 2))}, 7)
+    track_images(trackers, {"samples": Image.new("L", (3, 2))}, 7)
     (first, pixels, options), (second, pictures, others) = given
     assert (first, second) == ("tensorboard", "wandb") and options == {"step": 7, "dataformats": "NHWC"}
     assert pixels["validation/samples"].shape == (1, 2, 3, 3)

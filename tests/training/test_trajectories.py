@@ -31,7 +31,7 @@ from .commands import (
 pytestmark = pytest.mark.slow
 
 # warm-up without quantizing, k-means, revival of dead codes, and then a stretch without
-TOKENIZER = COMMON | {"continuous_steps": 10, "revive_every": 2, "revive_until": 0.8}
+TOKENIZER = COMMON | {"unquantized_steps": 10, "dead_code_interval": 2, "revive_until": 0.8}
 ACCUMULATED = {"train_batch_size": 1, "gradient_accumulation_steps": 8}
 
 
@@ -178,7 +178,7 @@ def test_the_pipeline_generates_in_a_fresh_process(ar_runs, environment, tmp_pat
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_command_itself_ends_well(environment, tmp_path, processes):
-    options = TOKENIZER | {"max_train_steps": 3, "continuous_steps": 1}
+    options = TOKENIZER | {"max_train_steps": 3, "unquantized_steps": 1}
     command = Command(environment, "tokenizer", tmp_path / "run", TOKENIZER_MODEL, **options)
     line = as_typed(command, processes)
     result = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
@@ -227,7 +227,7 @@ def full_recipe(tmp_path_factory):
     size = {"sample_size": 16, "encoder_patch_size": 4, "diffusion_patch_size": 4, "repa_layer": 0, "repa_dim": 16}
     options = TOKENIZER | {
         "max_train_steps": 8,
-        "continuous_steps": 0,
+        "unquantized_steps": 0,
         "group_dropout": 0.5,
         "perceptual_weight": 0.5,
         "lpips_weights": folder / "lpips.safetensors",

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from dar_hf.data import DataError
 from dar_hf.evaluation import ReconstructionArguments
 from dar_hf.training import TokenizerArguments
-from dar_hf.training.codes import ExtractArguments
+from dar_hf.training.extraction import ExtractArguments
 from dar_hf.utils import commands
 from dar_hf.utils.commands import CommandError, check_output, command, device_option, ending_with, exit_code, explain
 

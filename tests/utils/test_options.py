@@ -3,20 +3,22 @@
 from dataclasses import dataclass
 
 import pytest
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from dar_hf.utils.options import option, read_options
+from dar_hf.utils import options as options_module
+from dar_hf.utils.options import current_names, read_options, renamed_option
 
 
 @dataclass
 class Options:
-    precision: str = option("auto", "text")
-    split: str | None = option(None, "text or nothing")
-    steps: int = option(1, "whole number")
-    limit: int | None = option(None, "whole number or nothing")
-    rate: float = option(0.1, "number")
-    flip: bool = option(False, "true or false")
-    overrides: list[str] | None = option(None, "list of text")
-    scale: list[float] | None = option(None, "list of numbers")
+    precision: str = HfArg(default="auto", help="text")
+    split: str | None = HfArg(default=None, help="text or nothing")
+    steps: int = HfArg(default=1, help="whole number")
+    limit: int | None = HfArg(default=None, help="whole number or nothing")
+    rate: float = HfArg(default=0.1, help="number")
+    flip: bool = HfArg(default=False, help="true or false")
+    overrides: list[str] | None = HfArg(default=None, help="list of text")
+    scale: list[float] | None = HfArg(default=None, help="list of numbers")
 
 
 def read(tmp_path, text):
@@ -109,3 +111,36 @@ def test_files_that_are_none(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             read_options(tmp_path / path, Options)
+
+
+# Renamed options
+
+
+@dataclass
+class Renamed:
+    new_name: int = renamed_option("old_name", default=1, help="number")
+
+
+def parsed(*words):
+    return HfArgumentParser(Renamed).parse_args_into_dataclasses(list(words))[0].new_name
+
+
+@pytest.mark.parametrize("form", ["command line", "with an equals sign", "file", "preset"])
+def test_the_former_name_of_an_option_is_taken_with_a_warning(tmp_path, form, caplog):
+    options_module._warn_renamed.cache_clear()
+    if form == "command line":
+        found = {"new_name": parsed("--old_name", "7")}
+    elif form == "with an equals sign":
+        found = {"new_name": parsed("--old_name=7")}
+    elif form == "file":
+        (tmp_path / "options.yaml").write_text("old_name: 7")
+        found = read_options(tmp_path / "options.yaml", Renamed)
+    else:
+        found = current_names({"old_name": 7}, Renamed)
+    assert found == {"new_name": 7}
+    assert "the option old_name is now called new_name" in caplog.text
+
+
+def test_the_name_an_option_has_now_needs_no_warning(tmp_path, caplog):
+    assert parsed("--new_name", "7") == parsed("--new-name", "7") == 7 and parsed() == 1
+    assert current_names({"new_name": 7}, Renamed) == {"new_name": 7} and not caplog.text

@@ -1,4 +1,13 @@
-"""Images and labels for both stages: where they come from, how they are cut, and the order in which they are seen."""
+"""Images and labels for both stages: where they come from, how they are cut, and the order in which they are seen.
+
+The files, each of which imports from those above it alone:
+
+- `loading`: around `datasets.load_dataset`; `classes`: which labels there are, and their numbers;
+- `folders`: which files of a local folder are which split; `image_folders`: folders of images as data sets;
+- `sources`: a data set by its name, loaded whole or as a stream (`load_images`, `stream_images`);
+- `transforms`: an image to a tensor; `batches`: samples, their order and their randomness; `streaming`: of a stream;
+- `splits`: the images to train and to validate on, from the options of a run.
+"""
 
 from ..images_dar import center_crop, convert_channels, image_to_pixels, read_image, to_tensor
 from .batches import (
@@ -7,31 +16,34 @@ from .batches import (
     GlobalBatchSampler,
     ImageSamples,
     SeedFor,
+    bernoulli_mask,
     collate,
     draw_seed,
-    dropped,
     normal_noise,
     sample_times,
 )
 from .sources import available_splits, load_images, stream_images
+from .splits import DataArguments, image_splits
 from .streaming import BatchStream, StreamedImages
 from .transforms import ImageTransform, random_crop, ten_crop
 
 __all__ = [
     "BatchStream",
+    "DataArguments",
     "DataError",
-    "StreamedImages",
-    "UNREADABLE",
-    "collate",
     "GlobalBatchSampler",
     "ImageSamples",
     "ImageTransform",
     "SeedFor",
+    "StreamedImages",
+    "UNREADABLE",
     "available_splits",
+    "bernoulli_mask",
     "center_crop",
+    "collate",
     "convert_channels",
     "draw_seed",
-    "dropped",
+    "image_splits",
     "image_to_pixels",
     "load_images",
     "normal_noise",

@@ -91,15 +91,21 @@ class GlobalBatchSampler:
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("accumulation", accumulation)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.num_processes, self.process_index, self.accumulation = num_processes, process_index, accumulation
-        self.start_step, self.num_steps = start_step, num_steps
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.accumulation = accumulation
+        self.seed = seed
+        self.start_step = start_step
+        self.num_steps = num_steps
 
     def __len__(self) -> int:
         return (self.num_steps - self.start_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, torch.empty(0)
+        epoch = -1
+        order = torch.empty(0)
         for micro_step in range(self.start_step * self.accumulation, self.num_steps * self.accumulation):
             first = (micro_step * self.num_processes + self.process_index) * self.batch_size
             batch = []
@@ -147,12 +153,13 @@ class ImageSamples(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """``pixel_values (C, H, W)``, ``index``, ``seed`` and, where there are labels, ``label``.
 
-        In the place of an image that cannot be read comes the next one, and ``skipped`` lists what was left out.
+        Unreadable images are replaced by the next one, and ``skipped`` lists them.
 
         Raises:
             DataError: if no image can be read.
         """
-        (index, seed), skipped = key, []
+        index, seed = key
+        skipped = []
         while (pixels := self._attempt(index, lambda image: self.transform(image, seed))) is None:
             skipped.append(index)
             if len(skipped) == len(self):
@@ -161,7 +168,9 @@ class ImageSamples(torch.utils.data.Dataset):
         sample = {"pixel_values": pixels, "index": index, "seed": seed}
         if self.labels:
             sample["label"] = self.labels[index]
-        return sample | ({"skipped": skipped} if skipped else {})
+        if skipped:
+            sample["skipped"] = skipped
+        return sample
 
     def readable_image(self, index: int) -> Image.Image | None:
         """The image, upright and in the transform's channels, or None if it cannot be read."""
@@ -241,10 +250,16 @@ def warn_unreadable(name: str, error: BaseException) -> None:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples as one batch; ``skipped`` lists what was left out of any of them, where there is any."""
+    """Samples as one batch, with each one's time of the diffusion (``timesteps``).
+
+    ``skipped`` lists what was left out of any of them, where there is any.
+    """
     skipped = [index for sample in samples for index in sample.pop("skipped", [])]
     batch = torch.utils.data.default_collate(samples)
-    return batch | ({"skipped": skipped} if skipped else {})
+    batch["timesteps"] = sample_times(batch["seed"])
+    if skipped:
+        batch["skipped"] = skipped
+    return batch
 
 
 def sample_times(seeds: torch.Tensor) -> torch.Tensor:
@@ -261,8 +276,7 @@ def normal_noise(seeds: torch.Tensor, shape: Sequence[int], device: torch.device
     return noise
 
 
-def dropped(seeds: torch.Tensor, rate: float, purpose: SeedFor = SeedFor.CLASS_DROPOUT) -> torch.Tensor:
-    """Which samples lose their class, or what else is dropped at a rate; ``(B,)`` bool, each from its own seed."""
-    return torch.tensor(
-        [random.Random(draw_seed(int(seed), purpose)).random() < rate for seed in seeds], dtype=torch.bool
-    )
+def bernoulli_mask(seeds: torch.Tensor, rate: float, purpose: SeedFor = SeedFor.CLASS_DROPOUT) -> torch.Tensor:
+    """True with probability ``rate`` for each sample, drawn from its own seed: what is dropped; ``(B,)`` bool."""
+    draws = [random.Random(draw_seed(int(seed), purpose)).random() for seed in seeds]
+    return torch.tensor([draw < rate for draw in draws], dtype=torch.bool)

@@ -53,9 +53,10 @@ def with_class_labels(dataset: datasets.Dataset, name: str, class_names: list[st
     """
     if dataset.features["label"] in (datasets.Value("binary"), datasets.Value("large_binary")):
         dataset = dataset.cast_column("label", datasets.Value("string"))
-    feature, labels = dataset.features["label"], dataset["label"][:]
+    feature = dataset.features["label"]
+    labels = dataset["label"][:]
     if isinstance(feature, datasets.ClassLabel):
-        _refuse_missing(labels, name)
+        _reject_missing(labels, name)
         if class_names in (None, feature.names):
             return dataset
         named = [feature.names[label] for label in labels]
@@ -72,7 +73,7 @@ def with_class_labels(dataset: datasets.Dataset, name: str, class_names: list[st
     return dataset.cast_column("label", datasets.ClassLabel(names=class_names))
 
 
-def _refuse_missing(labels: list, name: str) -> None:
+def _reject_missing(labels: list, name: str) -> None:
     """-1 is how data sets hide the labels of a test split."""
     missing = sum(label is None or label == "" or whole_number(label) == -1 for label in labels)
     if missing:
@@ -81,7 +82,7 @@ def _refuse_missing(labels: list, name: str) -> None:
 
 def _label_names(labels: list, feature: datasets.Value, name: str, known: list[str]) -> list[str]:
     """The class of each image by name: numbers as integers are written, strings as they are if one is no number."""
-    _refuse_missing(labels, name)
+    _reject_missing(labels, name)
     if feature.dtype == "bool":
         return [str(label) for label in labels]
     if not feature.dtype.startswith(("int", "uint", "float", "decimal", "string", "large_string")):

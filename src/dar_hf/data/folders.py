@@ -22,7 +22,6 @@ configures it (as clones of Hub data sets do) is left to `datasets`, and so is o
 """
 
 import functools
-import logging
 import os
 import re
 from collections import Counter, defaultdict
@@ -32,7 +31,7 @@ from dataclasses import dataclass, field
 from huggingface_hub import metadata_load
 from PIL import Image
 
-logger = logging.getLogger(__name__)
+from .loading import warn_once
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -113,12 +112,6 @@ def image_endings() -> frozenset[str]:
     """Endings of the files that pillow opens."""
     Image.init()
     return frozenset(ending for ending, name in Image.EXTENSION.items() if name in Image.OPEN) - NOT_ONE_IMAGE
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    """A warning, the first time that it is given."""
-    logger.warning("%s", text)
 
 
 def read_folder(path: str) -> LocalFiles | None:
@@ -219,7 +212,9 @@ def _choose_kind(files: list[str]) -> tuple[str | None, list[str]]:
         if any(_file_split(file) == "train" for file in by_kind[kind]):
             return kind, by_kind[kind]
     best = max(by_kind, key=lambda kind: len(by_kind[kind]))
-    return (best if by_kind[best] else None), by_kind[best]
+    if not by_kind[best]:
+        return None, []
+    return best, by_kind[best]
 
 
 def _what_else(files: list[str]) -> str:
@@ -235,8 +230,10 @@ def _what_else(files: list[str]) -> str:
 
 def first_names(names: list[str]) -> str:
     """The first few names."""
-    more = [f"and {len(names) - MAX_NAMED} more"] if len(names) > MAX_NAMED else []
-    return ", ".join([*names[:MAX_NAMED], *more])
+    text = ", ".join(names[:MAX_NAMED])
+    if len(names) > MAX_NAMED:
+        text += f", and {len(names) - MAX_NAMED} more"
+    return text
 
 
 def _in_order(splits: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -250,13 +247,16 @@ def _in_order(splits: dict[str, list[str]]) -> dict[str, list[str]]:
 
 def _folder_split(name: str) -> str | None:
     """The split that a folder's name stands for."""
-    match = _FOLDER_NAME.fullmatch(name.lower())
-    return _SPLIT_OF.get(match[1]) if match else None
+    return _named_split(_FOLDER_NAME, name)
 
 
 def _file_split(file: str) -> str | None:
     """The split that a file's name begins with, if nothing but numbers follows."""
-    match = _FILE_NAME.fullmatch(os.path.basename(file).split(".")[0].lower())
+    return _named_split(_FILE_NAME, os.path.basename(file).split(".")[0])
+
+
+def _named_split(pattern: re.Pattern, name: str) -> str | None:
+    match = pattern.fullmatch(name.lower())
     return _SPLIT_OF.get(match[1]) if match else None
 
 
@@ -270,7 +270,7 @@ def _splits_by_folders(path: str, files: list[str]) -> tuple[int, dict[str, list
         if names:
             break
         if len(tops) != 1 or "/".join(*tops) in folders:
-            _refuse_inner_splits(path, folders, depth)
+            _reject_inner_splits(path, folders, depth)
             return depth, {}
         depth += 1  # a folder that holds only one folder
     splits = _grouped(files, lambda file: names.get(tuple(file.split("/")[: depth + 1])))
@@ -294,7 +294,7 @@ def _folder_splits(path: str, tops: set[tuple], folders: set[str]) -> dict[tuple
     return {}
 
 
-def _refuse_inner_splits(path: str, folders: set[str], depth: int) -> None:
+def _reject_inner_splits(path: str, folders: set[str], depth: int) -> None:
     """Raise a ValueError for splits inside of classes: they would all be trained on."""
     inner: dict[str, set[str]] = defaultdict(set)
     for folder in folders:

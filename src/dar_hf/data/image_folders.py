@@ -3,8 +3,8 @@
 import datasets
 
 from .classes import in_order
-from .folders import LocalFiles, first_names, warn_once
-from .loading import clear_errors, escaped, pick, split_names
+from .folders import LocalFiles, first_names
+from .loading import clear_errors, escaped, pick, split_names, warn_once
 
 
 def load_image_folder(

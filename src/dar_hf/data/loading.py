@@ -1,10 +1,29 @@
-"""What is needed around `datasets.load_dataset`: parts of splits, paths instead of patterns, clear errors."""
+"""What `datasets.load_dataset` lacks: parts of splits, paths that are no patterns, clear errors, checks for damage."""
 
+import functools
 import glob
+import gzip
+import logging
+import os
+import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO, cast
 
 import datasets
+import pyarrow
+import pyarrow.parquet
+
+logger = logging.getLogger(__name__)
+
+TAR_BLOCK = 512
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A warning, the first time that it is given."""
+    logger.warning("%s", text)
 
 
 def split_names(split: str) -> list[str]:
@@ -59,3 +78,64 @@ def clear_errors(name: str, split: str | None = None) -> Iterator[None]:
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             cause = error.__cause__
         raise ValueError(f"cannot load {what}: {str(cause) or type(cause).__name__}") from error
+
+
+# Damage
+
+
+def with_rows(paths: list[str]) -> list[str]:
+    """The parquet files that have rows. Some writers leave empty ones, which `datasets` may fail to read.
+
+    Raises:
+        ValueError: if one is damaged, or all are empty.
+    """
+    found = []
+    for path in paths:
+        try:
+            if pyarrow.parquet.read_metadata(path).num_rows:
+                found.append(path)
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path} is damaged or no parquet file: {error}") from error
+    if not found:
+        raise ValueError(f"{', '.join(paths)}: no data, all of them are empty.")
+    return found
+
+
+def check_tar(path: str, streaming: bool) -> None:
+    """Raise a ValueError for a tar without members, or one that cannot be read to its end.
+
+    What reads it stops in silence at a damaged header, and where another tar was appended. The headers of a stream
+    are not looked through, which may take minutes, if it ends as a tar should.
+    """
+    try:
+        with tarfile.open(path) as tar:
+            if tar.next() is None:
+                raise ValueError(f"{path}: no data, it is empty.")
+            if streaming and _ends_with_mark(path):
+                return
+            while tar.next() is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+            _check_tar_end(path, cast("IO[bytes]", tar.fileobj), tar.offset)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged or no tar file: {error}.") from error
+
+
+def _ends_with_mark(path: str) -> bool:
+    """Whether a file's last block holds zeros only. That of a compressed tar never does."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - TAR_BLOCK))
+        return not file.read().strip(bytes(1))
+
+
+def _check_tar_end(path: str, tar: IO[bytes], end: int) -> None:
+    """Raise a ValueError if anything but zeros follows the last member."""
+    tar.seek(end)
+    block = tar.read(TAR_BLOCK)
+    if not block:
+        warn_once(f"{path} has no mark at its end: if it was cut off, the files after its last one are missing.")
+    while block:
+        if block.strip(bytes(1)):
+            raise ValueError(
+                f"{path} is damaged, or several tars in one file: nothing after its byte {end} can be read."
+            )
+        block = tar.read(1 << 20)

@@ -4,27 +4,21 @@ Each is loaded whole (indexed, on disk) or as a stream. `folders` says how the s
 found, `classes` how labels are numbered.
 """
 
-import gzip
 import itertools
 import os
-import tarfile
-import zlib
-from typing import IO, Any, cast
+from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from PIL import Image
 
 from .classes import whole_number, with_class_labels
-from .folders import DATA_ENDINGS, IMAGES, WEBDATASET, LocalFiles, data_kind, image_endings, read_folder, warn_once
+from .folders import DATA_ENDINGS, IMAGES, WEBDATASET, LocalFiles, data_kind, image_endings, read_folder
 from .image_folders import load_image_folder
-from .loading import clear_errors, escaped, pick, split_names, with_known_splits
+from .loading import check_tar, clear_errors, escaped, pick, split_names, warn_once, with_known_splits, with_rows
 
 DIGITS = "digits"
-NUM_TRAIN_DIGITS = 1437  # the first 80 %; the split is fixed so that figures can be compared
-TAR_BLOCK = 512
+NUM_TRAIN_DIGITS = 1437  # the first 80 %; the split is fixed so that metrics can be compared
 
 
 def load_images(
@@ -122,16 +116,17 @@ def _select(dataset: Any, name: str, image_column: str, label_column: str | None
         image_column, label_column = _webdataset_fields(dataset, image_column, label_column)
     if image_column == label_column:
         raise ValueError(f"the images and the labels of {name} cannot both be the column {image_column!r}.")
-    columns = {"image": image_column} | ({"label": label_column} if label_column else {})
+    columns = {"image": image_column}
+    if label_column:
+        columns["label"] = label_column
     for role, column in columns.items():
         if column not in dataset.column_names:
             raise ValueError(
                 f"{name} has no column {column!r} for the {role}s; it has {', '.join(dataset.column_names)}."
             )
     _check_image_feature(dataset.features[image_column], image_column, name)
-    if isinstance(
-        dataset, datasets.IterableDataset
-    ):  # renaming its columns decodes them, and broken images fail there
+    if isinstance(dataset, datasets.IterableDataset):
+        # renaming columns of a stream decodes them, and broken images would fail there
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     dataset = dataset.select_columns(list(columns.values()))
     dataset = dataset.rename_columns({column: role for role, column in columns.items() if column != role})
@@ -192,9 +187,9 @@ def _load(
     wanted = {part: files.absolute(files.splits[part]) for part in split_names(split)}
     if files.kind == WEBDATASET:
         for path in itertools.chain(*wanted.values()):
-            _check_tar(path, streaming)
+            check_tar(path, streaming)
     else:
-        wanted = {part: _with_rows(paths) for part, paths in wanted.items()}
+        wanted = {part: with_rows(paths) for part, paths in wanted.items()}
     with clear_errors(name, split):
         return datasets.load_dataset(files.kind, data_files=escaped(wanted), split=split, streaming=streaming)
 
@@ -219,64 +214,6 @@ def local_files(name: str, config_name: str | None = None) -> LocalFiles | None:
     if name.startswith((".", "/", "~")) or os.path.lexists(path):
         raise ValueError(f"no such file or folder: {path}.")
     return None
-
-
-def _with_rows(paths: list[str]) -> list[str]:
-    """The parquet files that have rows. Some writers leave empty ones, which `datasets` may fail to read.
-
-    Raises:
-        ValueError: if one is damaged, or all are empty.
-    """
-    found = []
-    for path in paths:
-        try:
-            if pyarrow.parquet.read_metadata(path).num_rows:
-                found.append(path)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} is damaged or no parquet file: {error}") from error
-    if not found:
-        raise ValueError(f"{', '.join(paths)}: no data, all of them are empty.")
-    return found
-
-
-def _check_tar(path: str, streaming: bool) -> None:
-    """Raise a ValueError for a tar without members, or one that cannot be read to its end.
-
-    What reads it stops in silence at a damaged header, and where another tar was appended. The headers of a stream
-    are not looked through, which may take minutes, if it ends as a tar should.
-    """
-    try:
-        with tarfile.open(path) as tar:
-            if tar.next() is None:
-                raise ValueError(f"{path}: no data, it is empty.")
-            if streaming and _ends_with_mark(path):
-                return
-            while tar.next() is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
-            _check_end(path, cast("IO[bytes]", tar.fileobj), tar.offset)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged or no tar file: {error}.") from error
-
-
-def _ends_with_mark(path: str) -> bool:
-    """Whether a file's last block holds zeros only. That of a compressed tar never does."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - TAR_BLOCK))
-        return not file.read().strip(bytes(1))
-
-
-def _check_end(path: str, tar: IO[bytes], end: int) -> None:
-    """Raise a ValueError if anything but zeros follows the last member."""
-    tar.seek(end)
-    block = tar.read(TAR_BLOCK)
-    if not block:
-        warn_once(f"{path} has no mark at its end: if it was cut off, the files after its last one are missing.")
-    while block:
-        if block.strip(bytes(1)):
-            raise ValueError(
-                f"{path} is damaged, or several tars in one file: nothing after its byte {end} can be read."
-            )
-        block = tar.read(1 << 20)
 
 
 def available_splits(name: str, config_name: str | None = None) -> list[str]:
@@ -310,7 +247,9 @@ def load_digits(split: str) -> datasets.Dataset:
     except ImportError as error:
         raise ImportError('the digits come with scikit-learn: pip install "dar-hf[demo]".') from error
     digits = sklearn_digits()
-    rows = slice(0, NUM_TRAIN_DIGITS) if split == "train" else slice(NUM_TRAIN_DIGITS, None)
+    rows = slice(0, NUM_TRAIN_DIGITS)
+    if split == "test":
+        rows = slice(NUM_TRAIN_DIGITS, None)
     pixels = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)  # levels 0 to 16
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}

@@ -40,7 +40,9 @@ class StreamedImages:
         num_classes: int | None = None,
     ):
         self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
-        self.transform, self.block_size, self.num_classes = transform, block_size, num_classes
+        self.transform = transform
+        self.block_size = block_size
+        self.num_classes = num_classes
 
     def sample(self, row: dict, seed: int) -> dict:
         """``pixel_values (C, H, W)``, ``index`` (a checksum of the image's name), ``seed`` and perhaps ``label``.
@@ -69,8 +71,11 @@ class _Reader(torch.utils.data.IterableDataset):
     """Collated batches of one process, as each worker reads them, with the state after each of them."""
 
     def __init__(self, images: StreamedImages, batch_size: int, num_processes: int, process_index: int, seed: int):
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.num_processes, self.process_index = num_processes, process_index
+        self.images = images
+        self.batch_size = batch_size
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.seed = seed
         dataset = images.dataset
         # whole shards for each process where they come out even; else every process reads all and keeps its rows
         self.by_shards = dataset.num_shards % num_processes == 0
@@ -110,8 +115,10 @@ class _Reader(torch.utils.data.IterableDataset):
                 if len(skipped) > MAX_UNREADABLE_IN_A_ROW:
                     raise DataError(f"{len(skipped)} images in a row cannot be read: {error}") from error
                 continue
-            yield sample | ({"skipped": skipped} if skipped else {})
-            skipped = []
+            if skipped:
+                sample["skipped"] = skipped
+                skipped = []
+            yield sample
 
     def _key_of_unreadable(self, row: dict, state: dict, worker: int) -> int:
         """Tells images apart that cannot be read; rows without any image are numbered, from 0 in each epoch."""
@@ -139,7 +146,8 @@ class _Reader(torch.utils.data.IterableDataset):
             self.dataset.set_epoch(1 + draw_seed(self.seed, SeedFor.ORDER, state["epoch"]) % (1 << 31))
             if state.get("source"):
                 self.dataset.load_state_dict(state["source"])
-            rows, found = iter(self.dataset), state["block"] > 0
+            rows = iter(self.dataset)
+            found = state["block"] > 0
             while block := self._block(rows):
                 found = True
                 seed = draw_seed(self.seed, SeedFor.ORDER, state["epoch"], state["block"], worker)

@@ -39,7 +39,8 @@ def ten_crop(image: Image.Image, height: int, width: int, index: int) -> Image.I
     if not 0 <= index < 10:
         raise ValueError(f"ten_crop has crops 0 to 9, got {index}.")
     image = center_crop(image, int(height * TEN_CROP_MARGIN), int(width * TEN_CROP_MARGIN))
-    bottom, right = image.height - height, image.width - width
+    bottom = image.height - height
+    right = image.width - width
     top, left = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)][index % 5]
     image = cut(image, top, left, height, width)
     return ImageOps.mirror(image) if index >= 5 else image
@@ -54,7 +55,7 @@ class ImageTransform:
         channels: 1 or 3.
         crop: "center", "random" (scale 0.8 to 1.0) or "ten" (one of ten crops, mirrored ones included).
         flip: mirror half of the images; with "ten" the crops decide.
-        noise: deviation of normal noise on the pixels (in the units of [-1, 1]); the result is clamped.
+        noise: standard deviation of normal noise on the pixels (in the units of [-1, 1]); the result is clamped.
 
     Raises:
         ValueError: for a size that is not two positive integers, other channels than 1 and 3, an unknown crop, or
@@ -98,7 +99,9 @@ class ImageTransform:
         else:
             rng = random.Random(seed)
             image = random_crop(convert_channels(image, self.channels), *self.size, rng)
-            pixels = to_tensor(ImageOps.mirror(image) if self.flip and rng.random() < 0.5 else image)
+            if self.flip and rng.random() < 0.5:
+                image = ImageOps.mirror(image)
+            pixels = to_tensor(image)
         if self.noise:
             generator = torch.Generator().manual_seed(seed)
             pixels = (pixels + self.noise * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1)
@@ -110,4 +113,6 @@ class ImageTransform:
         if self.crop == "ten":
             return to_tensor(ten_crop(image, *self.size, variant))
         image = center_crop(image, *self.size)
-        return to_tensor(ImageOps.mirror(image) if variant else image)
+        if variant:
+            image = ImageOps.mirror(image)
+        return to_tensor(image)

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from ..utils.options import check_texts, option
+from transformers.hf_argparser import HfArg
+
+from ..utils.options import check_texts
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -11,30 +13,48 @@ DTYPES = ("float32", "bfloat16", "float16")
 class EvaluationArguments:
     """What both evaluations need."""
 
-    pipeline: str = option("", "pipeline folder or Hub id; reconstruction takes a tokenizer's too")
-    revision: str | None = option(None, "branch, tag or commit of a Hub id")
-    output_dir: str = option("outputs/evaluation", "folder for report.json, grids of images, .npz files and shards")
-    overwrite_output_dir: bool = option(False, "start over in a folder that holds another evaluation")
-    dataset_name: str | None = option(None, "reference images: digits, a folder, a parquet file or a Hub id")
-    dataset_config_name: str | None = option(None, "configuration of a Hub data set")
-    split: str | None = option(None, "split of the reference images; default test, or all of a single file")
-    image_column: str = option("image", "column with the images")
-    label_column: str | None = option(None, "column with the classes, for label agreement of the references")
-    max_corrupt_images: int = option(100, "stop when more than N images cannot be read; fewer are left out")
-    num_images: int | None = option(None, "number of images; default all references, or 50,000 generated ones")
-    features: str = option("inception", "inception, path/to/file.py:name, package.module:name or a transformers id")
-    features_weights: str | None = option(None, "safetensors file, folder or Hub repository for these features")
-    features_hash: str | None = option(None, "first 8 or more characters of the hash that these weights must have")
-    num_inference_steps: int | None = option(None, "denoising steps; default the tokenizer's")
-    solver_order: int | None = option(None, "1 for Euler, 2 for Adams-Bashforth; default the pipeline's")
-    prefixes: list[int] | None = option(
-        None, "also measure previews of these numbers of tokens; default all there are"
+    pipeline: str = HfArg(default="", help="pipeline folder or Hub id; reconstruction takes a tokenizer's too")
+    revision: str | None = HfArg(default=None, help="branch, tag or commit of a Hub id")
+    output_dir: str = HfArg(
+        default="outputs/evaluation", help="folder for report.json, grids of images, .npz files and shards"
     )
-    seed: int = option(0, "seed of all samples; each has its own generator")
-    dtype: str = option("float32", "of the model: float32, bfloat16 or float16")
-    batch_size: int = option(32, "images per process and step")
-    shard_size: int = option(250, "images per shard, the unit of work and of resuming")
-    save_images: bool = option(True, "write the images as ADM .npz; without, statistics only")
+    overwrite_output_dir: bool = HfArg(default=False, help="start over in a folder that holds another evaluation")
+    dataset_name: str | None = HfArg(
+        default=None, help="reference images: digits, a folder, a parquet file or a Hub id"
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="configuration of a Hub data set")
+    split: str | None = HfArg(
+        default=None, help="split of the reference images; default test, or all of a single file"
+    )
+    image_column: str = HfArg(default="image", help="column with the images")
+    label_column: str | None = HfArg(
+        default=None, help="column with the classes, for label agreement of the references"
+    )
+    max_corrupt_images: int = HfArg(
+        default=100, help="stop when more than N images cannot be read; fewer are left out"
+    )
+    num_images: int | None = HfArg(
+        default=None, help="number of images; default all references, or 50,000 generated ones"
+    )
+    features: str = HfArg(
+        default="inception", help="inception, path/to/file.py:name, package.module:name or a transformers id"
+    )
+    features_weights: str | None = HfArg(
+        default=None, help="safetensors file, folder or Hub repository for these features"
+    )
+    features_hash: str | None = HfArg(
+        default=None, help="first 8 or more characters of the hash that these weights must have"
+    )
+    num_inference_steps: int | None = HfArg(default=None, help="denoising steps; default the tokenizer's")
+    solver_order: int | None = HfArg(default=None, help="1 for Euler, 2 for Adams-Bashforth; default the pipeline's")
+    prefixes: list[int] | None = HfArg(
+        default=None, help="also measure previews of these numbers of tokens; default all there are"
+    )
+    seed: int = HfArg(default=0, help="seed of all samples; each has its own generator")
+    dtype: str = HfArg(default="float32", help="of the model: float32, bfloat16 or float16")
+    batch_size: int = HfArg(default=32, help="images per process and step")
+    shard_size: int = HfArg(default=250, help="images per shard, the unit of work and of resuming")
+    save_images: bool = HfArg(default=True, help="write the images as ADM .npz; without, statistics only")
 
     def __post_init__(self) -> None:
         if not self.pipeline:
@@ -57,8 +77,10 @@ class EvaluationArguments:
 class ReconstructionArguments(EvaluationArguments):
     """Encode and decode real images, and compare with them."""
 
-    lpips_weights: str | None = option(None, "safetensors file or Hub repository with LPIPS' weights")
-    lpips_hash: str | None = option(None, "first 8 or more characters of the hash that these weights must have")
+    lpips_weights: str | None = HfArg(default=None, help="safetensors file or Hub repository with LPIPS' weights")
+    lpips_hash: str | None = HfArg(
+        default=None, help="first 8 or more characters of the hash that these weights must have"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,13 +94,15 @@ class ReconstructionArguments(EvaluationArguments):
 class GenerationArguments(EvaluationArguments):
     """Generate images, equally many of each class, and compare the set with a reference set."""
 
-    reference: str | None = option(
-        None, "reference .npz: images (arr_0), or statistics (mu, sigma), instead of a data set"
+    reference: str | None = HfArg(
+        default=None, help="reference .npz: images (arr_0), or statistics (mu, sigma), instead of a data set"
     )
-    guidance_scale: list[float] | None = option(None, "one number, or two for a linear scale; default the pipeline's")
-    temperature: float = option(1.0, "temperature of the codes")
-    top_k: int = option(0, "sample among the N most probable codes; 0 for all")
-    top_p: float = option(1.0, "sample among the most probable codes that hold this share of probability")
+    guidance_scale: list[float] | None = HfArg(
+        default=None, help="one number, or two for a linear scale; default the pipeline's"
+    )
+    temperature: float = HfArg(default=1.0, help="temperature of the codes")
+    top_k: int = HfArg(default=0, help="sample among the N most probable codes; 0 for all")
+    top_p: float = HfArg(default=1.0, help="sample among the most probable codes that hold this share of probability")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -87,7 +87,9 @@ class Adversary:
         epsilon: float,
         max_grad_norm: float,
     ):
-        self.network, self.learning_rate, self.max_grad_norm = network, learning_rate, max_grad_norm
+        self.network = network
+        self.learning_rate = learning_rate
+        self.max_grad_norm = max_grad_norm
         self._scale = 1.0
         self.optimizer = torch.optim.AdamW(
             network.parameters(), lr=learning_rate, betas=betas, eps=epsilon, weight_decay=0.0

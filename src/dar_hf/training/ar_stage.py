@@ -1,9 +1,7 @@
 """Stage 2: the language model on the codes of a finished tokenizer (D-AR, section 3.3)."""
 
 import copy
-import math
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +9,26 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..data import ImageSamples, StreamedImages, dropped, normal_noise
+from ..acceleration_dar import SHORT_SEQUENCE
+from ..data import ImageSamples, StreamedImages, bernoulli_mask, image_splits, normal_noise
 from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import DARPipeline
+from ..presets import get_preset, parse_options
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
 from ..utils.fingerprint import weights_fingerprint
-from ..utils.options import option
+from ..utils.loading import load
 from ..utils.pictures import image_grid
-from .arguments import LoopArguments
-from .codes import ENCODE_BATCH, CodeSamples, encode_all
+from .arguments import ARArguments
+from .codes import ENCODE_BATCH, CodeSamples, code_splits, encode_all
 from .fingerprint import data_fingerprint
 from .losses import LossTerm, cross_entropy_sum
+from .models import build_transformer, sizes_of
 from .stage import Stage, readable_batches
 
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_SAMPLE_ROWS = 10
 SAMPLE_COLUMNS = 8
-
-
-@dataclass
-class ARArguments(LoopArguments):
-    """Options of stage 2."""
-
-    tokenizer: str = option("", "folder or Hub id of the trained tokenizer")
-    codes: str | None = option(None, "codes made by extract_codes.py, a folder or Hub id, instead of training images")
-    cache_codes: bool = option(False, "encode the whole set once, before training: for small sets")
-    new_classes: str | None = option(
-        None, "with --init_from, choose its classes anew, starting from: null (the null class), mean (of all) or fresh"
-    )
-    lora_rank: int = option(0, "train only low-rank adapters of this rank, which are merged at the end; 0 for all")
-    lora_alpha: int | None = option(None, "scale of the adapters times their rank; default the rank")
-    guidance_scale: list[float] | None = option(None, "default guidance saved with the model: one scale, or two ends")
-    solver_order: int = option(2, "solver saved with the pipeline: 2 is the original's Adams-Bashforth, 1 Euler")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):
-            raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
-        if not all(0 <= scale < math.inf for scale in self.guidance_scale or []):
-            raise ValueError(f"guidance_scale must be finite and not negative, got {self.guidance_scale}.")
-        if self.solver_order not in (1, 2):
-            raise ValueError(f"solver_order must be 1 or 2, got {self.solver_order}.")
-        if self.lora_rank < 0 or (self.lora_alpha is not None and not self.lora_alpha > 0):
-            raise ValueError("lora_rank must not be negative, and lora_alpha must be positive.")
-        if self.new_classes not in (None, "null", "mean", "fresh"):
-            raise ValueError(f"new_classes must be null, mean or fresh, got {self.new_classes!r}.")
-        if self.new_classes and not self.init_from:
-            raise ValueError("new_classes are those of a saved model: give --init_from beside --new_classes.")
-        if self.lora_rank and not self.init_from:
-            raise ValueError("adapters need a model to adapt: give --init_from beside --lora_rank.")
-        if self.codes and self.cache_codes:
-            raise ValueError("codes are stored already: --codes and --cache_codes exclude each other.")
-        if self.streaming and (self.codes or self.cache_codes):
-            raise ValueError("--streaming reads images: it excludes --codes and --cache_codes.")
 
 
 def add_adapters(model: DARForCausalLM, rank: int, alpha: int, train_classes: bool = False) -> nn.Module:
@@ -113,7 +77,8 @@ class ARStage(Stage):
         id2label: dict[int, str] | None = None,
     ):
         self.model: Any = model
-        self.args, self.id2label = args, id2label
+        self.args = args
+        self.id2label = id2label
         if args.lora_rank:
             self.model = add_adapters(
                 model, args.lora_rank, args.lora_alpha or args.lora_rank, train_classes=bool(args.new_classes)
@@ -133,22 +98,51 @@ class ARStage(Stage):
         model.generation_config.update(do_sample=True, top_k=0, top_p=1.0, temperature=1.0)
         self._check(model)
 
+    @classmethod
+    def build(cls, args: ARArguments, device: torch.device | str = "cpu") -> "ARStage":
+        """The stage from its arguments; ``device`` is where the frozen tokenizer encodes.
+
+        Raises:
+            ValueError: for an unknown preset, option, data set or column, a missing tokenizer, or data without labels.
+        """
+        if not get_preset(args.preset).transformer:
+            raise ValueError(f"preset {args.preset!r} has no language model; use B, L, XL, XXL, 3B or digits.")
+        if not args.tokenizer:
+            raise ValueError("stage 2 needs --tokenizer: the folder or Hub id of a trained tokenizer.")
+        tokenizer = load(DARTokenizer, args.tokenizer, "tokenizer").to(device)
+        overrides = parse_options(args.model_overrides)
+        sizes = sizes_of(tokenizer, overrides)
+        samples: Any
+        if args.codes:
+            samples, validation, classes = code_splits(args, args.codes, tokenizer)
+        else:
+            samples, validation, classes = image_splits(
+                args,
+                tokenizer.image_size,
+                tokenizer.config.in_channels,
+                with_labels=True,
+                num_classes=overrides.get("num_classes"),
+            )
+        model = build_transformer(args, sizes, classes.names)
+        if torch.device(device).type == "cpu" and model.config.num_image_tokens <= SHORT_SEQUENCE:
+            model.set_attn_implementation("eager")  # for training only: it is not saved
+        return cls(model, tokenizer, samples, args, validation, dict(enumerate(classes.names)))
+
     def parameter_groups(self) -> list[dict]:
         matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.requires_grad and p.ndim <= 1]
         groups: list[dict] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]  # adapters are matrices only
 
-    def amounts(self, batch: dict) -> dict[str, float]:
+    def loss_denominators(self, batch: dict) -> dict[str, float]:
         images = len(batch["seed"])
         return {"images": float(images), "tokens": float(images * self.model.config.num_image_tokens)}
 
     def forward(self, model: nn.Module, batch: dict, step: int) -> torch.Tensor:
         if "codes" not in batch:
             batch["codes"] = self._encode(batch["pixel_values"])
-        return self._logits(
-            model, batch["codes"], batch["label"], dropped(batch["seed"], self.model.config.class_dropout)
-        )
+        drop_class = bernoulli_mask(batch["seed"], self.model.config.class_dropout)
+        return self._logits(model, batch["codes"], batch["label"], drop_class)
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         return self.tokenizer.to(images.device).encode(images).codes
@@ -163,10 +157,11 @@ class ARStage(Stage):
 
     @torch.no_grad()
     def validate(self, step: int) -> tuple[dict[str, float], dict[str, Image.Image]]:
-        """Cross-entropy on the validation images, and a grid of samples, one class a row."""
-        figures = {}
+        """Cross-entropy on the validation images, and a grid of samples, one row per class."""
+        metrics = {}
         if self.validation is not None:
-            total, count = 0.0, 0
+            total = 0.0
+            count = 0
             for indices in readable_batches(self.validation, self.args.max_validation_samples, ENCODE_BATCH):
                 codes = self._encode(self.validation.stack(indices).to(self.model.device))
                 labels = torch.tensor([self.validation.labels[i] for i in indices], device=codes.device)
@@ -174,7 +169,7 @@ class ARStage(Stage):
                 total += float(cross_entropy_sum(logits, codes))
                 count += len(indices)
             if count:
-                figures["cross_entropy"] = total / (count * self.model.config.num_image_tokens)
+                metrics["cross_entropy"] = total / (count * self.model.config.num_image_tokens)
         rows = min(self.model.config.num_classes, MAX_SAMPLE_ROWS)
         labels = [label for label in range(rows) for _ in range(SAMPLE_COLUMNS)]
         generator = torch.Generator(self.model.device).manual_seed(self.args.seed)
@@ -182,7 +177,7 @@ class ARStage(Stage):
         shape = (self.tokenizer.config.in_channels, *self.tokenizer.image_size)
         noise = normal_noise(torch.arange(len(labels)), shape, codes.device)
         images = self.tokenizer.to(codes.device).decode(codes, noise=noise).sample
-        return figures, {"samples": image_grid(images, SAMPLE_COLUMNS)}
+        return metrics, {"samples": image_grid(images, SAMPLE_COLUMNS)}
 
     def save(self, folder: Path) -> None:
         model: Any = self.model
@@ -197,7 +192,7 @@ class ARStage(Stage):
         return DARPipeline(self.tokenizer, model, scheduler, self.id2label)
 
     def _check(self, model: DARForCausalLM) -> None:
-        """Refuse now what saving would refuse after the whole training.
+        """Reject now what saving would reject after the whole training.
 
         Raises:
             ValueError: for parts that make no pipeline, or configurations that cannot be written.

@@ -1,71 +1,61 @@
-"""The options that both stages share."""
+"""Options of a run: what both stages share, and what each adds."""
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..utils.options import check_texts, option
+from transformers.hf_argparser import HfArg
+
+from ..data.splits import DataArguments
+from ..utils.options import check_texts, renamed_option
 
 
 @dataclass
-class LoopArguments:
+class LoopArguments(DataArguments):
     """Options of both stages. Presets set many of them; the command line has the last word."""
 
     can_be_sharded: ClassVar[bool] = True  # over processes, by FSDP or DeepSpeed
 
-    preset: str = option("v1", "named size and recipe, see dar_hf.presets")
-    output_dir: str = option("outputs/run", "folder for the model, checkpoints, curves and pictures")
-    dataset_name: str = option("", "digits, a folder of images, parquet files or webdataset tars, a file, a Hub id")
-    streaming: bool = option(False, "read the training images as they are needed, without an index or a copy on disk")
-    stream_block_size: int = option(1024, "rows of a stream that are shuffled together")
-    dataset_config_name: str | None = option(None, "configuration of a Hub data set")
-    train_split: str = option("train", "split to train on")
-    validation_split: str | None = option(None, "split for validation; default validation or test, where there is one")
-    image_column: str = option("image", "column with the images")
-    label_column: str = option("label", "column with the classes")
-    max_train_samples: int | None = option(None, "use only the first so many images")
-    max_corrupt_images: int = option(100, "stop when more images than these cannot be read; fewer are left out")
-    max_validation_samples: int = option(256, "validate on the first so many images")
-    crop: str = option("center", "center, random or ten")
-    flip: bool = option(False, "mirror half of the images")
-    pixel_noise: float = option(0.0, "deviation of noise on training pixels, in units of [-1, 1]; for stage 2")
-    model_overrides: list[str] | None = option(None, "changes to the preset's model, as name=value")
-    init_from: str | None = option(None, "fine-tune this saved model instead of a new one: a folder or Hub id")
+    preset: str = HfArg(default="v1", help="named size and recipe, see dar_hf.presets")
+    output_dir: str = HfArg(default="outputs/run", help="folder for the model, checkpoints, curves and pictures")
+    max_corrupt_images: int = HfArg(default=100, help="stop when more images than this cannot be read")
+    model_overrides: list[str] | None = HfArg(default=None, help="changes to the preset's model, as name=value")
+    init_from: str | None = HfArg(default=None, help="folder or Hub id of a model to fine-tune")
 
-    max_train_steps: int = option(1000, "optimizer steps of the whole run; a resumed run can be given more")
-    train_batch_size: int = option(64, "images per process and forward pass")
-    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
-    learning_rate: float = option(1e-3, "peak learning rate")
-    warmup_steps: int = option(0, "steps of linear warm-up")
-    decay_fraction: float = option(0.0, "last share of the run over which the rate falls linearly")
-    final_learning_rate_ratio: float = option(0.0, "rate at the very end, as a share of the peak")
-    adam_beta1: float = option(0.9, "AdamW beta 1")
-    adam_beta2: float = option(0.95, "AdamW beta 2")
-    adam_epsilon: float = option(1e-8, "AdamW epsilon")
-    weight_decay: float = option(0.0, "AdamW weight decay")
-    max_grad_norm: float = option(1.0, "gradient norm is clipped to this")
-    ema_decay: float | None = option(None, "decay of the averaged weights that are validated and saved; none if unset")
-    mixed_precision: str = option(
-        "auto", "auto (what the launcher says; without one, bf16 where native), no, bf16 or fp16"
+    max_train_steps: int = HfArg(default=1000, help="optimizer steps; a resumed run can be given more")
+    train_batch_size: int = HfArg(default=64, help="images per process and forward pass")
+    gradient_accumulation_steps: int = HfArg(default=1, help="forward passes per optimizer step")
+    learning_rate: float = HfArg(default=1e-3, help="peak learning rate")
+    warmup_steps: int = HfArg(default=0, help="steps of linear warm-up")
+    decay_fraction: float = HfArg(default=0.0, help="last share of the run over which the rate falls linearly")
+    final_learning_rate_ratio: float = HfArg(default=0.0, help="rate at the very end, as a share of the peak")
+    adam_beta1: float = HfArg(default=0.9, help="AdamW beta 1")
+    adam_beta2: float = HfArg(default=0.95, help="AdamW beta 2")
+    adam_epsilon: float = HfArg(default=1e-8, help="AdamW epsilon")
+    weight_decay: float = HfArg(default=0.0, help="AdamW weight decay")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient norm is clipped to this")
+    ema_decay: float | None = HfArg(default=None, help="decay of the weights' average, which is validated and saved")
+    mixed_precision: str = HfArg(
+        default="auto", help="auto (what the launcher says; without one, bf16 where native), no, bf16 or fp16"
     )
-    torch_compile: bool = option(False, "compile the model's forward pass with torch's inductor")
-    gradient_checkpointing: bool = option(False, "recompute activations to save memory")
-    seed: int = option(0, "seed of everything random")
+    torch_compile: bool = HfArg(default=False, help="compile the model's forward pass with torch's inductor")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
 
-    checkpointing_steps: int = option(1000, "steps between checkpoints, of which the last is at the end; 0 for none")
-    checkpoints_total_limit: int | None = option(2, "keep only the last so many checkpoints; 0 for all")
-    resume_from_checkpoint: str | None = option(
-        None, "latest (also starts a run where there is none), a checkpoint's name or its path"
+    checkpointing_steps: int = HfArg(default=1000, help="steps between checkpoints, also at the end; 0 for none")
+    checkpoints_total_limit: int | None = HfArg(default=2, help="keep only the last N checkpoints; 0 for all")
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help="latest (also starts a run where there is none), a checkpoint's name or its path"
     )
-    overwrite_output_dir: bool = option(False, "start over in a folder that holds an earlier run, and delete that")
-    validation_steps: int = option(500, "steps between validations; 0 for none before the end")
-    logging_steps: int = option(10, "steps between lines of history.jsonl")
-    dataloader_num_workers: int = option(0, "worker processes per data loader")
-    report_to: str | None = option(None, "tracker for accelerate, e.g. tensorboard")
-    push_to_hub: bool = option(False, "upload the finished model, its card and pictures to the Hub")
-    hub_model_id: str | None = option(None, "repository to upload to; default the name of output_dir")
-    hub_private_repo: bool = option(False, "create that repository as a private one")
-    push_steps: int = option(0, "upload the model so far after every so many steps, too; 0 for the finished one alone")
+    overwrite_output_dir: bool = HfArg(default=False, help="delete an earlier run in output_dir and start over")
+    validation_steps: int = HfArg(default=500, help="steps between validations; 0 for none before the end")
+    logging_steps: int = HfArg(default=10, help="steps between lines of history.jsonl")
+    dataloader_num_workers: int = HfArg(default=0, help="worker processes per data loader")
+    report_to: str | None = HfArg(default=None, help="tracker for accelerate, e.g. tensorboard")
+    push_to_hub: bool = HfArg(default=False, help="upload the finished model, its card and pictures to the Hub")
+    hub_model_id: str | None = HfArg(default=None, help="repository to upload to; default the name of output_dir")
+    hub_private_repo: bool = HfArg(default=False, help="create that repository as a private one")
+    push_steps: int = HfArg(default=0, help="also upload the model so far every N steps")
 
     def __post_init__(self):
         check_texts(self)
@@ -73,36 +63,23 @@ class LoopArguments:
         if precision in ("false", "off"):  # YAML's reading of a bare no, and of its other spellings
             precision = "no"
         self.mixed_precision = precision
-        positive = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
-        for name in (*positive, "max_train_samples", "max_validation_samples", "stream_block_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if isinstance(value, float) and not math.isfinite(value) and name != "max_grad_norm":  # inf clips nothing
-                raise ValueError(f"{name} must be a finite number, got {value}.")
-        for name in ("decay_fraction", "final_learning_rate_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
-        for name in ("ema_decay", "adam_beta1", "adam_beta2"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
-        counts = (
-            "warmup_steps",
-            "checkpointing_steps",
-            "validation_steps",
-            "push_steps",
-            "seed",
-            "max_corrupt_images",
-        )
-        for name in (*counts, "checkpoints_total_limit", "dataloader_num_workers", "weight_decay", "pixel_noise"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        sizes = ("max_train_samples", "max_validation_samples", "stream_block_size")
+        _require(self, counts + sizes, lambda value: value >= 1, "be at least 1")
+        _require(self, ("learning_rate", "max_grad_norm", "adam_epsilon"), lambda value: value > 0, "be positive")
+        numbers = [name for name, value in vars(self).items() if isinstance(value, float)]
+        numbers.remove("max_grad_norm")  # an infinite one clips nothing
+        _require(self, numbers, math.isfinite, "be a finite number")
+        shares = ("decay_fraction", "final_learning_rate_ratio")
+        _require(self, shares, lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        decays = ("ema_decay", "adam_beta1", "adam_beta2")
+        _require(self, decays, lambda value: 0 <= value < 1, "lie in [0, 1)")
+        intervals = ("checkpointing_steps", "validation_steps", "push_steps", "warmup_steps")
+        limits = ("max_corrupt_images", "checkpoints_total_limit", "dataloader_num_workers")
+        others = ("seed", "weight_decay", "pixel_noise")
+        _require(self, intervals + limits + others, lambda value: value >= 0, "not be negative")
         if self.push_steps and not self.push_to_hub:
-            raise ValueError("push_steps says when to upload: give --push_to_hub beside it.")
+            raise ValueError("push_steps says when to upload: give --push_to_hub with it.")
         if self.mixed_precision not in ("auto", "no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision must be auto, no, bf16 or fp16, got {self.mixed_precision!r}.")
 
@@ -114,3 +91,101 @@ class LoopArguments:
         if tail and left < tail:
             factor *= self.final_learning_rate_ratio + (1 - self.final_learning_rate_ratio) * left / tail
         return factor
+
+
+def _require(args: LoopArguments, names: Iterable[str], holds: Callable[[Any], bool], what: str) -> None:
+    """Raise a ValueError for the first of these options that is set and does not hold."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} must {what}, got {value}.")
+
+
+@dataclass
+class TokenizerArguments(LoopArguments):
+    """Options of stage 1. The defaults are the paper's plain recipe; small presets switch on what small data need."""
+
+    can_be_sharded: ClassVar[bool] = False
+
+    encoder_learning_rate: float | None = HfArg(default=None, help="peak rate of the encoder; default learning_rate")
+    vq_weight: float = HfArg(default=1.0, help="weight of the codebook loss")
+    commit_weight: float = HfArg(default=1.0, help="weight of the commitment loss (its own 0.25 comes on top)")
+    perceptual_weight: float = HfArg(default=0.0, help="weight of LPIPS between the image and its jump estimate")
+    lpips_weights: str | None = HfArg(default=None, help="converted weights of LPIPS: file, folder or Hub id")
+    repa_weight: float = HfArg(default=0.0, help="weight of REPA: the denoiser learns repa_model's features")
+    repa_model: str = HfArg(default="facebook/dinov2-base", help="folder or Hub id of REPA's image encoder")
+    discriminator_weight: float = HfArg(default=0.0, help="weight of the PatchGAN discriminator's verdict; 0 for none")
+    discriminator_start: int = HfArg(default=0, help="steps before the discriminator trains and counts")
+    discriminator_layers: int = HfArg(default=3, help="convolutions of stride 2 of the discriminator")
+    discriminator_width: int = HfArg(default=128, help="channels after the discriminator's first layer")
+    discriminator_learning_rate: float | None = HfArg(default=None, help="its peak rate; default learning_rate")
+    gate_start: float = HfArg(default=0.0, help="initial value of the block gates")
+    modulation_std: float = HfArg(default=0.0, help="initial standard deviation of the denoiser's adaLN layers")
+    output_std: float = HfArg(default=0.0, help="initial standard deviation of the denoiser's output layer")
+    post_quant_std: float = HfArg(default=0.0, help="initial std of post_quant_proj; 0 for torch's own")
+    unquantized_steps: int = renamed_option(
+        "continuous_steps", default=0, help="first steps without quantizing; the codebook then starts from k-means"
+    )
+    group_dropout: float = HfArg(default=0.0, help="share of images whose group of codes is hidden from them")
+    dead_code_interval: int = renamed_option(
+        "revive_every", default=0, help="move codes that were unused for this many steps; 0 for never"
+    )
+    revive_until: float = HfArg(default=0.8, help="share of the run after which dead codes are left alone")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.unquantized_steps < self.max_train_steps:
+            raise ValueError(
+                f"unquantized_steps={self.unquantized_steps} must be less than max_train_steps={self.max_train_steps}."
+            )
+        if self.init_from and self.unquantized_steps:
+            raise ValueError(
+                "unquantized_steps would replace the codebook that --init_from brings: pass --unquantized_steps 0."
+            )
+        _require(self, ("group_dropout",), lambda value: 0 <= value < 1, "lie in [0, 1)")
+        _require(self, ("revive_until",), lambda value: 0 <= value <= 1, "lie in [0, 1]")
+        weights = [name for name in vars(self) if name.endswith("_weight")]
+        deviations = ("modulation_std", "output_std", "post_quant_std")
+        steps = ("dead_code_interval", "discriminator_start")
+        _require(self, [*weights, *deviations, *steps], lambda value: value >= 0, "not be negative")
+        sizes = ("discriminator_layers", "discriminator_width")
+        rates = ("discriminator_learning_rate", "encoder_learning_rate")
+        _require(self, sizes + rates, lambda value: value > 0, "be positive")
+
+
+@dataclass
+class ARArguments(LoopArguments):
+    """Options of stage 2."""
+
+    tokenizer: str = HfArg(default="", help="folder or Hub id of the trained tokenizer")
+    codes: str | None = HfArg(default=None, help="train on the codes of extract_codes.py, a folder or Hub id")
+    cache_codes: bool = HfArg(default=False, help="encode the whole set once, before training: for small sets")
+    new_classes: str | None = HfArg(
+        default=None,
+        help="with --init_from, choose its classes anew, starting from: null (the null class), mean (of all) or fresh",
+    )
+    lora_rank: int = HfArg(default=0, help="train adapters of this rank, merged at the end; 0 for all weights")
+    lora_alpha: int | None = HfArg(default=None, help="scale of the adapters times their rank; default the rank")
+    guidance_scale: list[float] | None = HfArg(default=None, help="default guidance, saved: one scale or two ends")
+    solver_order: int = HfArg(default=2, help="saved solver: 2 is the original's Adams-Bashforth, 1 Euler")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):
+            raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
+        if not all(0 <= scale < math.inf for scale in self.guidance_scale or []):
+            raise ValueError(f"guidance_scale must be finite and not negative, got {self.guidance_scale}.")
+        if self.solver_order not in (1, 2):
+            raise ValueError(f"solver_order must be 1 or 2, got {self.solver_order}.")
+        if self.lora_rank < 0 or (self.lora_alpha is not None and not self.lora_alpha > 0):
+            raise ValueError("lora_rank must not be negative, and lora_alpha must be positive.")
+        if self.new_classes not in (None, "null", "mean", "fresh"):
+            raise ValueError(f"new_classes must be null, mean or fresh, got {self.new_classes!r}.")
+        if self.new_classes and not self.init_from:
+            raise ValueError("new_classes are those of a saved model: give --init_from with --new_classes.")
+        if self.lora_rank and not self.init_from:
+            raise ValueError("adapters need a model to adapt: give --init_from with --lora_rank.")
+        if self.codes and self.cache_codes:
+            raise ValueError("codes are stored already: --codes and --cache_codes exclude each other.")
+        if self.streaming and (self.codes or self.cache_codes):
+            raise ValueError("--streaming reads images: it excludes --codes and --cache_codes.")

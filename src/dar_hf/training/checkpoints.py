@@ -13,7 +13,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ STATE_FILE = "trainer_state.json"
 POSITION_FILE = "position-{}.json"  # of each process in its stream of images
 RANDOM_FILE = "random_states_{}.pkl"  # accelerate's name; of each process
 SAVED = "saved"  # entry of the state file: how the checkpoint was saved
-# what every run reads of a checkpoint; beside it are an fp16 run's scaler and other layouts' shards
+# what every run reads of a checkpoint; next to it are an fp16 run's scaler and other layouts' shards
 READ_BY_ALL = (
     *("*.safetensors", "pytorch_model.bin", "optimizer*.bin"),
     *("random_states_*.pkl", "custom_checkpoint_*.pkl"),
@@ -231,7 +231,7 @@ def _newest_complete(folder: Path) -> Path:
         damage = find_damage(checkpoint)
         if damage is None:
             if found:
-                logger.warning("damaged and passed over: %s; resuming from %s", "; ".join(found), checkpoint.name)
+                logger.warning("damaged and skipped: %s; resuming from %s", "; ".join(found), checkpoint.name)
             return checkpoint
         found.append(f"{checkpoint.name} ({damage})")
     raise CheckpointError(f"no checkpoint in {folder} is complete: {'; '.join(found)}.")
@@ -270,7 +270,7 @@ def read_position(checkpoint: Path, process_index: int) -> dict:
     """
     path = checkpoint / POSITION_FILE.format(process_index)
     if not path.is_file():
-        raise ValueError(f"{path.name} is missing: it was not saved by so many processes reading a stream")
+        raise ValueError(f"{path.name} is missing: it was not saved by this many processes reading a stream")
     return read_object(path)
 
 
@@ -286,13 +286,14 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     Raises:
         CheckpointError: for files that are missing, damaged or hold more than data.
     """
-    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if is_deepspeed:
+    reading: AbstractContextManager = plain_data_only()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         logger.warning("DeepSpeed runs code that its checkpoints may hold: resume only what you saved yourself.")
+        reading = nullcontext()
     states = _read_random_states(accelerator, checkpoint)
     _check_shards(checkpoint)
     try:
-        with nullcontext() if is_deepspeed else plain_data_only():
+        with reading:
             accelerator.load_state(str(checkpoint))
     except Exception as error:  # bytes from anywhere: all kinds are raised
         raise CheckpointError(reason(error)) from error
@@ -317,7 +318,7 @@ def plain_data_only() -> Iterator[None]:
 
 
 class _ShardTableUnpickler(pickle.Unpickler):
-    """Reads the table of contents of FSDP's shards, or refuses it."""
+    """Reads the table of contents of FSDP's shards, or rejects it."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in SHARDED_CLASSES:
@@ -326,7 +327,7 @@ class _ShardTableUnpickler(pickle.Unpickler):
 
 
 def _check_shards(checkpoint: Path) -> None:
-    """Refuse tables that torch, which unpickles them freely, would run code from."""
+    """Reject tables that torch, which unpickles them freely, would run code from."""
     # where torch looks, also through links, which rglob does not follow
     for path in sorted([*checkpoint.glob(".metadata"), *checkpoint.glob("*/.metadata")]):
         try:
@@ -399,7 +400,6 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if refused := re.search(r"GLOBAL (\S+)", text):
         return f"it wants to run or build {refused[1]}, and a checkpoint holds tensors and plain values alone"
-    text = re.split(" Check the documentation| Please (?:use|file) ", text.rpartition("WeightsUnpickler error: ")[2])[
-        0
-    ]
+    text = text.rpartition("WeightsUnpickler error: ")[2]
+    text = re.split(" Check the documentation| Please (?:use|file) ", text)[0]
     return f"{type(error).__name__}: {text[:200]}".removeprefix("CheckpointError: ").rstrip(": .")

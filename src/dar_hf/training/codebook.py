@@ -41,16 +41,19 @@ class CodebookKeeper:
 
     Args:
         codebook_size: number of codes.
-        continuous_steps: steps without quantizing at the start; the codebook then starts from k-means.
-        revive_every: replace codes unused for this many steps; 0 never.
+        unquantized_steps: steps without quantizing at the start; the codebook then starts from k-means.
+        dead_code_interval: move codes that were unused for this many steps; 0 for never.
         revive_until: step after which codes are left alone.
         seed: seed of the run.
     """
 
-    def __init__(self, codebook_size: int, continuous_steps: int, revive_every: int, revive_until: int, seed: int):
+    def __init__(
+        self, codebook_size: int, unquantized_steps: int, dead_code_interval: int, revive_until: int, seed: int
+    ):
         self.codebook_size = codebook_size
-        self.continuous_steps = continuous_steps
-        self.revive_every, self.revive_until = revive_every, revive_until
+        self.unquantized_steps = unquantized_steps
+        self.dead_code_interval = dead_code_interval
+        self.revive_until = revive_until
         self.seed = seed
         self.counts = torch.zeros(codebook_size, dtype=torch.long)
         self.latents = torch.empty(0)
@@ -58,7 +61,7 @@ class CodebookKeeper:
     def observe(self, step: int, codes: torch.Tensor, latents: torch.Tensor) -> None:
         """Note codes ``(B, N)`` and latents ``(B, N, D)`` of a whole step, all processes in the stream's order."""
         latents = latents.detach().float().flatten(0, 1).cpu()
-        if step < self.continuous_steps:
+        if step < self.unquantized_steps:
             wanted = KMEANS_SAMPLES_PER_CODE * self.codebook_size
             self.latents = torch.cat([self.latents.reshape(-1, latents.shape[1]), latents])[-wanted:]
         else:
@@ -70,11 +73,17 @@ class CodebookKeeper:
         if len(self.latents) == 0:
             return None
         generator = torch.Generator().manual_seed(draw_seed(self.seed, SeedFor.CODEBOOK, step))
-        points, in_use = self.latents, step + 1 - self.continuous_steps
+        points = self.latents
+        in_use = step + 1 - self.unquantized_steps  # steps since the codebook is used
         if in_use == 0:
             self.latents = torch.empty(0)
             return torch.arange(self.codebook_size), spherical_kmeans(points, self.codebook_size, generator)
-        if not self.revive_every or in_use < 0 or step + 1 > self.revive_until or in_use % self.revive_every:
+        if (
+            not self.dead_code_interval
+            or in_use < 0
+            or step + 1 > self.revive_until
+            or in_use % self.dead_code_interval
+        ):
             return None
         dead = (self.counts == 0).nonzero().flatten()
         self.counts.zero_()
@@ -86,4 +95,5 @@ class CodebookKeeper:
         return {"counts": self.counts, "latents": self.latents}
 
     def load_state_dict(self, state: dict) -> None:
-        self.counts, self.latents = state["counts"], state["latents"]
+        self.counts = state["counts"]
+        self.latents = state["latents"]

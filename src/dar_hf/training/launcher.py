@@ -1,23 +1,70 @@
-"""What accelerate's launcher and its configuration say about a run, beside the options of train.py.
+"""The accelerator of a run: what train.py's options, accelerate's launcher and its configuration say together.
 
-They arrive as environment variables. Each is taken over, or refused where it contradicts an option; none is ignored.
+The launcher's settings arrive as environment variables. Each is taken over, or rejected where it contradicts an
+option; none is ignored.
 """
 
+import gc
 import os
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from transformers.integrations import unset_hf_deepspeed_config
 
 from ..acceleration_dar import has_fast_bf16
+from ..utils.processes import join_processes
 from .arguments import LoopArguments
 
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 CLIPPING = "ACCELERATE_GRADIENT_CLIPPING"
 COMPILER = "ACCELERATE_DYNAMO_BACKEND"
-REFUSED = {
+UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration (tensor, context or sequence parallel)",
 }
+
+
+def make_accelerator(args: LoopArguments) -> Accelerator:
+    """The accelerator of a run; says which precision was picked and why.
+
+    Raises:
+        ValueError: if the launcher's settings contradict the options, or would give a wrong model.
+    """
+    check_launcher(args)
+    precision = pick_precision(args.mixed_precision)
+    accelerator = join_processes(
+        mixed_precision=precision,
+        # given as a number, the launcher's variable would win over it
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=args.gradient_accumulation_steps),
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+        dynamo_backend="inductor" if args.torch_compile else None,
+    )
+    if args.report_to and not accelerator.log_with:  # accelerate leaves out what is not installed
+        raise ValueError(f"report_to: the package of {args.report_to} is not installed.")
+    if args.mixed_precision == "auto":
+        accelerator.print(f"mixed precision: {precision} ({precision_reason(precision)})")
+    check_layout(args, accelerator.distributed_type, accelerator.is_fsdp2)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        configure_deepspeed(args, accelerator)
+    return accelerator
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """End the processes' communication. Nothing but the accelerator may still hold the wrapped model.
+
+    The model must go before the process group: otherwise its reducer destroys the group last, which joins the
+    communication thread under the interpreter's lock and can wait for ever.
+    """
+    accelerator.free_memory()
+    gc.collect()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed import comm
+
+        comm.destroy_process_group()  # DeepSpeed holds the groups in places of its own
+    accelerator.end_training()
 
 
 def pick_precision(requested: str) -> str:
@@ -57,12 +104,12 @@ def precision_reason(precision: str) -> str:
 
 
 def check_launcher(args: LoopArguments) -> None:
-    """Take over the launcher's compiler, and refuse what contradicts the options or is not supported.
+    """Take over the launcher's compiler, and reject what contradicts the options or is not supported.
 
     Raises:
         ValueError: saying what to give instead.
     """
-    for name, what in REFUSED.items():
+    for name, what in UNSUPPORTED.items():
         if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
             raise ValueError(f"accelerate's configuration asks for {what}, which is not supported: use DDP or FSDP.")
     # 1 is the launcher's default and contradicts nothing
@@ -78,7 +125,7 @@ def check_launcher(args: LoopArguments) -> None:
 
 
 def agree(source: str, said: object, option: str, value: float, default: float | None = None) -> None:
-    """Refuse a number from accelerate's or DeepSpeed's configuration that contradicts an option.
+    """Reject a number from accelerate's or DeepSpeed's configuration that contradicts an option.
 
     Args:
         source: where the number stands, for the message.
@@ -96,3 +143,68 @@ def agree(source: str, said: object, option: str, value: float, default: float |
         raise ValueError(f"{source}={said!r} is no number.") from error
     if number not in (value, default):
         raise ValueError(f"{source} says {number:g}, but {option} is {value:g}: give both the same.")
+
+
+def check_layout(args: LoopArguments, kind: DistributedType, is_fsdp2: bool) -> None:
+    """Reject unsupported configurations of FSDP and DeepSpeed.
+
+    Raises:
+        ValueError: saying what to do instead.
+    """
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    if kind == DistributedType.FSDP and not is_fsdp2:
+        raise ValueError("only version 2 of FSDP is supported: set fsdp_version: 2 in accelerate's configuration.")
+    if not args.can_be_sharded:
+        raise ValueError(
+            "stage 1 changes its codebook between steps: train it with DDP; FSDP, DeepSpeed are for stage 2."
+        )
+    if args.ema_decay:
+        raise ValueError("averaged weights are not kept of sharded models: set ema_decay to 0, or use DDP.")
+
+
+def configure_deepspeed(args: LoopArguments, accelerator: Accelerator) -> None:
+    """Give DeepSpeed what train.py was told: its engine clips, accumulates and scales by its own configuration.
+
+    Raises:
+        ValueError: for settings that belong to train.py or contradict its options, or would give a wrong model.
+    """
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    for name in ("optimizer", "scheduler"):
+        if name in config:
+            raise ValueError(f"DeepSpeed's configuration has its own {name}: remove it, train.py's options set it.")
+    if config["zero_optimization"]["stage"] not in (2, 3):
+        raise ValueError("of DeepSpeed, ZeRO 2 and 3 are supported: set zero_stage, or use DDP.")
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("fp16 is not supported with DeepSpeed: give --mixed_precision bf16 or no, or use DDP.")
+    if args.mixed_precision not in ("auto", accelerator.mixed_precision):
+        raise ValueError(
+            f"DeepSpeed's configuration trains in {accelerator.mixed_precision}, but mixed_precision is "
+            f"{args.mixed_precision}: give both the same."
+        )
+    images = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    agree(
+        "DeepSpeed's train_micro_batch_size_per_gpu",
+        config.get("train_micro_batch_size_per_gpu"),
+        "train_batch_size",
+        args.train_batch_size,
+    )
+    # 1 is accelerate's default and contradicts nothing
+    agree(
+        "DeepSpeed's gradient_accumulation_steps",
+        config.get("gradient_accumulation_steps"),
+        "gradient_accumulation_steps",
+        args.gradient_accumulation_steps,
+        1,
+    )
+    agree("DeepSpeed's train_batch_size", config.get("train_batch_size"), "the number of images in a step", images)
+    agree("DeepSpeed's gradient_clipping", config.get("gradient_clipping"), "max_grad_norm", args.max_grad_norm)
+    # models are made whole and split later: split by from_pretrained, so would be the copy that is validated and saved
+    unset_hf_deepspeed_config()
+    config.update(
+        train_micro_batch_size_per_gpu=args.train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        train_batch_size=images,
+        gradient_clipping=args.max_grad_norm,
+    )
+    config.setdefault("data_types", {"grad_accum_dtype": "fp32"})  # the default would add up bf16 gradients in bf16

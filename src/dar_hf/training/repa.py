@@ -41,7 +41,8 @@ class RepaTeacher(nn.Module):
         """Features ``(B, rows * columns, dim)`` on the given grid; the encoder's own is averaged or repeated to fit.
 
         Args:
-            images: ``(B, 1 or 3, H, W)`` in [-1, 1]; resized bicubically to 224 pixels, ImageNet's mean and deviation.
+            images: ``(B, 1 or 3, H, W)`` in [-1, 1]; resized bicubically to 224 pixels and
+                normalized as for ImageNet.
             grid: (rows, columns).
         """
         images = (images.expand(-1, 3, -1, -1) * 0.5 + 0.5 - self.mean) / self.std

@@ -1,9 +1,19 @@
-"""Whether what a run is resumed from is of the same run."""
+"""What a run is resumed from, and whether that is of the same run."""
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+from .arguments import LoopArguments
+from .checkpoints import CheckpointError, find_checkpoint, has_checkpoints
+from .run_folder import CHECKPOINTS, is_finished, read_record
+from .stage import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -14,8 +24,74 @@ class ResumeError(ValueError):
     """There is no checkpoint to resume from, it is damaged, or it belongs to another run."""
 
 
+def describe_run(stage: Stage, args: LoopArguments, accelerator: Accelerator, is_sharded: bool) -> dict:
+    """What makes the run the one it is; a resumed run must agree in all of it."""
+    return {
+        "stage": stage.name,
+        "model": stage.describe(),
+        "layout": accelerator.distributed_type.value if is_sharded else "copies",
+        "seed": args.seed,
+        "num_samples": None if args.streaming else len(stage.samples),  # type: ignore[arg-type]
+        "images_per_step": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        "data": stage.describe_data(),
+        "max_train_steps": args.max_train_steps,
+    }
+
+
+def has_finished(folder: Path, description: dict) -> bool:
+    """Whether an earlier run has done all steps of this one and left its model.
+
+    Raises:
+        ResumeError: if it was another run, or did fewer steps and left no checkpoint to go on from.
+    """
+    if not is_finished(folder):
+        return False
+    record = read_record(folder)
+    if description["max_train_steps"] == record["max_train_steps"]:
+        check_same_run(folder, record, description)
+        return True
+    if not has_checkpoints(folder / CHECKPOINTS):
+        raise ResumeError(
+            f"cannot resume {folder}: the run finished after {record['max_train_steps']} steps and left no "
+            "checkpoint. To go on from its model, give it to another run by --init_from."
+        )
+    return False
+
+
+def choose_checkpoint(folder: Path, name: str) -> Path:
+    """The complete checkpoint in ``folder`` that ``name`` or "latest" stands for.
+
+    Complete checkpoints are known by reading all of them, so only the main process looks; all call this together.
+
+    Raises:
+        ResumeError: if there is none.
+    """
+    found: list[Any] = [None, None]  # the checkpoint, or what is wrong
+    if PartialState().is_main_process:
+        try:
+            found[0] = find_checkpoint(folder, name)
+        except CheckpointError as error:
+            found[1] = str(error)
+    broadcast_object_list(found)
+    checkpoint, problem = found
+    if checkpoint is None:
+        raise ResumeError(problem)
+    return checkpoint
+
+
+@contextmanager
+def resuming_from(checkpoint: Path) -> Iterator[None]:
+    """Inside, errors of reading the checkpoint end as a `ResumeError` that names it."""
+    try:
+        yield
+    except ResumeError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"cannot resume {checkpoint}: {str(error).rstrip('.')}.") from error
+
+
 def check_same_run(place: Path, found: dict, description: dict) -> None:
-    """Refuse what another run left. A longer run is the same; a warning says what its length changes.
+    """Reject what another run left. A longer run is the same; a warning says what its length changes.
 
     Args:
         place: where ``found`` was read, for messages.
@@ -33,7 +109,8 @@ def check_same_run(place: Path, found: dict, description: dict) -> None:
         value = json.loads(json.dumps(value))  # tuples come back as lists
         if name != "max_train_steps" and value != found.get(name):
             raise ResumeError(f"cannot resume {place}: {_difference(name, found.get(name), value)}.")
-    before, now = found.get("max_train_steps"), description["max_train_steps"]
+    before = found.get("max_train_steps")
+    now = description["max_train_steps"]
     if type(before) is not int or now < max(before, found.get("step", 0)):
         difference = _difference("max_train_steps", before, now)
         raise ResumeError(f"cannot resume {place}: {difference}. A run can be made longer, not shorter.")

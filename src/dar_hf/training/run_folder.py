@@ -1,7 +1,7 @@
 """The output folder of a run: what another run or person left there, and how the finished model gets into it.
 
 A run removes only what a run of this package wrote, and only when it is told to start over. What it does not know and
-would write over is refused before training.
+would write over is rejected before training.
 """
 
 import json
@@ -83,7 +83,7 @@ def claim_output_dir(args: LoopArguments, expected_class: str) -> Path:
 
 
 def _check_sources(args: LoopArguments, folder: Path) -> None:
-    """Refuse to write over what the run reads, or among the images that it reads."""
+    """Reject an output folder in which the run would write over what it reads, or among the images that it reads."""
     target = folder.resolve()
     written = [target / name for name in (*COMPONENTS, CHECKPOINTS, EVALUATIONS, SAVING)]
     for option in ("tokenizer", "init_from", "dataset_name", "codes"):
@@ -151,7 +151,7 @@ def _check_earlier_run(args: LoopArguments, folder: Path) -> None:
 
 
 def _check_in_the_way(folder: Path, expected_class: str, args: LoopArguments) -> None:
-    """Refuse what no run of this package wrote and this one would write over."""
+    """Reject what no run of this package wrote and this one would write over."""
     found = [folder / name for name in _foreign_parts(folder, expected_class)]
     if not holds_run(folder):
         of_a_run = (HISTORY, RECORD, *OWN_PICTURES, SAVING, PUSHING)
@@ -223,7 +223,7 @@ def _is_own(checkpoint: Path) -> bool:
     record = checkpoint / STATE_FILE
     try:
         return "stage" in read_object(record)
-    except (OSError, ValueError):  # other libraries have a file of this name, and not beside random states
+    except (OSError, ValueError):  # other libraries have a file of this name, and not next to random states
         return record.is_file() and _has_random_states(checkpoint)
 
 
@@ -241,7 +241,8 @@ def read_record(folder: Path) -> dict:
 
 def read_kept_history(path: Path, last_step: int) -> list[dict]:
     """Lines of a history up to a step; what a crash left unreadable is left out, with a warning."""
-    kept, unreadable = [], 0
+    kept = []
+    unreadable = 0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)

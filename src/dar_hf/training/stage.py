@@ -1,4 +1,4 @@
-"""What a stage brings to the loop."""
+"""Interface between a training stage and the loop."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Stage(ABC):
         model: the module that is trained; its forward is the one wrapped call of every step.
         samples: data set addressed by ``(index, seed)``, or a stream.
         terms: the losses. Append a `LossTerm` to add one.
-        keepers: objects with ``state_dict`` that belong into checkpoints, always in the same order.
+        stateful: objects with ``state_dict`` that belong into checkpoints, always in the same order.
     """
 
     name: ClassVar[str]
@@ -33,7 +33,7 @@ class Stage(ABC):
     model: nn.Module
     samples: torch.utils.data.Dataset | StreamedImages
     terms: list[LossTerm]
-    keepers: Sequence[Any] = ()
+    stateful: Sequence[Any] = ()
 
     def prepare(self, accelerator: Accelerator) -> None:
         """Called once before training: move what is not the model to the device; nothing by default."""
@@ -44,8 +44,8 @@ class Stage(ABC):
         """Parameters with their peak learning rates, for AdamW."""
 
     @abstractmethod
-    def amounts(self, batch: dict) -> dict[str, float]:
-        """What a collated micro-batch holds of each thing that losses are divided by; on the host, before forward."""
+    def loss_denominators(self, batch: dict) -> dict[str, float]:
+        """What a collated micro-batch adds to what losses are divided by, by name; on the host, before `forward`."""
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: dict, step: int) -> Any:
@@ -56,12 +56,12 @@ class Stage(ABC):
         return None
 
     def statistics(self) -> dict[str, float]:
-        """Further figures for the log, about the steps since the last call."""
+        """Further metrics for the log, about the steps since the last call."""
         return {}
 
     @abstractmethod
     def validate(self, step: int) -> tuple[dict[str, float], dict[str, Image.Image]]:
-        """Figures and pictures of the model as it stands."""
+        """Metrics and images of the model as it is."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch
 from accelerate import Accelerator
 
 ONE_INTERRUPT = 2.0  # seconds; torchrun passes on a Ctrl-C that the terminal has sent to all processes already
@@ -37,7 +38,7 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator):
         self.is_made = False
         self.signal_number: int = signal.SIGTERM
-        self._is_main_process = accelerator.is_main_process
+        self._accelerator = accelerator
         self._one_interrupt = ONE_INTERRUPT if accelerator.num_processes > 1 else 0.0
         self._made_at = 0.0
 
@@ -47,6 +48,13 @@ class StopRequest:
         if self.signal_number == signal.SIGINT:
             return "Ctrl-C"
         return signal.Signals(self.signal_number).name
+
+    def is_made_anywhere(self) -> bool:
+        """Whether any process was asked. All processes call this together, and get the same answer."""
+        if self._accelerator.num_processes == 1:
+            return self.is_made
+        count = torch.tensor(float(self.is_made), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(count, "sum") > 0)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -69,5 +77,5 @@ class StopRequest:
         self.is_made = True
         self.signal_number = number
         self._made_at = time.monotonic()
-        if number == signal.SIGINT and self._is_main_process:
+        if number == signal.SIGINT and self._accelerator.is_main_process:
             os.write(2, NOTE)  # print must not be called while it may be at work

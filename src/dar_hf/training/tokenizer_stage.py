@@ -7,9 +7,8 @@ discriminator's. A further term is one more `LossTerm` in ``terms``: it gets the
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,75 +18,24 @@ from PIL import Image
 from torch import nn
 
 from ..acceleration_dar import SHORT_SEQUENCE
-from ..data import ImageSamples, SeedFor, StreamedImages, draw_seed, dropped, normal_noise, sample_times
+from ..data import ImageSamples, SeedFor, StreamedImages, bernoulli_mask, draw_seed, image_splits, normal_noise
 from ..layers_dar import NUM_REPA_ROWS, DARAttention
 from ..metrics import codebook_statistics, psnr
 from ..metrics.lpips import MIN_SIZE, load_lpips
 from ..tokenizer_dar import DARTokenizer, DARTokenizerOutput
-from ..utils.options import option
 from ..utils.pictures import image_grid, interleave_rows
 from .adversary import Adversary, PatchDiscriminator, discriminator_sum, generator_sum
-from .arguments import LoopArguments
+from .arguments import TokenizerArguments
 from .codebook import CodebookKeeper
 from .losses import LossTerm, codebook_sum, commitment_sum, flow_matching_sum, perceptual_sum
+from .models import build_tokenizer
 from .repa import load_teacher, repa_grid, repa_sum
 from .stage import Stage, readable_batches
 
-POSITIVE = ("discriminator_layers", "discriminator_width", "discriminator_learning_rate", "encoder_learning_rate")
 ENCODER_PARTS = ("patch_embed", "query_embed", "query_proj", "encoder_blocks", "quant_proj")
 VALIDATION_BATCH = 64
-STATISTICS_BATCHES = 100  # codebook figures look back this many micro-batches at most, on the main process
-NUM_PICTURES = 16
-
-
-@dataclass
-class TokenizerArguments(LoopArguments):
-    """Options of stage 1. The defaults are the plain recipe of the paper; small presets switch the cures on."""
-
-    can_be_sharded: ClassVar[bool] = False
-
-    encoder_learning_rate: float | None = option(None, "peak rate of the encoder, if another than the decoder's")
-    vq_weight: float = option(1.0, "weight of the codebook loss")
-    commit_weight: float = option(1.0, "weight of the commitment loss (its own 0.25 comes on top)")
-    perceptual_weight: float = option(0.0, "weight of LPIPS between the image and its jump estimate")
-    lpips_weights: str | None = option(None, "converted weights of LPIPS: a file, a folder or a Hub repository")
-    repa_weight: float = option(0.0, "weight of REPA, which pulls features of the denoiser towards repa_model's")
-    repa_model: str = option("facebook/dinov2-base", "folder or Hub id of REPA's image encoder")
-    discriminator_weight: float = option(0.0, "weight of the PatchGAN discriminator's verdict; 0 for none")
-    discriminator_start: int = option(0, "steps before the discriminator trains and counts")
-    discriminator_layers: int = option(3, "convolutions of stride 2 of the discriminator")
-    discriminator_width: int = option(128, "channels after the discriminator's first layer")
-    discriminator_learning_rate: float | None = option(None, "peak rate of the discriminator, if another")
-    gate_start: float = option(0.0, "start value of the block gates")
-    modulation_std: float = option(0.0, "start deviation of the denoiser's adaLN layers")
-    output_std: float = option(0.0, "start deviation of the denoiser's output layer")
-    post_quant_std: float = option(0.0, "start deviation of the projection after the quantizer; 0 for torch's own")
-    continuous_steps: int = option(0, "steps without quantizing at the start, then a k-means start of the codebook")
-    group_dropout: float = option(0.0, "share of steps that see the codes before their group's, but not its own")
-    revive_every: int = option(0, "move codes unused for this many steps; 0 for never")
-    revive_until: float = option(0.8, "share of the run after which codes are left alone")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.continuous_steps < self.max_train_steps:
-            raise ValueError(
-                f"continuous_steps={self.continuous_steps} must be less than max_train_steps={self.max_train_steps}."
-            )
-        if self.init_from and self.continuous_steps:
-            raise ValueError(
-                "continuous_steps would replace the codebook that --init_from brings: pass --continuous_steps 0."
-            )
-        if not 0 <= self.group_dropout < 1:
-            raise ValueError(f"group_dropout must lie in [0, 1), got {self.group_dropout}.")
-        if self.revive_every < 0 or not 0 <= self.revive_until <= 1:
-            raise ValueError("revive_every must not be negative, and revive_until must lie in [0, 1].")
-        weights = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
-        for name in (*weights, "discriminator_start", "modulation_std", "output_std", "post_quant_std"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in POSITIVE:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+STATISTICS_BATCHES = 100  # codebook metrics look back this many micro-batches at most, on the main process
+NUM_SHOWN = 16  # validation images, each with its reconstruction
 
 
 class TokenizerStage(Stage):
@@ -110,7 +58,10 @@ class TokenizerStage(Stage):
         args: TokenizerArguments,
         validation: ImageSamples | None,
     ):
-        self.model, self.samples, self.args, self.validation = model, samples, args, validation
+        self.model = model
+        self.samples = samples
+        self.args = args
+        self.validation = validation
         data_std = model.config.data_std
         self.terms = [
             LossTerm("flow", 1.0, "images", lambda output, batch: flow_matching_sum(output, data_std)),
@@ -119,12 +70,12 @@ class TokenizerStage(Stage):
         ]
         self.keeper = CodebookKeeper(
             model.config.codebook_size,
-            args.continuous_steps,
-            args.revive_every,
+            args.unquantized_steps,
+            args.dead_code_interval,
             round(args.revive_until * args.max_train_steps),
             args.seed,
         )
-        self.keepers: list[Any] = [self.keeper]
+        self.stateful: list[Any] = [self.keeper]
         self._frozen: list[nn.Module] = []  # networks that judge the images, on the device of the model
         self._accelerator: Accelerator | None = None
         self.adversary: Adversary | None = None
@@ -136,6 +87,20 @@ class TokenizerStage(Stage):
         self._codes: deque[torch.Tensor] = deque(maxlen=STATISTICS_BATCHES)
         self._quantize = True
         self._judging = False
+
+    @classmethod
+    def build(cls, args: TokenizerArguments) -> "TokenizerStage":
+        """The stage from its arguments.
+
+        Raises:
+            ValueError: for an unknown preset, option, data set or column.
+        """
+        model = build_tokenizer(args)
+        samples, validation, _ = image_splits(args, model.image_size, model.config.in_channels, with_labels=False)
+        stage = cls(model, samples, args, validation)
+        if not args.init_from:
+            stage.start_fresh()
+        return stage
 
     def _add_perceptual(self) -> None:
         if not self.args.perceptual_weight:
@@ -197,7 +162,7 @@ class TokenizerStage(Stage):
         rate = args.discriminator_learning_rate or args.learning_rate
         betas = (args.adam_beta1, args.adam_beta2)
         self.adversary = Adversary(network, rate, betas, args.adam_epsilon, args.max_grad_norm)
-        self.keepers.append(self.adversary)
+        self.stateful.append(self.adversary)
         self._frozen.append(network)
 
         def judged(output: DARTokenizerOutput, batch: dict) -> torch.Tensor:
@@ -243,32 +208,34 @@ class TokenizerStage(Stage):
 
     def parameter_groups(self) -> list[dict]:
         args = self.args
-        encoder: list[nn.Parameter] = []
-        decoder: list[nn.Parameter] = []
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                (encoder if name.split(".")[0] in ENCODER_PARTS else decoder).append(parameter)
-        rate = args.learning_rate if args.encoder_learning_rate is None else args.encoder_learning_rate
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        encoder = [parameter for name, parameter in trained.items() if name.split(".")[0] in ENCODER_PARTS]
+        decoder = [parameter for name, parameter in trained.items() if name.split(".")[0] not in ENCODER_PARTS]
+        rate = args.encoder_learning_rate
+        if rate is None:
+            rate = args.learning_rate
         return [{"params": decoder, "lr": args.learning_rate}, {"params": encoder, "lr": rate}]
 
-    def amounts(self, batch: dict) -> dict[str, float]:
-        starts = self.model.group_start(sample_times(batch["seed"]))
+    def loss_denominators(self, batch: dict) -> dict[str, float]:
+        starts = self.model.group_start(batch["timesteps"])
         tokens = (starts + self.model.config.tokens_per_group).sum()
         return {"images": float(len(starts)), "tokens": float(tokens)}
 
     def forward(self, model: nn.Module, batch: dict, step: int) -> DARTokenizerOutput:
-        images, seeds = batch["pixel_values"], batch["seed"]
-        self._quantize = step >= self.args.continuous_steps
-        rate = self.args.group_dropout
+        images = batch["pixel_values"]
+        hide_group = None
+        if self.args.group_dropout:
+            hide_group = bernoulli_mask(batch["seed"], self.args.group_dropout, SeedFor.GROUP_DROPOUT)
+        self._quantize = step >= self.args.unquantized_steps
         self._judging = step >= self.args.discriminator_start
         if self.adversary is not None and self._accelerator is not None:
             self.adversary.note_scale(self._accelerator)
         output = model(
             images,
-            timesteps=sample_times(seeds).to(images.device),
-            noise=normal_noise(seeds, images.shape[1:], images.device),
+            timesteps=batch["timesteps"],
+            noise=normal_noise(batch["seed"], images.shape[1:], images.device),
             quantize=self._quantize,
-            hide_group=dropped(seeds, rate, SeedFor.GROUP_DROPOUT) if rate else None,
+            hide_group=hide_group,
             output_repa=self.args.repa_weight > 0,
         )
         self._seen.append((output.codes, output.latents.detach()))
@@ -285,21 +252,25 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def after_step(self, step: int, accelerator: Accelerator, optimizer: Any, ema: EMAModel | None) -> None:
-        seen, self._seen = self._seen, []
+        seen = self._seen
+        self._seen = []
         self._codes.extend(codes for codes, _ in seen)
         if self.adversary is not None and self._judging:
             self.adversary.step(accelerator, self.args.learning_rate_factor(step))
-        if not (self.args.continuous_steps or self.args.revive_every):
+        if not (self.args.unquantized_steps or self.args.dead_code_interval):
             return
         gathered = [[self._in_order(accelerator.gather(x), accelerator) for x in pair] for pair in seen]
         codes, latents = (torch.cat(parts) for parts in zip(*gathered, strict=True))
         self.keeper.observe(step, codes, latents)
         replacements = self.keeper.replacements(step)
-        if replacements is None:
-            return
-        rows, vectors = replacements
+        if replacements is not None:
+            self._move_codes(*replacements, optimizer, ema)
+
+    def _move_codes(self, rows: torch.Tensor, vectors: torch.Tensor, optimizer: Any, ema: EMAModel | None) -> None:
+        """Put vectors into rows of the codebook and of its average, and forget the optimizer's momenta of them."""
         codebook = self.model.quantizer.codebook.weight
-        rows, vectors = rows.to(codebook.device), vectors.to(codebook.device, codebook.dtype)
+        rows = rows.to(codebook.device)
+        vectors = vectors.to(codebook)
         codebook[rows] = vectors
         broadcast(codebook.data)  # every process found the same; make sure of it
         state = optimizer.state.get(codebook, {})
@@ -311,17 +282,19 @@ class TokenizerStage(Stage):
             ema.shadow_params[index][rows] = vectors
 
     def statistics(self) -> dict[str, float]:
-        figures = codebook_statistics(torch.cat(list(self._codes)), self.model.config.codebook_size)
+        metrics = codebook_statistics(torch.cat(list(self._codes)), self.model.config.codebook_size)
         self._codes.clear()
-        return {f"codebook/{name}": value for name, value in figures.items()}
+        return {f"codebook/{name}": value for name, value in metrics.items()}
 
     @torch.no_grad()
     def validate(self, step: int) -> tuple[dict[str, float], dict[str, Image.Image]]:
-        """PSNR and codebook figures on the validation images, and a grid of inputs above reconstructions."""
+        """PSNR and codebook usage on the validation images, and a grid of inputs above reconstructions."""
         if self.validation is None:
             return {}, {}
         device = self.model.device
-        codes, scores, first = [], [], None
+        codes: list[torch.Tensor] = []
+        scores: list[torch.Tensor] = []
+        shown: list[torch.Tensor] = []
         batches = readable_batches(self.validation, self.args.max_validation_samples, VALIDATION_BATCH)
         if not batches:
             return {}, {}
@@ -332,12 +305,11 @@ class TokenizerStage(Stage):
             decoded = self.model.decode(batch_codes, noise=noise).sample
             codes.append(batch_codes)
             scores.append(psnr(decoded, images))
-            first = (images, decoded) if first is None else first
-        columns = min(NUM_PICTURES // 2, len(batches[0]))
-        shown = [part[:NUM_PICTURES] for part in first] if first else []
-        statistics = codebook_statistics(torch.cat(codes), self.model.config.codebook_size)
-        figures = {"psnr": float(torch.cat(scores).mean()), "codebook_usage": statistics["usage"]}
-        return figures, {"reconstructions": image_grid(interleave_rows(*shown, columns=columns), columns)}
+            shown = shown or [images[:NUM_SHOWN], decoded[:NUM_SHOWN]]
+        columns = min(NUM_SHOWN // 2, len(batches[0]))
+        usage = codebook_statistics(torch.cat(codes), self.model.config.codebook_size)["usage"]
+        metrics = {"psnr": float(torch.cat(scores).mean()), "codebook_usage": usage}
+        return metrics, {"reconstructions": image_grid(interleave_rows(*shown, columns=columns), columns)}
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Pictures for experiment trackers; figures go through accelerate itself."""
+"""Images for experiment trackers; numbers go through accelerate itself."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,12 +7,12 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 
-def track_pictures(trackers: Iterable[GeneralTracker], pictures: Mapping[str, Image.Image], step: int) -> None:
-    """Show pictures to the trackers that take them: tensorboard and wandb. The others have the figures alone."""
+def track_images(trackers: Iterable[GeneralTracker], images: Mapping[str, Image.Image], step: int) -> None:
+    """Give images to the trackers that take them: tensorboard and wandb. The others have the numbers only."""
     for tracker in trackers:
-        for name, picture in pictures.items():
+        for name, image in images.items():
             if tracker.name == "tensorboard":
-                pixels = np.asarray(picture.convert("RGB"))
+                pixels = np.asarray(image.convert("RGB"))
                 tracker.log_images({f"validation/{name}": pixels[None]}, step=step, dataformats="NHWC")
             elif tracker.name == "wandb":
-                tracker.log_images({f"validation/{name}": [picture]}, step=step)
+                tracker.log_images({f"validation/{name}": [image]}, step=step)

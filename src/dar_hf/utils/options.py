@@ -1,20 +1,54 @@
 """Options of commands: dataclasses that transformers' HfArgumentParser reads, and files of options."""
 
+import argparse
+import functools
+import logging
 import os
 import types
-from collections.abc import Callable
-from dataclasses import field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from transformers.hf_argparser import HfArg
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def option(default: Any, text: str) -> Any:
-    """A field of a dataclass of options, with its help text."""
-    return field(default=default, metadata={"help": text})
+def renamed_option(former: str, **options: Any) -> Any:
+    """transformers' `HfArg` for an option that was called ``former``, a name that is still taken, with a warning."""
+    aliases = [f"--{former}", f"--{former.replace('_', '-')}"]
+    return HfArg(aliases=aliases, metadata={"action": _RenamedOption}, **options)
+
+
+class _RenamedOption(argparse.Action):
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        given = (option_string or "").lstrip("-").replace("-", "_")
+        if given != self.dest:
+            _warn_renamed(given, self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def current_names(options: Mapping[str, Any], options_class: type) -> dict[str, Any]:
+    """Options of a preset or a file by the names they have now; a former name is taken with a warning."""
+    current = dict(options)
+    for part in fields(options_class):
+        for alias in part.metadata.get("aliases", []):
+            former = alias.lstrip("-")
+            if former in current:
+                _warn_renamed(former, part.name)
+                current.setdefault(part.name, current.pop(former))
+    return current
+
+
+@functools.cache  # commands may read their options twice
+def _warn_renamed(former: str, name: str) -> None:
+    logger.warning("the option %s is now called %s; the next version takes the new name only.", former, name)
 
 
 def expand_path(path: str) -> str:
@@ -70,6 +104,7 @@ def read_options(path: str | Path, options_class: type) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold options by name, not a {type(content).__name__}.")
+    content = current_names(content, options_class)
     wanted = {part.name for part in fields(options_class)}
     unknown = sorted(str(name) for name in content if name not in wanted)
     if unknown:
