@@ -45,7 +45,7 @@ check: install
 
 # a quarter of an hour on two cores; BENCH_OPTIONS="--preset B --batch_sizes 1" for less
 bench: install
-	$(BIN)/python examples/benchmark.py $(BENCH_OPTIONS)
+	$(BIN)/python benchmarks/speed.py $(BENCH_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest outputs build
