@@ -2,7 +2,7 @@
 
     python model_cards/make.py
 
-Cards of the paper's models hold the paper's figures. Cards of models trained here hold those of a report: every file
+Cards of the paper's models hold the paper's results. Cards of models trained here hold those of a report: every file
 in reports/, which `examples/evaluate_digits.py` wrote, gives a card of its name.
 """
 
@@ -18,11 +18,11 @@ from dar_hf.presets import get_preset
 
 FOLDER = Path(__file__).resolve().parent
 
-PAPER_NOTE = "Figures are the paper's (Gao and Shou, ICLR 2026). They were not measured with this package."
-# what else is to be said of the figures of one size
+PAPER_NOTE = "Results are the paper's (Gao and Shou, ICLR 2026). They were not measured with this package."
+# notes on the results of one size
 NOTES = {
     "L": "The paper's FID of 2.44 is at a guidance of 1.1 → 8, the default here. The sampling script that was "
-    "released with the weights takes 1.2 → 8, at which others measured 2.63: to compare with those figures, sample "
+    "released with the weights takes 1.2 → 8, at which others measured 2.63: to compare with those results, sample "
     "with `guidance_scale=(1.2, 8.0)`."
 }
 CONVERT = """The authors publish the weights with [showlab/D-AR](https://github.com/showlab/D-AR), as PyTorch files.
@@ -33,9 +33,9 @@ python examples/convert_checkpoint.py --tokenizer T.pt --transformer A.pt --outp
 ```"""
 MNIST_COMMANDS = """The digits are MNIST's, enlarged from 28×28 to 32×32 pixels. `path/to/mnist` is any copy that
 `datasets` reads, with the columns `image` and `label` and the splits `train` and `test`. The tokenizer was trained in
-four runs, as the recipe was being found ([log](../examples/LOG.md)); the preset has what came out of it. The last run
-drew its dropped groups from torch's global generator; the option draws them from each sample's seed. All else repeats
-up to rounding; stage 2 ran on two processes of half the batch.
+four runs, while the recipe was being found ([experiments](../docs/experiments.md)); the preset has the result. The
+last run drew its dropped groups from torch's global generator; the option draws them from each sample's seed.
+Everything else repeats up to rounding; stage 2 ran on two processes of half the batch.
 
 ```bash
 DATA="--preset mnist --dataset_name path/to/mnist"
@@ -73,12 +73,12 @@ TRAINED: dict[str, dict[str, Any]] = {
             "data": "scikit-learn's digits: first 1,437 to train, other 360 to test",
             "made by": "`make demo` (preset `digits`, seed 0), 2026-11-24",
             "machine": "2 CPU cores with AVX-512 bf16",
-            "time": "7 min 46 s beside another training: tokenizer 4 min 39 s, language model 2 min 41 s (1 min on a "
-            "quiet machine), the rest loading and evaluation",
+            "time": "7 min 46 s next to another training run: tokenizer 4 min 39 s, language model 2 min 41 s (1 min "
+            "on a quiet machine), the rest loading and evaluation",
         },
         "sections": {
             "Limits": "Seeds and processors with other rounding move the PSNR by about 0.7 dB "
-            "([log](../examples/LOG.md))."
+            "([experiments](../docs/experiments.md))."
         },
         "tags": ["class-conditional"],
     },
@@ -90,11 +90,11 @@ TRAINED: dict[str, dict[str, Any]] = {
             "data": "MNIST: 60,000 to train, other 10,000 to test. The copy used is labelled MIT (rasbt/mnist-pngs); "
             "the digits, by Yann LeCun and Corinna Cortes, are commonly given as CC BY-SA 3.0",
             "made by": "the commands below (seed 0), 2026-11-24",
-            "machine": "2 CPU cores with AVX-512 bf16; a core for the tokenizer, two for the language model",
+            "machine": "2 CPU cores with AVX-512 bf16; one core for the tokenizer, two for the language model",
             "time": "tokenizer 1 h 53 min, 22 min, 23 min and 18 min (shared cores), language model 20 min",
             "weights": "float16 in the package; they load in float32 unless `dtype` says otherwise",
         },
-        "sections": {"Use it at once": SAMPLE_USE, "How it was made": MNIST_COMMANDS},
+        "sections": {"Quick start": SAMPLE_USE, "How it was made": MNIST_COMMANDS},
         "recipe": {STAGES[1]: get_preset("mnist").ar_recipe},  # that of stage 1 is in the commands
         "losses": "Losses of the tokenizer's last run and of the language model",
         "tags": ["class-conditional"],
@@ -134,15 +134,15 @@ def paper_card(model: DARPipeline | DARTokenizer, size: str, title: str, summary
 
 
 def trained_card(name: str) -> str:
-    """The card of a model trained here: its preset, the figures of its report, its pictures in images/."""
+    """The card of a model trained here: its preset, the results of its report, its images in images/."""
     preset, report = get_preset(name), read_report(FOLDER / "reports" / f"{name}.json")
     settings, sizes, about = report["settings"], preset.tokenizer, TRAINED[name]
     note = (
         f"Measured by `examples/evaluate_digits.py` on the {report['data']['count']:,} test digits and "
         f"{settings['count']:,} generated ones (guidance {settings['guidance_scale']}, the saved default). "
         "The judge is a support-vector classifier trained on the real training digits; it reads "
-        f"{settings['judge_accuracy_on_test_digits']:.3f} of the real test digits correctly. The codebook's figures "
-        "are of the test digits."
+        f"{settings['judge_accuracy_on_test_digits']:.3f} of the real test digits correctly. The codebook metrics "
+        "are those of the test digits."
     )
     model = empty_pipeline(
         name,
@@ -162,8 +162,8 @@ def trained_card(name: str) -> str:
         results=eval_results(report),
         results_note=note,
         pictures={
-            "Previews of a digit of each class, a row a step": f"images/{name}_previews.png",
-            "Samples, one class a row": f"images/{name}_samples.png",
+            "Previews of a digit of each class, one row per step": f"images/{name}_previews.png",
+            "Samples, one row per class": f"images/{name}_samples.png",
             "Test digits above their reconstructions": f"images/{name}_reconstructions.png",
             about.get("losses", "Losses"): f"images/{name}_loss.png",
         },
