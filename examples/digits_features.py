@@ -1,7 +1,7 @@
 """A small classifier of digits, whose inner features measure digits pipelines: Inception has never seen 8x8 pixels.
 
     python examples/digits_features.py --output_dir outputs/digits/features     # about ten seconds
-    python examples/evaluate.py generation --features examples/digits_features.py:load \\
+    python examples/measure.py generation --features examples/digits_features.py:load \\
         --features_weights outputs/digits/features ...
 """
 

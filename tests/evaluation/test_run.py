@@ -16,7 +16,8 @@ from PIL import Image
 
 from dar_hf.data import SeedFor, draw_seed, normal_noise
 from dar_hf.evaluation import evaluate_generation, evaluate_reconstruction, read_report
-from dar_hf.evaluation import run as run_module
+from dar_hf.evaluation import base
+from dar_hf.evaluation.generation import Generation
 from dar_hf.evaluation.images import to_uint8
 from dar_hf.metrics import (
     GaussianStatistics,
@@ -299,7 +300,7 @@ def test_any_batch_size_gives_the_same_codes_and_figures(mode, batch_size, reque
 
 def test_an_interrupted_run_goes_on_and_gives_the_same(generation, process, tmp_path, monkeypatch):
     alone = evaluate_generation(generation(output_dir=str(tmp_path / "one")), process())
-    generate, calls = run_module._Generation.generate, []
+    generate, calls = Generation.generate, []
 
     def failing(self, indices):
         calls.append(indices)
@@ -307,7 +308,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(generation, process, tmp_
             raise KeyboardInterrupt
         return generate(self, indices)
 
-    monkeypatch.setattr(run_module._Generation, "generate", failing)
+    monkeypatch.setattr(Generation, "generate", failing)
     args = generation(output_dir=str(tmp_path / "two"))
     with pytest.raises(KeyboardInterrupt):
         evaluate_generation(args, process())
@@ -366,7 +367,7 @@ def test_only_one_network_is_called_inception(generation, process, workplace):
     extractor = load_feature_extractor(generation().features)
     extractor.name = str(workplace / "inception")  # a local model of transformers
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "load_feature_extractor", lambda *args: extractor)
+        patch.setattr(base, "load_feature_extractor", lambda *args: extractor)
         report = evaluate_generation(generation(num_images=10), process())
     names = {entry["name"] for entry in report["metrics"]}
     assert "gFD (local inception)" in names and not any("FID" in name for name in names)
@@ -520,7 +521,7 @@ def test_pictures_of_generation(generation, process):
 
 def command(arguments, *launcher, **environment):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    line = [sys.executable, *launcher, str(EXAMPLES / "evaluate.py"), *arguments]
+    line = [sys.executable, *launcher, str(EXAMPLES / "measure.py"), *arguments]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -545,11 +546,11 @@ def test_the_command_with_one_and_two_processes(generation, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["generation", "--pipeline", "x"], ["measure"], []])
 def test_the_command_says_what_is_wrong_in_one_line(arguments, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("evaluate_command", EXAMPLES / "evaluate.py")
+    spec = importlib.util.spec_from_file_location("measure_command", EXAMPLES / "measure.py")
     command = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(command)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["measure.py", *arguments])
     with pytest.raises(SystemExit) as ended:
         command.main()
     said = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2 and len(said) == 1 and said[0].startswith("evaluate.py: ")
+    assert ended.value.code == 2 and len(said) == 1 and said[0].startswith("measure.py: ")

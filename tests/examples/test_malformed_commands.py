@@ -34,9 +34,9 @@ TINY = (
     "decoder_dim=32 diffusion_dim=32 attention_head_dim=16 num_encoder_layers=1 num_decoder_layers=1 diffusion_depth=1"
 )
 AR = "train ar --preset digits --dataset_name digits --mixed_precision no --tokenizer {w}/pipe/tokenizer"
-RECONSTRUCTION = "evaluate reconstruction --dataset_name digits --features {w}/features.py:load"
-REFERENCE = "evaluate generation --pipeline {w}/pipe --features {w}/features.py:load --reference"
-GENERATION = "evaluate generation --dataset_name digits --features {w}/features.py:load --num_images 4"
+RECONSTRUCTION = "measure reconstruction --dataset_name digits --features {w}/features.py:load"
+REFERENCE = "measure generation --pipeline {w}/pipe --features {w}/features.py:load --reference"
+GENERATION = "measure generation --dataset_name digits --features {w}/features.py:load --num_images 4"
 
 # what is given, and what the line must say
 CASES: dict[str, list[tuple[str, str]]] = {
@@ -231,10 +231,10 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("reconstruct --pipeline {w}/pipe --dataset_name digits --output {w}/file/x.png", "not a folder"),
         ("reconstruct --pipeline {w}/pipe --dataset_name digits --output {w}/full/x.png", "No space left"),
     ],
-    "evaluate": [
-        ("evaluate", "usage: evaluate.py"),
-        ("evaluate measure", "usage: evaluate.py"),
-        ("evaluate generation", "pipeline is missing"),
+    "measure": [
+        ("measure", "usage: measure.py"),
+        ("measure evaluate", "usage: measure.py"),
+        ("measure generation", "pipeline is missing"),
         (f"{RECONSTRUCTION} --pipeline {{w}}/none", "none"),
         (f"{RECONSTRUCTION} --pipeline {{w}}/pointer", "git-lfs pointer"),
         (f"{RECONSTRUCTION} --pipeline {{w}}/cut", "cut off"),
@@ -250,16 +250,16 @@ CASES: dict[str, list[tuple[str, str]]] = {
         (f"{RECONSTRUCTION} --pipeline {{w}}/pipe --output_dir ''", "a path is empty"),
         (f"{RECONSTRUCTION} --pipeline {{w}}/pipe --output_dir {{w}}/full", "No space left"),
         (f"{RECONSTRUCTION} --pipeline {{w}}/pipe --split dev", "dev"),
-        ("evaluate reconstruction --pipeline {w}/pipe --dataset_name digits", "weights"),
+        ("measure reconstruction --pipeline {w}/pipe --dataset_name digits", "weights"),
         (f"{RECONSTRUCTION} --pipeline {{w}}/pipe --lpips_weights ''", "lpips_weights is empty"),
-        ("evaluate reconstruction --pipeline {w}/pipe --dataset_name digits --features {w}/none.py:f", "none.py"),
-        ("evaluate reconstruction --pipeline {w}/pipe --dataset_name digits --features {w}/features.py:f", "import"),
+        ("measure reconstruction --pipeline {w}/pipe --dataset_name digits --features {w}/none.py:f", "none.py"),
+        ("measure reconstruction --pipeline {w}/pipe --dataset_name digits --features {w}/features.py:f", "import"),
         (f"{GENERATION} --pipeline {{w}}/pipe/tokenizer", "holds a tokenizer only"),
         (f"{GENERATION} --pipeline {{w}}/pipe --temperature -1", "temperature"),
         (f"{GENERATION} --pipeline {{w}}/pipe --guidance_scale 1 2 3", "guidance_scale"),
         (f"{GENERATION} --pipeline {{w}}/pipe --num_inference_steps 0", "num_inference_steps"),
         (
-            "evaluate generation --pipeline {w}/pipe --features {w}/features.py:load --reference {w}/none.npz",
+            "measure generation --pipeline {w}/pipe --features {w}/features.py:load --reference {w}/none.npz",
             "none.npz",
         ),
         (f"{REFERENCE} {{w}}/file", "file"),
@@ -527,7 +527,7 @@ def test_it_ends_with_one_clear_line(world, mains, capsys, monkeypatch, line, me
     name, *argv = shlex.split(line.format(w=world))
     if name not in mains:
         pytest.skip("needs gradio")
-    if name in ("train", "generate", "extract_codes", "evaluate") and not any("output_dir" in word for word in argv):
+    if name in ("train", "generate", "extract_codes", "measure") and not any("output_dir" in word for word in argv):
         argv += ["--output_dir", "run"] if argv else []
     found, last = outcome(mains[name], name, argv, capsys, monkeypatch)
     assert found == "clear", last
@@ -554,7 +554,7 @@ def test_every_command_can_be_interrupted(world, mains, capsys, monkeypatch):
     for line in (
         "generate --pipeline {w}/pipe",
         "reconstruct --pipeline {w}/pipe --dataset_name digits",
-        "evaluate reconstruction --pipeline {w}/pipe --dataset_name digits",
+        "measure reconstruction --pipeline {w}/pipe --dataset_name digits",
         "evaluate_digits --pipeline {w}/pipe",
         "extract_codes --tokenizer {w}/pipe/tokenizer --dataset_name digits",
         "train ar --preset digits --tokenizer {w}/pipe/tokenizer",

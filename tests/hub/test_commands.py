@@ -83,7 +83,7 @@ def test_train_and_push_what_the_two_lines_load(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     (tmp_path / "features.py").write_text(FEATURES)
     data = ("--dataset_name", "digits", "--num_images", 20, "--features", f"{tmp_path / 'features.py'}:Features")
-    done = command(hub, "evaluate.py", "reconstruction", "--pipeline", pipeline, *data, "--output_dir", measured[1])
+    done = command(hub, "measure.py", "reconstruction", "--pipeline", pipeline, *data, "--output_dir", measured[1])
     assert done.returncode == 0, done.stderr
     push = ("push_to_hub.py", pipeline, "user/digits", "--report", *measured, "--self_contained")
     done = command(hub, *push)

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from dar_hf.metrics import FeatureExtractor, ImageFeatures, load_feature_extractor
-from dar_hf.metrics.weights import weights_hash, write_weights
+from dar_hf.metrics.weights import write_weights
+from dar_hf.utils.fingerprint import weights_fingerprint
 
 IMAGES = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
@@ -90,7 +91,7 @@ def test_a_module_from_a_file_with_its_weights(module_file, tmp_path):
     state = {"linear.weight": torch.randn(4, 3), "linear.bias": torch.zeros(4)}
     expected = write_weights(state, tmp_path / "model.safetensors")
     extractor = load_feature_extractor(f"{module_file}:Network", str(tmp_path), expected[:8])
-    assert extractor.weights_hash == expected == weights_hash(state)
+    assert extractor.weights_hash == expected == weights_fingerprint(state)
     assert extractor.describe() == {
         "name": f"{module_file}:Network",
         "weights": str(tmp_path),

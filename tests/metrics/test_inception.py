@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from dar_hf.metrics import InceptionNetwork, convert_inception, load_inception
 from dar_hf.metrics.inception import resize_like_tensorflow
-from dar_hf.metrics.weights import read_original, weights_hash, write_weights
+from dar_hf.metrics.weights import read_original, write_weights
+from dar_hf.utils.fingerprint import weights_fingerprint
 
 
 def block_shapes(kind, dim, extra=0):
@@ -291,11 +292,11 @@ def test_the_released_file_converts_by_name(released, network, tmp_path):
 
 
 def test_files_without_counters_with_prefix_or_auxiliary_head_convert_to_the_same(released):
-    expected = weights_hash(convert_inception(released))
+    expected = weights_fingerprint(convert_inception(released))
     bare = {name: tensor for name, tensor in released.items() if not name.endswith("num_batches_tracked")}
-    assert weights_hash(convert_inception(bare)) == expected
+    assert weights_fingerprint(convert_inception(bare)) == expected
     wrapped = {f"module.{name}": tensor for name, tensor in released.items()}
-    assert weights_hash(convert_inception(wrapped | {"module.AuxLogits.fc.bias": torch.zeros(1)})) == expected
+    assert weights_fingerprint(convert_inception(wrapped | {"module.AuxLogits.fc.bias": torch.zeros(1)})) == expected
 
 
 def test_pytorch_fids_module_converts_without_logits(released, network, tmp_path):

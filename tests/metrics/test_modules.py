@@ -1,5 +1,6 @@
-"""The figures as evaluate's metrics: no Hub, no cache, any batches, merged across processes."""
+"""Metrics of the library evaluate: no Hub, no cache, any batches, merged across processes."""
 
+import math
 import os
 import subprocess
 import sys
@@ -23,19 +24,22 @@ from dar_hf.metrics import (
     LPIPSNetwork,
     PrecisionRecall,
     SpatialFID,
+    codebook_statistics,
 )
 
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+CUTS = [[100], [1] * 100, [33, 60, 7]]
 
 
-def pictures(count, size=8, seed=0):
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def random_images(count, size=8, seed=0):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 FEATURES = {"predictions": normal(60, 5), "references": 0.5 * normal(60, 5, seed=1) + 1}
-IMAGES = {"predictions": pictures(6), "references": pictures(6, seed=1)}
+IMAGES = {"predictions": random_images(6), "references": random_images(6, seed=1)}
 LOGITS = {"predictions": 2 * normal(60, 4)}
 LABELLED = LOGITS | {"references": torch.arange(60) % 4}
 CODES = {"predictions": torch.arange(60).reshape(20, 3) % 7}
@@ -128,7 +132,7 @@ def test_images_of_another_range_are_refused(kind):
     with pytest.raises(ValueError, match="no pairs"):
         kind().compute(predictions=IMAGES["predictions"][:3], references=IMAGES["references"])
     with pytest.raises(ValueError, match="differ in shape"):
-        kind().compute(predictions=pictures(6, size=9), references=IMAGES["references"])
+        kind().compute(predictions=random_images(6, size=9), references=IMAGES["references"])
 
 
 def test_images_of_two_ranges_are_not_compared():
@@ -187,7 +191,7 @@ def test_processes_share_no_files():
 def test_lpips_is_the_mean_of_the_network():
     torch.manual_seed(0)
     network = LPIPSNetwork()
-    images = {"predictions": pictures(3, 16), "references": pictures(3, 16, seed=1)}
+    images = {"predictions": random_images(3, 16), "references": random_images(3, 16, seed=1)}
     expected = float(network(images["predictions"], images["references"]).double().mean())
     assert LPIPS(network).compute(**images) == pytest.approx({"lpips": expected})
 
@@ -207,6 +211,166 @@ def test_lists_and_arrays():
     assert FID().compute(**lists) == pytest.approx(FID().compute(**FEATURES), abs=1e-6)
     arrays = {name: np.asarray(tensor) for name, tensor in FEATURES.items()}
     assert FID().compute(**arrays) == FID().compute(**FEATURES)
+
+
+# The Inception score
+
+
+def by_definition(logits, split_size):
+    scores = []
+    for start in range(0, len(logits), split_size):
+        p = np.exp(logits[start : start + split_size].numpy())
+        p /= p.sum(axis=1, keepdims=True)
+        kl = (p * (np.log(p) - np.log(p.mean(axis=0)))).sum(axis=1)
+        scores.append(np.exp(kl.mean()))
+    return np.mean(scores)
+
+
+def score(logits, **options):
+    return InceptionScore(**options).compute(predictions=logits)["inception_score"]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("split_size", [40, 100, 5000])
+def test_inception_score_by_definition(cut, split_size):
+    logits = 3 * normal(100, 7, dtype=torch.float64)
+    metric = InceptionScore(split_size)
+    for part in logits.split(cut):
+        metric.add_batch(predictions=part)
+    expected = by_definition(logits, split_size)
+    assert metric.compute()["inception_score"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_splits_are_consecutive_across_processes():
+    logits = 3 * normal(100, 7, dtype=torch.float64)
+    first, second = InceptionScore(40), InceptionScore(40)
+    for start in range(0, 100, 10):
+        (first if start % 20 else second).add_batch(predictions=logits[start : start + 10], first_index=start)
+    first.merge(second)
+    assert first.count == 100
+    assert first.compute()["inception_score"] == pytest.approx(by_definition(logits, 40), abs=1e-9)
+
+
+def test_inception_score_of_certain_classes_is_their_number_and_of_one_class_is_one():
+    certain = torch.eye(10).repeat(5, 1) * 1000  # probabilities of zero, whose logarithm is infinite
+    assert score(certain) == pytest.approx(10)
+    assert score(certain[:1].repeat(9, 1)) == pytest.approx(1)
+
+
+def test_inception_score_refuses():
+    with pytest.raises(ValueError, match="empty set"):
+        InceptionScore().compute()
+    with pytest.raises(ValueError, match="not finite"):
+        score(torch.full((2, 3), math.nan))
+    metric = InceptionScore()
+    metric.add_batch(predictions=torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="3 and 4 classes"):
+        metric.add_batch(predictions=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="split_size must be at least 1"):
+        InceptionScore(0)
+
+
+# Means of a number per image
+
+
+def test_means_of_values_merge():
+    first, second = PSNR(), PSNR()
+    first.add_values(torch.tensor([1.0, 2]))
+    second.add_values(torch.tensor([6.0]))
+    first.merge(second)
+    assert first.count == 3 and first.compute() == {"psnr": 3}
+    with pytest.raises(ValueError, match="empty set"):
+        first.compute()
+    with pytest.raises(ValueError, match="not finite"):
+        first.add_values(torch.tensor([1.0, math.inf]))
+
+
+@pytest.mark.parametrize("metric", [PSNR(), SSIM()])
+def test_values_may_come_from_another_process(metric):
+    whole = metric.compute(**IMAGES)
+    values = metric.values(**IMAGES)
+    assert values.shape == (6,)
+    metric.add_values(values)
+    assert metric.compute() == whole
+
+
+# Codes
+
+
+def test_one_code_everywhere():
+    figures = codebook_statistics(torch.full((5, 4), 3), 8)
+    assert figures == pytest.approx(
+        {"usage": 1 / 8, "perplexity": 1.0, "position_usage_min": 1.0, "position_usage_max": 1.0}
+    )
+
+
+def test_all_codes_equally():
+    figures = codebook_statistics(torch.arange(8).reshape(4, 2), 8)
+    assert figures == pytest.approx(
+        {"usage": 1.0, "perplexity": 8.0, "position_usage_min": 4.0, "position_usage_max": 4.0}
+    )
+
+
+def test_unequal_shares():
+    # code 0 six times, codes 1 and 2 once each; first position always 0, second 0, 0, 1, 2
+    codes = torch.tensor([[0, 0], [0, 0], [0, 1], [0, 2]])
+    figures = codebook_statistics(codes, 5)
+    entropy = -(6 / 8 * math.log(6 / 8) + 2 * 1 / 8 * math.log(1 / 8))
+    assert figures == pytest.approx(
+        {"usage": 3 / 5, "perplexity": math.exp(entropy), "position_usage_min": 1.0, "position_usage_max": 3.0}
+    )
+
+
+def test_codebook_usage_does_not_depend_on_the_cut():
+    codes = torch.randint(0, 20, (60, 4), generator=torch.Generator().manual_seed(0))
+    codes[:, 1] %= 3
+    whole = codebook_statistics(codes, 24)
+    streamed, merged, part = CodebookUsage(24), CodebookUsage(24), CodebookUsage(24)
+    for batch in codes.split([1, 40, 19]):
+        streamed.add_batch(predictions=batch)
+    part.add_batch(predictions=codes[:30])
+    merged.merge(part)
+    merged.merge(CodebookUsage(24))
+    merged.add_batch(predictions=codes[30:].int())
+    assert streamed.compute() == whole == merged.compute()
+    assert whole["position_usage_min"] == 3
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(4), r"shape \(B, N\)"),
+        (torch.tensor([[0, 8]]), r"lie in \[0, 8\)"),
+        (torch.tensor([[-1, 0]]), r"lie in \[0, 8\)"),
+        (torch.zeros(1, 3, dtype=torch.long), "different kinds"),
+        (torch.zeros(1, 2), "must be integers"),
+    ],
+)
+def test_unfitting_codes_are_refused(codes, message):
+    metric = CodebookUsage(8)
+    metric.add_batch(predictions=torch.zeros(1, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=message):
+        metric.add_batch(predictions=codes)
+
+
+def test_codebook_usage_of_no_codes():
+    with pytest.raises(ValueError, match="empty set"):
+        CodebookUsage(8).compute()
+    with pytest.raises(ValueError, match="empty set"):
+        codebook_statistics(torch.zeros(0, 2, dtype=torch.long), 8)
+
+
+def test_sums_of_different_kinds_do_not_merge():
+    codes, logits = CodebookUsage(4), InceptionScore(20)
+    codes.add_batch(predictions=torch.zeros(1, 2, dtype=torch.long))
+    logits.add_batch(predictions=torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="different kinds"):
+        CodebookUsage(8).merge(codes)
+    with pytest.raises(ValueError, match="splits of different size: 10 and 20"):
+        InceptionScore(10).merge(logits)
+
+
+# Where it runs
 
 
 def run_python(code, folder, **environment):

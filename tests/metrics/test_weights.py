@@ -5,14 +5,15 @@ import pickle
 import pytest
 import torch
 
-from dar_hf.metrics.weights import check_hash, find_weights, read_original, read_weights, weights_hash, write_weights
+from dar_hf.metrics.weights import check_hash, find_weights, read_original, read_weights, write_weights
+from dar_hf.utils.fingerprint import weights_fingerprint
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1)}
 
 
 def test_round_trip_by_file_and_by_folder(tmp_path):
     written = write_weights(STATE, tmp_path / "deep" / "model.safetensors")
-    assert written == weights_hash(STATE)
+    assert written == weights_fingerprint(STATE)
     for source in (tmp_path / "deep", tmp_path / "deep" / "model.safetensors"):
         found = read_weights(str(source))
         assert found.keys() == STATE.keys() and all(torch.equal(found[name], STATE[name]) for name in STATE)
@@ -20,8 +21,8 @@ def test_round_trip_by_file_and_by_folder(tmp_path):
 
 
 def test_the_hash_is_of_names_types_shapes_and_values(tmp_path):
-    original = weights_hash(STATE)
-    assert weights_hash(dict(reversed(STATE.items()))) == original
+    original = weights_fingerprint(STATE)
+    assert weights_fingerprint(dict(reversed(STATE.items()))) == original
     for other in (
         {"a": STATE["a"] + 1e-6, "b": STATE["b"]},
         {"a": STATE["a"].reshape(3, 2), "b": STATE["b"]},
@@ -29,13 +30,13 @@ def test_the_hash_is_of_names_types_shapes_and_values(tmp_path):
         {"c": STATE["a"], "b": STATE["b"]},
         {"a": STATE["a"]},
     ):
-        assert weights_hash(other) != original
+        assert weights_fingerprint(other) != original
     torch.save(STATE, tmp_path / "file.pth")
-    assert weights_hash(read_original(tmp_path / "file.pth")) == original  # whatever the format
+    assert weights_fingerprint(read_original(tmp_path / "file.pth")) == original  # whatever the format
 
 
 def test_a_wrong_hash_is_an_error():
-    found = weights_hash(STATE)
+    found = weights_fingerprint(STATE)
     check_hash(found, None, "x")
     check_hash(found, found[:8].upper(), "x")
     for expected in ("0" * 64, found[:7], found + "0"):

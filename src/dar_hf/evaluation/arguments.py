@@ -13,15 +13,15 @@ class EvaluationArguments:
 
     pipeline: str = option("", "pipeline folder or Hub id; reconstruction takes a tokenizer's too")
     revision: str | None = option(None, "branch, tag or commit of a Hub id")
-    output_dir: str = option("outputs/evaluation", "folder for report.json, pictures, .npz files and shards")
+    output_dir: str = option("outputs/evaluation", "folder for report.json, grids of images, .npz files and shards")
     overwrite_output_dir: bool = option(False, "start over in a folder that holds another evaluation")
     dataset_name: str | None = option(None, "reference images: digits, a folder, a parquet file or a Hub id")
     dataset_config_name: str | None = option(None, "configuration of a Hub data set")
     split: str | None = option(None, "split of the reference images; default test, or all of a single file")
     image_column: str = option("image", "column with the images")
     label_column: str | None = option(None, "column with the classes, for label agreement of the references")
-    max_corrupt_images: int = option(100, "stop when more images than these cannot be read; fewer are left out")
-    num_images: int | None = option(None, "how many images; default all references, or 50,000 generated ones")
+    max_corrupt_images: int = option(100, "stop when more than N images cannot be read; fewer are left out")
+    num_images: int | None = option(None, "number of images; default all references, or 50,000 generated ones")
     features: str = option("inception", "inception, path/to/file.py:name, package.module:name or a transformers id")
     features_weights: str | None = option(None, "safetensors file, folder or Hub repository for these features")
     features_hash: str | None = option(None, "first 8 or more characters of the hash that these weights must have")
@@ -32,8 +32,8 @@ class EvaluationArguments:
     )
     seed: int = option(0, "seed of all samples; each has its own generator")
     dtype: str = option("float32", "of the model: float32, bfloat16 or float16")
-    batch_size: int = option(32, "images a process handles at once")
-    shard_size: int = option(250, "images of a shard, the unit of work and of resuming")
+    batch_size: int = option(32, "images per process and step")
+    shard_size: int = option(250, "images per shard, the unit of work and of resuming")
     save_images: bool = option(True, "write the images as ADM .npz; without, statistics only")
 
     def __post_init__(self) -> None:
@@ -77,8 +77,8 @@ class GenerationArguments(EvaluationArguments):
     )
     guidance_scale: list[float] | None = option(None, "one number, or two for a linear scale; default the pipeline's")
     temperature: float = option(1.0, "temperature of the codes")
-    top_k: int = option(0, "sample among so many codes; 0 for all")
-    top_p: float = option(1.0, "sample among the codes that hold this share of probability")
+    top_k: int = option(0, "sample among the N most probable codes; 0 for all")
+    top_p: float = option(1.0, "sample among the most probable codes that hold this share of probability")
 
     def __post_init__(self) -> None:
         super().__post_init__()

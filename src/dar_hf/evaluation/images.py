@@ -41,14 +41,14 @@ def to_float(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.
 class DatasetImages:
     """Centre crops of a data set, as the tokenizer sees them.
 
-    All images are read once at the start, so that one that cannot be read ends nothing later: it is left out, and the
-    next one takes its place where only some are asked for.
+    All images are read once at the start, so that one that cannot be read stops nothing later: it is left out, and
+    replaced by the next one where only some are asked for.
 
     Args:
         args: names the data set.
         size: (height, width) in pixels.
         channels: 1 or 3.
-        count: how many images; None for all.
+        count: number of images; None for all.
 
     Attributes:
         left_out: names of the images that cannot be read.
@@ -79,7 +79,8 @@ class DatasetImages:
         if self.left_out:
             samples = ImageSamples(dataset.select(kept), samples.transform)
         self.samples = samples
-        self.count, self.size = len(kept), size
+        self.count = len(kept)
+        self.size = size
         self.num_classes = dataset.features["label"].num_classes if args.label_column else None
         self.description: dict[str, Any] = {
             "dataset": args.dataset_name,
@@ -143,7 +144,8 @@ class NpzImages:
             )
         if not len(self.array):
             raise ValueError(f"{path} holds no images.")
-        self.count, self.size = len(self.array), self.array.shape[1:3]
+        self.count = len(self.array)
+        self.size = self.array.shape[1:3]
         self.description: dict[str, Any] = {**description, "size": list(self.size)}
 
     def read(self, indices: range) -> torch.Tensor:
@@ -277,7 +279,8 @@ def write_npz(
 
 
 def _write_images(file: IO[bytes], images: Iterable[torch.Tensor], count: int) -> str:
-    digest, started = hashlib.sha256(), False
+    digest = hashlib.sha256()
+    started = False
     for part in images:
         array = part.permute(0, 2, 3, 1).numpy()
         if not started:

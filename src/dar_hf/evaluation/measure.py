@@ -1,35 +1,30 @@
-"""Figures from shards: statistics accumulate shard by shard, in order, on one process."""
+"""Metrics of the sets in shards, computed shard by shard, in order, on one process."""
 
-from collections.abc import Iterable
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..hub import metric_name
-from ..metrics import (
-    GaussianStatistics,
-    InceptionScoreStatistics,
-    MeanStatistics,
-    frechet_distance,
-    label_agreement,
-    precision_recall,
-)
-from ..metrics.accumulate import SPLIT_SIZE
+from ..metrics import GaussianStatistics
 from ..metrics.features import INCEPTION
+from ..metrics.modules import FID, LabelAgreement, SpatialFID
+from ..metrics.names import metric_name
 from .report import metric
 from .shards import ShardFolder
 
-NUM_NEIGHBOURS = 3
-
 
 @dataclass
-class Findings:
+class MetricResults:
     """What goes into the report."""
 
     metrics: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     not_measured: dict[str, str] = field(default_factory=dict)
+
+    def add(self, kind: str, value: float, name: str | None = None, **which: Any) -> None:
+        """Add a metric; arguments as for `metric`."""
+        self.metrics.append(metric(kind, value, name, **which))
 
     def warn(self, text: str) -> None:
         """Add a warning once."""
@@ -52,20 +47,14 @@ class References:
     count: int | None
 
 
-def gaussian(shards: ShardFolder, name: str) -> GaussianStatistics:
-    """Statistics of a tensor of all shards."""
-    statistics = GaussianStatistics()
-    for part in shards.parts(name):
-        statistics.update(part)
-    return statistics
-
-
 def set_statistics(shards: ShardFolder, prefix: str = "") -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Mean and covariance of a set's features, as far as there are any; ``prefix`` is that of their names."""
     found = {}
     for kind in ("pool", "spatial"):
         if shards.has(prefix + kind):
-            statistics = gaussian(shards, prefix + kind)
+            statistics = GaussianStatistics()
+            for part in shards.parts(prefix + kind):
+                statistics.update(part)
             found[kind] = (statistics.mean, statistics.covariance)
     return found
 
@@ -78,72 +67,38 @@ def distance_type(features: str, extractor: str) -> str:
 
 
 def measure_distances(
-    findings: Findings, shards: ShardFolder, references: References, extractor: str, mode: str, tokens: int
+    results: MetricResults, shards: ShardFolder, references: References, extractor: str, mode: str, tokens: int
 ) -> None:
     """Frechet distances of the samples after ``tokens`` tokens."""
-    for kind in ("pool", "spatial"):
-        if kind not in references.statistics and shards.has(f"{tokens}/{kind}"):
-            findings.not_measured[distance_type(kind, extractor)] = f"the reference holds no {kind} statistics"
-    for kind, (mean, covariance) in references.statistics.items():
-        key = f"{tokens}/{kind}"
+    network = "" if extractor == INCEPTION else extractor
+    for features, metric_class in (("pool", FID), ("spatial", SpatialFID)):
+        key = f"{tokens}/{features}"
+        kind = distance_type(features, extractor)
         if not shards.has(key):
             continue
-        statistics = gaussian(shards, key)
-        distance = distance_type(kind, extractor)
-        name = metric_name(distance, mode, "" if extractor == INCEPTION else extractor)
-        value = frechet_distance(statistics.mean, statistics.covariance, mean, covariance)
-        findings.metrics.append(metric(distance, value, name, num_tokens=tokens))
-        for what, count in (("samples", statistics.count), ("references", references.count)):
-            if count is not None and count < len(mean) + 1:
-                findings.warn(
-                    f"{count} {what} do not span the {len(mean)} {kind} features: their covariance is singular and "
+        if features not in references.statistics:
+            results.not_measured[kind] = f"the reference holds no {features} statistics"
+            continue
+        distance = metric_class(references.statistics[features])
+        for part in shards.parts(key):
+            distance.add_batch(predictions=part)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of small sets, which the report has in its own words
+            (value,) = distance.compute().values()
+        results.add(kind, value, metric_name(kind, mode, network), num_tokens=tokens)
+        size = len(references.statistics[features][0])
+        for what, count in (("samples", shards.count), ("references", references.count)):
+            if count is not None and count <= size:
+                results.warn(
+                    f"{count} {what} do not span the {size} {features} features: their covariance is singular and "
                     "the distance is biased upwards."
                 )
     if references.count is not None and references.count != shards.count:
-        findings.warn(f"the sets differ in size: {shards.count} samples, {references.count} references.")
-
-
-def measure_generation(
-    findings: Findings,
-    shards: ShardFolder,
-    references: References,
-    extractor: str,
-    tokens: int,
-    num_classes: int,
-    device: torch.device,
-) -> None:
-    """All figures of generated samples after ``tokens`` tokens."""
-    measure_distances(findings, shards, references, extractor, "generation", tokens)
-    network = "" if extractor == INCEPTION else extractor
-    logits = f"{tokens}/logits"
-    if shards.has(logits):
-        score, kind = InceptionScoreStatistics(), "inception_score"
-        for part in shards.parts(logits):
-            score.update(part)
-        findings.metrics.append(metric(kind, score.score(), metric_name(kind, network=network), num_tokens=tokens))
-        if shards.count % SPLIT_SIZE:
-            findings.warn(
-                f"{shards.count} samples are no whole number of the Inception score's splits of {SPLIT_SIZE}."
-            )
-        measure_agreement(findings, shards, logits, num_classes, extractor, num_tokens=tokens)
-    else:
-        findings.not_measured["inception_score"] = f"{extractor} gives no logits"
-    if references.shards is None:
-        reason = "the reference holds statistics, no images"
-        findings.not_measured |= {"precision": reason, "recall": reason}
-    elif min(shards.count, references.shards.count) <= NUM_NEIGHBOURS:
-        reason = f"a set has {NUM_NEIGHBOURS} images or fewer"
-        findings.not_measured |= {"precision": reason, "recall": reason}
-    else:
-        figures = precision_recall(
-            references.shards.rows("pool").to(device), shards.rows(f"{tokens}/pool").to(device), NUM_NEIGHBOURS
-        )
-        for kind, value in figures.items():
-            findings.metrics.append(metric(kind, value, metric_name(kind, network=network), num_tokens=tokens))
+        results.warn(f"the sets differ in size: {shards.count} samples, {references.count} references.")
 
 
 def measure_agreement(
-    findings: Findings,
+    results: MetricResults,
     shards: ShardFolder,
     logits: str,
     num_classes: int | None,
@@ -154,29 +109,19 @@ def measure_agreement(
     """Share of images read as their label, where logits are over the model's classes and labels are known."""
     if not (shards.has(logits) and shards.has("labels")):
         return
-    agreement = MeanStatistics()
+    agreement = LabelAgreement()
     for part, labels in zip(shards.parts(logits), shards.parts("labels"), strict=True):
         if part.shape[1] != num_classes:
-            findings.not_measured["label_agreement"] = (
+            results.not_measured["label_agreement"] = (
                 f"the feature network's {part.shape[1]} classes are not the model's {num_classes}"
             )
             return
-        batch = MeanStatistics()
-        batch.count, batch.total = len(labels), label_agreement(part, labels) * len(labels)
-        agreement.merge(batch)
-    findings.metrics.append(metric(kind, agreement.mean(), metric_name(kind, network=extractor), **which))
-
-
-def mean_of(parts: Iterable[torch.Tensor]) -> float:
-    """Mean of one number an image."""
-    statistics = MeanStatistics()
-    for part in parts:
-        statistics.update(part)
-    return statistics.mean()
+        agreement.add_batch(predictions=part, references=labels)
+    results.add(kind, agreement.compute()["label_agreement"], metric_name(kind, network=extractor), **which)
 
 
 def table(metrics: list[dict[str, Any]]) -> str:
-    """The figures over prefix lengths as text, a column a length."""
+    """Metrics over prefix lengths as text, one column per length."""
     lengths = sorted({entry["num_tokens"] for entry in metrics if "num_tokens" in entry})
     rows: dict[str, dict[int | None, float]] = {}
     for entry in metrics:
@@ -185,5 +130,6 @@ def table(metrics: list[dict[str, Any]]) -> str:
     lines = [f"{'tokens':{width}}" + "".join(f"{length:>10}" for length in lengths)]
     for name, values in rows.items():
         cells = [f"{values[n]:10.4f}" if n in values else " " * 10 for n in lengths]
-        lines.append(f"{name:{width}}" + "".join(cells) + (f"  {values[None]:.4f}" if None in values else ""))
+        alone = f"  {values[None]:.4f}" if None in values else ""
+        lines.append(f"{name:{width}}" + "".join(cells) + alone)
     return "\n".join(lines)

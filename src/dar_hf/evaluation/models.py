@@ -8,10 +8,10 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from ..metrics.weights import weights_hash
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
+from ..utils.fingerprint import weights_fingerprint
 from ..utils.loading import load, load_pipeline
 from .arguments import EvaluationArguments
 
@@ -44,7 +44,8 @@ def load_model(args: EvaluationArguments, device: torch.device) -> EvaluatedMode
         ValueError: where there is none, or one that is damaged or of another kind.
         OSError: where files of it are missing or damaged.
     """
-    folder, revision = Path(args.pipeline).expanduser(), None
+    folder = Path(args.pipeline).expanduser()
+    revision = None
     if not folder.exists():
         try:
             folder = Path(snapshot_download(args.pipeline, revision=args.revision, allow_patterns=_PATTERNS))
@@ -60,11 +61,13 @@ def load_model(args: EvaluationArguments, device: torch.device) -> EvaluatedMode
     if (folder / "model_index.json").is_file():
         pipeline = load_pipeline(folder, dtype)
         pipeline.set_progress_bar_config(disable=True)
-        description["transformer_hash"] = weights_hash(pipeline.transformer.state_dict())
-        tokenizer, scheduler = pipeline.tokenizer, pipeline.scheduler
+        description["transformer_hash"] = weights_fingerprint(pipeline.transformer.state_dict())
         pipeline.to(device)
+        tokenizer = pipeline.tokenizer
+        scheduler = pipeline.scheduler
     elif (folder / "config.json").is_file():  # of another model: loading refuses it
-        pipeline, tokenizer = None, load(DARTokenizer, folder, "tokenizer", dtype=dtype).to(device)
+        pipeline = None
+        tokenizer = load(DARTokenizer, folder, "tokenizer", dtype=dtype).to(device)
         scheduler = FlowMatchAdamsBashforthScheduler(shift=tokenizer.config.time_shift)
     else:
         raise ValueError(f"{folder} holds neither a pipeline (model_index.json) nor a DARTokenizer (config.json).")
@@ -72,6 +75,6 @@ def load_model(args: EvaluationArguments, device: torch.device) -> EvaluatedMode
         scheduler = FlowMatchAdamsBashforthScheduler.from_config(scheduler.config, solver_order=args.solver_order)
         if pipeline is not None:
             pipeline.scheduler = scheduler
-    description["tokenizer_hash"] = weights_hash(tokenizer.state_dict())
+    description["tokenizer_hash"] = weights_fingerprint(tokenizer.state_dict())
     description["scheduler"] = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
     return EvaluatedModel(tokenizer.eval(), scheduler, pipeline, description)

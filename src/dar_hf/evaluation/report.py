@@ -1,8 +1,8 @@
-"""report.json: the figures, and everything they depend on.
+"""report.json: the metrics, and everything they depend on.
 
 Top-level keys: ``mode``, ``model``, ``data``, ``settings``, ``metrics`` (a list of ``name``, ``type``, ``value`` and
-what else says which), ``warnings``, ``not_measured`` (figure to reason) and ``versions``; of reconstructions also
-``steps``, the error after every denoising step. `eval_results` turns the figures into those of a card.
+what else says which), ``warnings``, ``not_measured`` (metric to reason) and ``versions``; of reconstructions also
+``steps``, the error after every denoising step. `eval_results` turns the metrics into those of a card.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from .. import __version__
-from ..hub import TASKS, metric_name
+from ..metrics.names import TASKS, metric_name
 from ..utils.files import read_text, write_json
 
 REPORT_FILE = "report.json"
@@ -29,7 +29,7 @@ def metric(kind: str, value: float, name: str | None = None, **which: Any) -> di
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures were made with."""
+    """Versions of what the metrics were computed with."""
     return {"dar_hf": __version__} | {name: version(name) for name in PACKAGES}
 
 
@@ -60,12 +60,13 @@ def read_report(path: str | Path) -> dict[str, Any]:
 
 
 def eval_results(report: dict[str, Any]) -> list[EvalResult]:
-    """Every figure of a report for a model card, at full length and of previews, to four digits.
+    """Every metric of a report for a model card, at full length and of previews, to four digits.
 
-    Their ``metric_args`` hold ``num_tokens`` where the figure depends on it, and the report's settings where it is of
+    Their ``metric_args`` hold ``num_tokens`` where the metric depends on it, and the report's settings where it is of
     the report's mode.
     """
-    data, settings = report["data"], report["settings"]
+    data = report["data"]
+    settings = report["settings"]
     arguments = {name: settings[name] for name in _ARGUMENTS if settings.get(name) is not None}
     if network := settings.get("feature_extractor"):
         arguments["feature_extractor"] = f"{public_name(network['name'])} {network['weights_hash'][:8]}"
@@ -73,6 +74,7 @@ def eval_results(report: dict[str, Any]) -> list[EvalResult]:
     results = []
     for entry in report["metrics"]:
         mode = entry.get("mode", report["mode"])
+        own = arguments if mode == report["mode"] else {}
         which = {"num_tokens": entry["num_tokens"]} if "num_tokens" in entry else {}
         results.append(
             EvalResult(
@@ -85,7 +87,7 @@ def eval_results(report: dict[str, Any]) -> list[EvalResult]:
                 metric_type=entry["type"],
                 metric_name=entry["name"],
                 metric_value=float(f"{entry['value']:.4g}"),
-                metric_args=((arguments if mode == report["mode"] else {}) | which) or None,
+                metric_args=(own | which) or None,
             )
         )
     return results

@@ -1,8 +1,8 @@
-"""Work cut into shards: each is a file, complete or absent, so that any number of processes share the work and an
-interrupted run goes on where it stopped.
+"""Work cut into shards: each is a file that is written atomically, so that any number of processes share the work and
+an interrupted run continues where it stopped.
 
-What a shard holds follows from its place alone. The parts are read in order and one at a time, so figures do not
-depend on who made which, and no set has to fit into memory.
+What a shard holds follows from its place alone. The parts are read in order and one at a time, so metrics do not
+depend on which process made which, and no set has to fit into memory.
 """
 
 import json
@@ -27,14 +27,15 @@ class ShardFolder:
     """A set of ``count`` images as a folder of safetensors files.
 
     Args:
-        folder: where they lie.
+        folder: where they are.
         settings: what the shards depend on; a folder made with others is refused.
         count: images of the set.
         shard_size: images of a shard.
     """
 
     def __init__(self, folder: Path, settings: dict, count: int, shard_size: int):
-        self.folder, self.count = folder, count
+        self.folder = folder
+        self.count = count
         self.settings = json.loads(json.dumps(settings | {"shard_size": shard_size}))  # as it is read back
         self.ranges = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
 

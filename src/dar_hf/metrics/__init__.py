@@ -1,19 +1,14 @@
-"""Figures of merit: pure functions on tensors, statistics that merge, `evaluate.Metric`s, and measuring networks."""
+"""Metrics: pure functions on tensors, `evaluate.Metric`s that keep their own sums, and measuring networks."""
 
 from typing import TYPE_CHECKING, Any
 
-from .accumulate import (
-    CodeStatistics,
-    GaussianStatistics,
-    InceptionScoreStatistics,
-    MeanStatistics,
-    codebook_statistics,
-)
 from .features import FeatureExtractor, load_feature_extractor
-from .functional import frechet_distance, label_agreement, mean_squared_error, precision_recall, psnr, ssim
+from .functional import codebook_statistics, label_agreement, mean_squared_error, precision_recall, psnr, ssim
+from .gaussian import GaussianStatistics, frechet_distance
 from .image_features import ImageFeatures
 from .inception import InceptionNetwork, convert_inception, load_inception
 from .lpips import LPIPSNetwork, convert_lpips, load_lpips
+from .names import TASKS, metric_name
 
 if TYPE_CHECKING:
     from .modules import (
@@ -33,17 +28,15 @@ __all__ = [
     "LPIPS",
     "PSNR",
     "SSIM",
-    "CodeStatistics",
+    "TASKS",
     "CodebookUsage",
     "FeatureExtractor",
     "GaussianStatistics",
     "ImageFeatures",
     "InceptionNetwork",
     "InceptionScore",
-    "InceptionScoreStatistics",
     "LPIPSNetwork",
     "LabelAgreement",
-    "MeanStatistics",
     "PrecisionRecall",
     "SpatialFID",
     "codebook_statistics",
@@ -55,31 +48,21 @@ __all__ = [
     "load_inception",
     "load_lpips",
     "mean_squared_error",
+    "metric_name",
     "precision_recall",
     "psnr",
     "ssim",
 ]
 
-_MODULES = {
-    "FID",
-    "LPIPS",
-    "PSNR",
-    "SSIM",
-    "CodebookUsage",
-    "InceptionScore",
-    "LabelAgreement",
-    "PrecisionRecall",
-    "SpatialFID",
-}
-
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:
-    # training needs none of these, and next to a script called evaluate.py the library of that name cannot be imported
-    if name in _MODULES:
+    # The `evaluate.Metric`s are loaded when asked for. Training needs only the functions, and must start where a
+    # user's own evaluate.py hides the library of that name
+    if name in __all__:
         from . import modules
 
         return getattr(modules, name)

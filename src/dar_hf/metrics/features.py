@@ -1,7 +1,7 @@
 """Networks that turn images into the features that sets are compared by: Inception, transformers models, any module.
 
-A figure means nothing without its network: every extractor knows its name and the hash of its weights, and the report
-holds both.
+A distance means nothing without its network: every extractor knows its name and the hash of its weights, and the
+report holds both.
 """
 
 import hashlib
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..utils.fingerprint import weights_fingerprint
 from .image_features import ImageFeatures
 from .inception import load_inception
-from .weights import check_hash, weights_hash
+from .weights import check_hash
 
 INCEPTION = "inception"
 
@@ -47,9 +48,11 @@ class FeatureExtractor:
         expected_hash: str | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.name, self.source = name, source
-        self.weights_hash = weights_hash(network.state_dict())
-        check_hash(self.weights_hash, expected_hash, f"{name} ({source})" if source else name)
+        self.name = name
+        self.source = source
+        self.weights_hash = weights_fingerprint(network.state_dict())
+        named = f"{name} ({source})" if source else name
+        check_hash(self.weights_hash, expected_hash, named)
         self.network = network.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
 
@@ -67,7 +70,7 @@ class FeatureExtractor:
         """Features of uint8 images ``(B, 3, H, W)``, float32 on the host.
 
         Raises:
-            ValueError: for other images, or features that are not finite or not one row an image.
+            ValueError: for other images, or features that are not finite or not one row per image.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
             raise ValueError(
@@ -129,7 +132,7 @@ def load_feature_extractor(
     Args:
         features: "inception"; ``path/to/file.py:name`` or ``package.module:name`` for something that, called with
             ``weights``, gives a module as `FeatureExtractor` takes it; or a transformers id or folder.
-        weights: safetensors file, folder or Hub repository; needed for "inception", handed on to a module.
+        weights: safetensors file, folder or Hub repository; needed for "inception", passed on to a module.
         expected_hash: see `FeatureExtractor`.
         device: where it runs.
 

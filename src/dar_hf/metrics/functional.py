@@ -1,4 +1,4 @@
-"""Figures of merit as pure functions on tensors. Distances between sets are computed in float64."""
+"""Metrics as pure functions on tensors. Distances between sets are computed in float64."""
 
 from collections.abc import Iterator
 
@@ -35,7 +35,7 @@ def ssim(images: torch.Tensor, references: torch.Tensor, window: int = 7) -> tor
 
     Wang et al. 2004 with a uniform window, sample covariances and the mean over channels and all full windows: what
     scikit-image computes by default, and with it the tokenizers of LlamaGen's line report. The Gaussian window of the
-    original paper gives other figures.
+    original paper gives other values.
 
     Args:
         images, references: ``(B, C, H, W)`` in [-1, 1]; images are clamped to that range first.
@@ -47,58 +47,24 @@ def ssim(images: torch.Tensor, references: torch.Tensor, window: int = 7) -> tor
     _check_same_shape(images, references)
     if window < 3 or window % 2 == 0 or min(images.shape[2:]) < window:
         raise ValueError(f"window must be odd, at least 3 and fit images of {tuple(images.shape[2:])}, got {window}.")
-    x, y = images.double().clamp(-1, 1), references.double()
+    x = images.double().clamp(-1, 1)
+    y = references.double()
     unbiased = window**2 / (window**2 - 1)
 
     def local_mean(values: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(values, window, stride=1)
 
-    mean_x, mean_y = local_mean(x), local_mean(y)
+    mean_x = local_mean(x)
+    mean_y = local_mean(y)
     variances = unbiased * (local_mean(x * x) - mean_x**2 + local_mean(y * y) - mean_y**2)
     covariance = unbiased * (local_mean(x * y) - mean_x * mean_y)
     # the constants are for a range of 2; SSIM changes when grey levels shift, so the levels are counted from black
-    mean_x, mean_y = mean_x + 1, mean_y + 1
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    mean_x = mean_x + 1
+    mean_y = mean_y + 1
+    c1 = (0.01 * 2) ** 2
+    c2 = (0.03 * 2) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     return (luminance * (2 * covariance + c2) / (variances + c2)).flatten(1).mean(dim=1)
-
-
-def frechet_distance(
-    mean1: torch.Tensor, covariance1: torch.Tensor, mean2: torch.Tensor, covariance2: torch.Tensor
-) -> float:
-    """Squared Frechet distance of two Gaussians (Dowson and Landau 1982), which is FID on Inception features.
-
-    ``|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))``. The last trace is the sum of the singular values of
-    ``S1^(1/2) S2^(1/2)``: symmetric roots exist for singular covariances too, so nothing is added to the diagonal and
-    no imaginary part is dropped.
-
-    Args:
-        mean1, mean2: ``(D,)``.
-        covariance1, covariance2: ``(D, D)``, symmetric and positive semi-definite.
-
-    Raises:
-        ValueError: for other shapes, or values that are not finite.
-    """
-    for name, mean, covariance in (("first", mean1, covariance1), ("second", mean2, covariance2)):
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(
-                f"the {name} set needs a mean (D,) and a covariance (D, D), got {tuple(mean.shape)} and "
-                f"{tuple(covariance.shape)}."
-            )
-        if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-            raise ValueError(f"the {name} set's mean or covariance is not finite.")
-    if len(mean1) != len(mean2):
-        raise ValueError(f"features of different size: {len(mean1)} and {len(mean2)}. Are both from one network?")
-    mean1, mean2 = mean1.double(), mean2.double()
-    covariance1, covariance2 = covariance1.double(), covariance2.double()
-    cross = torch.linalg.svdvals(_root(covariance1) @ _root(covariance2)).sum()
-    distance = (mean1 - mean2).square().sum() + covariance1.trace() + covariance2.trace() - 2 * cross
-    return float(distance)
-
-
-def _root(covariance: torch.Tensor) -> torch.Tensor:
-    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-    return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
 def precision_recall(references: torch.Tensor, samples: torch.Tensor, k: int = 3) -> dict[str, float]:
@@ -131,8 +97,10 @@ def precision_recall(references: torch.Tensor, samples: torch.Tensor, k: int = 3
         if not torch.isfinite(features).all():
             raise ValueError(f"features of the {name} are not finite.")
     centre = references.double().mean(dim=0)  # smaller norms, less cancellation
-    references, samples = references.double() - centre, samples.double() - centre
-    reference_radii, sample_radii = _radii(references, k), _radii(samples, k)
+    references = references.double() - centre
+    samples = samples.double() - centre
+    reference_radii = _radii(references, k)
+    sample_radii = _radii(samples, k)
     inside = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     covered = torch.zeros(len(references), dtype=torch.bool, device=references.device)
     for rows, distances in _distance_blocks(references, samples, less=TIES):
@@ -178,6 +146,69 @@ def label_agreement(logits: torch.Tensor, labels: torch.Tensor) -> float:
     if logits.isnan().any():
         raise ValueError("logits are NaN.")
     return float((logits.argmax(dim=1) == labels).double().mean())
+
+
+def count_codes(codes: torch.Tensor, codebook_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each code occurs, ``(codebook_size,)``, and whether at each position, ``(N, codebook_size)``.
+
+    Args:
+        codes: integers ``(B, N)``.
+        codebook_size: number of codes.
+
+    Raises:
+        ValueError: for codes of another shape, or outside the codebook.
+    """
+    if codes.ndim != 2 or codes.is_floating_point():
+        raise ValueError(f"codes must be integers of the shape (B, N), got {codes.dtype} {tuple(codes.shape)}.")
+    codes = codes.detach().cpu().long()
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
+        raise ValueError(f"codes must lie in [0, {codebook_size}).")
+    counts = torch.bincount(codes.flatten(), minlength=codebook_size)
+    seen = torch.zeros(codes.shape[1], codebook_size, dtype=torch.bool).scatter_(1, codes.T, True)
+    return counts, seen
+
+
+def codebook_usage(counts: torch.Tensor, seen: torch.Tensor) -> dict[str, float]:
+    """How much of the codebook is used, from what `count_codes` gives for a set.
+
+    Returns:
+        ``usage``: share of codes that occur at all, in [0, 1]. ``perplexity``: exponential of the entropy of all
+        codes, from 1 to codebook_size. ``position_usage_min``, ``position_usage_max``: fewest and most different
+        codes at one position; few at each with high usage overall means the codebook knows places, not images.
+
+    Raises:
+        ValueError: for an empty set.
+    """
+    total = int(counts.sum())
+    if not total:
+        raise ValueError("the codebook usage of an empty set is not defined.")
+    shares = counts[counts > 0].double() / total
+    per_position = seen.sum(dim=1)
+    return {
+        "usage": float((counts > 0).double().mean()),
+        "perplexity": float((-shares * shares.log()).sum().exp()),
+        "position_usage_min": float(per_position.min()),
+        "position_usage_max": float(per_position.max()),
+    }
+
+
+def codebook_statistics(codes: torch.Tensor, codebook_size: int) -> dict[str, float]:
+    """How much of the codebook a set of codes ``(B, N)`` uses; see `codebook_usage`."""
+    return codebook_usage(*count_codes(codes, codebook_size))
+
+
+def check_rows(values: torch.Tensor, name: str) -> torch.Tensor:
+    """``(B, D)`` as float64 on the host.
+
+    Raises:
+        ValueError: for another shape, or values that are not finite.
+    """
+    if values.ndim != 2:
+        raise ValueError(f"{name} must have the shape (B, D), got {tuple(values.shape)}.")
+    if not torch.isfinite(values).all():
+        bad = int((~torch.isfinite(values)).any(dim=1).sum())
+        raise ValueError(f"{name} of {bad} of {len(values)} images are not finite.")
+    return values.detach().cpu().double()
 
 
 def _check_same_shape(images: torch.Tensor, references: torch.Tensor) -> None:

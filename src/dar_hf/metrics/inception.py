@@ -1,6 +1,6 @@
 """The Inception network of FID: the TensorFlow graph of 2015-12-05 in plain torch.
 
-The graph differs from the published Inception v3, and from torchvision's, where the usual figures depend on it:
+The graph differs from the published Inception v3, and from torchvision's, where the usual metrics depend on it:
 
 - images 0 to 255 are resized to 299 by TensorFlow 1's bilinear rule (pixel corners, no antialiasing), then scaled
   as (x - 128) / 128;
@@ -35,7 +35,7 @@ ADVICE = (
 def resize_like_tensorflow(images: torch.Tensor, size: int) -> torch.Tensor:
     """TensorFlow 1's bilinear resize of ``(B, C, H, W)`` to ``(B, C, size, size)``, without aligned corners.
 
-    Output pixel i is read at ``i * H / size``, not at pixel centres as everybody does today.
+    Output pixel i is read at ``i * H / size``, not at pixel centres, as is usual today.
     """
     for axis in (2, 3):
         length = images.shape[axis]
@@ -49,7 +49,7 @@ def resize_like_tensorflow(images: torch.Tensor, size: int) -> torch.Tensor:
     return images
 
 
-class ConvNorm(nn.Module):
+class BasicConv2d(nn.Module):
     """Convolution without bias, batch norm (eps 1e-3), ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int | tuple[int, int], **options: Any):
@@ -61,19 +61,19 @@ class ConvNorm(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-def _same(in_channels: int, out_channels: int, kernel: int | tuple[int, int] = 1) -> ConvNorm:
+def _same(in_channels: int, out_channels: int, kernel: int | tuple[int, int] = 1) -> BasicConv2d:
     height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-    return ConvNorm(in_channels, out_channels, kernel, padding=(height // 2, width // 2))
+    return BasicConv2d(in_channels, out_channels, kernel, padding=(height // 2, width // 2))
 
 
 def _average_pool(x: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class Mixed(nn.Module):
+class InceptionBlock(nn.Module):
     """One block: branches of named convolutions on the same input, concatenated.
 
-    Subclasses set ``branches``: names of the convolutions of each branch, in order; a tuple in the place of a name
+    Subclasses set ``branches``: names of the convolutions of each branch, in order; a tuple instead of a name
     stands for convolutions side by side. The name "pool" is the block's pooling.
     """
 
@@ -94,7 +94,7 @@ class Mixed(nn.Module):
         return torch.cat([self.run(branch, x) for branch in self.branches], dim=1)
 
 
-class MixedA(Mixed):
+class InceptionA(InceptionBlock):
     """35x35: 1x1, 5x5, two 3x3."""
 
     branches = [
@@ -107,28 +107,31 @@ class MixedA(Mixed):
     def __init__(self, dim: int, pool_channels: int):
         super().__init__()
         self.branch1x1 = _same(dim, 64)
-        self.branch5x5_1, self.branch5x5_2 = _same(dim, 48), _same(48, 64, 5)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _same(dim, 64), _same(64, 96, 3)
+        self.branch5x5_1 = _same(dim, 48)
+        self.branch5x5_2 = _same(48, 64, 5)
+        self.branch3x3dbl_1 = _same(dim, 64)
+        self.branch3x3dbl_2 = _same(64, 96, 3)
         self.branch3x3dbl_3 = _same(96, 96, 3)
         self.branch_pool = _same(dim, pool_channels)
 
 
-class MixedB(Mixed):
+class InceptionB(InceptionBlock):
     """35x35 to 17x17."""
 
     branches = [["branch3x3"], ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"], ["pool"]]
 
     def __init__(self, dim: int):
         super().__init__()
-        self.branch3x3 = ConvNorm(dim, 384, 3, stride=2)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _same(dim, 64), _same(64, 96, 3)
-        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, stride=2)
+        self.branch3x3 = BasicConv2d(dim, 384, 3, stride=2)
+        self.branch3x3dbl_1 = _same(dim, 64)
+        self.branch3x3dbl_2 = _same(64, 96, 3)
+        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, stride=2)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(x, 3, stride=2)
 
 
-class MixedC(Mixed):
+class InceptionC(InceptionBlock):
     """17x17: 1x1, 7x7 in two steps, 7x7 twice in four."""
 
     branches = [
@@ -140,17 +143,21 @@ class MixedC(Mixed):
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
-        row, column = (1, 7), (7, 1)
+        row = (1, 7)
+        column = (7, 1)
         self.branch1x1 = _same(dim, 192)
-        self.branch7x7_1, self.branch7x7_2 = _same(dim, inner), _same(inner, inner, row)
+        self.branch7x7_1 = _same(dim, inner)
+        self.branch7x7_2 = _same(inner, inner, row)
         self.branch7x7_3 = _same(inner, 192, column)
-        self.branch7x7dbl_1, self.branch7x7dbl_2 = _same(dim, inner), _same(inner, inner, column)
-        self.branch7x7dbl_3, self.branch7x7dbl_4 = _same(inner, inner, row), _same(inner, inner, column)
+        self.branch7x7dbl_1 = _same(dim, inner)
+        self.branch7x7dbl_2 = _same(inner, inner, column)
+        self.branch7x7dbl_3 = _same(inner, inner, row)
+        self.branch7x7dbl_4 = _same(inner, inner, column)
         self.branch7x7dbl_5 = _same(inner, 192, row)
         self.branch_pool = _same(dim, 192)
 
 
-class MixedD(Mixed):
+class InceptionD(InceptionBlock):
     """17x17 to 8x8."""
 
     branches = [
@@ -161,15 +168,18 @@ class MixedD(Mixed):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.branch3x3_1, self.branch3x3_2 = _same(dim, 192), ConvNorm(192, 320, 3, stride=2)
-        self.branch7x7x3_1, self.branch7x7x3_2 = _same(dim, 192), _same(192, 192, (1, 7))
-        self.branch7x7x3_3, self.branch7x7x3_4 = _same(192, 192, (7, 1)), ConvNorm(192, 192, 3, stride=2)
+        self.branch3x3_1 = _same(dim, 192)
+        self.branch3x3_2 = BasicConv2d(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = _same(dim, 192)
+        self.branch7x7x3_2 = _same(192, 192, (1, 7))
+        self.branch7x7x3_3 = _same(192, 192, (7, 1))
+        self.branch7x7x3_4 = BasicConv2d(192, 192, 3, stride=2)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(x, 3, stride=2)
 
 
-class MixedE(Mixed):
+class InceptionE(InceptionBlock):
     """8x8: branches that split into a row and a column convolution."""
 
     branches = [
@@ -181,13 +191,17 @@ class MixedE(Mixed):
 
     def __init__(self, dim: int, max_pool: bool):
         super().__init__()
-        row, column = (1, 3), (3, 1)
+        row = (1, 3)
+        column = (3, 1)
         self.max_pool = max_pool
         self.branch1x1 = _same(dim, 320)
         self.branch3x3_1 = _same(dim, 384)
-        self.branch3x3_2a, self.branch3x3_2b = _same(384, 384, row), _same(384, 384, column)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _same(dim, 448), _same(448, 384, 3)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = _same(384, 384, row), _same(384, 384, column)
+        self.branch3x3_2a = _same(384, 384, row)
+        self.branch3x3_2b = _same(384, 384, column)
+        self.branch3x3dbl_1 = _same(dim, 448)
+        self.branch3x3dbl_2 = _same(448, 384, 3)
+        self.branch3x3dbl_3a = _same(384, 384, row)
+        self.branch3x3dbl_3b = _same(384, 384, column)
         self.branch_pool = _same(dim, 192)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
@@ -205,17 +219,22 @@ class InceptionNetwork(nn.Module):
 
     def __init__(self, with_logits: bool = True):
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3)
+        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3)
         self.Conv2d_2b_3x3 = _same(32, 64, 3)
-        self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = MixedA(192, 32), MixedA(256, 64), MixedA(288, 64)
-        self.Mixed_6a = MixedB(288)
-        self.Mixed_6b, self.Mixed_6c = MixedC(768, 128), MixedC(768, 160)
-        self.Mixed_6d, self.Mixed_6e = MixedC(768, 160), MixedC(768, 192)
-        self.Mixed_7a = MixedD(768)
-        self.Mixed_7b, self.Mixed_7c = MixedE(1280, max_pool=False), MixedE(2048, max_pool=True)
+        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
+        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3)
+        self.Mixed_5b = InceptionA(192, 32)
+        self.Mixed_5c = InceptionA(256, 64)
+        self.Mixed_5d = InceptionA(288, 64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b = InceptionC(768, 128)
+        self.Mixed_6c = InceptionC(768, 160)
+        self.Mixed_6d = InceptionC(768, 160)
+        self.Mixed_6e = InceptionC(768, 192)
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b = InceptionE(1280, max_pool=False)
+        self.Mixed_7c = InceptionE(2048, max_pool=True)
         self.fc = nn.Linear(2048, 1008, bias=False) if with_logits else None
 
     def forward(self, images: torch.Tensor) -> ImageFeatures:
@@ -238,7 +257,8 @@ class InceptionNetwork(nn.Module):
         x = self.Mixed_6e(self.Mixed_6d(x))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
         pool = x.mean(dim=(2, 3))
-        return ImageFeatures(pool=pool, spatial=spatial, logits=None if self.fc is None else self.fc(pool))
+        logits = None if self.fc is None else self.fc(pool)
+        return ImageFeatures(pool=pool, spatial=spatial, logits=logits)
 
 
 def load_inception(source: str | None) -> InceptionNetwork:
@@ -281,10 +301,11 @@ def convert_inception(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         key = key.removeprefix("module.")
         match = re.fullmatch(r"blocks\.(\d+)\.(\d+)\.(.*)", key)
         if match:
-            block, place, rest = int(match[1]), int(match[2]), match[3]
+            block = int(match[1])
+            place = int(match[2])
             if block >= len(_SEQUENCES) or place >= len(_SEQUENCES[block]):
                 raise ValueError(f"unknown part of pytorch-fid's Inception: {key}.")
-            key = f"{_SEQUENCES[block][place]}.{rest}"
+            key = f"{_SEQUENCES[block][place]}.{match[3]}"
         if key != "fc.bias" and not key.startswith("AuxLogits.") and not key.endswith(".num_batches_tracked"):
             converted[key] = tensor.float()
     _build(converted, "the file to convert")

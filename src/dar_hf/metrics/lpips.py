@@ -1,4 +1,4 @@
-"""LPIPS v0.1 on VGG16 (Zhang et al. 2018), in plain torch: a figure of merit, and a differentiable loss."""
+"""LPIPS v0.1 on VGG16 (Zhang et al. 2018), in plain torch: a metric, and a differentiable loss."""
 
 from collections.abc import Mapping
 
@@ -33,7 +33,8 @@ class LPIPSNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        channels, stages = 3, []
+        channels = 3
+        stages = []
         for widths in _STAGES:
             stage = nn.ModuleList()
             for width in widths:
@@ -42,14 +43,15 @@ class LPIPSNetwork(nn.Module):
             stages.append(stage)
         self.stages = nn.ModuleList(stages)
         self.heads = nn.ParameterList([nn.Parameter(torch.rand(widths[-1])) for widths in _STAGES])
-        # ImageNet's mean and deviation, for pixels in [-1, 1], in the rounding of the original
+        # ImageNet's mean and standard deviation, for pixels in [-1, 1], in the rounding of the original
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Unit-length features of the five stages."""
-        x, features = (images - self.shift) / self.scale, []
+        x = (images - self.shift) / self.scale
+        features = []
         for index, stage in enumerate(self.stages):
             if index:
                 x = F.max_pool2d(x, 2)

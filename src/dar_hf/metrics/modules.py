@@ -1,11 +1,11 @@
-"""The figures as `evaluate.Metric`s, used directly: ``FID().compute(predictions=features, references=features)``.
+"""Metrics as `evaluate.Metric`s, used directly: ``FID().compute(predictions=features, references=features)``.
 
 No Hub and no cache files: unlike the library's own modules, which write every input to disk and compute at the end,
-these accumulate statistics batch by batch (``add_batch``), and ``merge`` those of other processes. ``compute`` gives a
+these keep sums batch by batch (``add_batch``), and ``merge`` those of other processes. ``compute`` returns a
 dictionary and starts over.
 """
 
-import copy
+import math
 import warnings
 from typing import Any
 
@@ -14,8 +14,16 @@ import evaluate
 import numpy as np
 import torch
 
-from .accumulate import CodeStatistics, GaussianStatistics, InceptionScoreStatistics, MeanStatistics
-from .functional import frechet_distance, label_agreement, precision_recall, psnr, ssim
+from .functional import (
+    check_rows,
+    codebook_usage,
+    count_codes,
+    label_agreement,
+    precision_recall,
+    psnr,
+    ssim,
+)
+from .gaussian import GaussianStatistics, frechet_distance
 from .lpips import LPIPSNetwork
 
 if not hasattr(evaluate, "Metric"):
@@ -23,16 +31,17 @@ if not hasattr(evaluate, "Metric"):
         f"{evaluate.__file__} hides the library evaluate, which dar_hf.metrics needs: run from a folder without it."
     )
 
+LPIPS_BATCH = 50  # pairs of images that the network takes at once
 _VECTOR = datasets.Sequence(datasets.Value("float32"))
 _CODES = datasets.Sequence(datasets.Value("int64"))
 _IMAGE = datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32"))))
 
 
 class StreamingMetric(evaluate.Metric):
-    """A metric that keeps statistics instead of its inputs.
+    """A metric that keeps sums instead of its inputs.
 
-    Subclasses give the inputs (`_inputs`: name to feature; all are needed unless ``_optional``), fresh statistics
-    (`_start`), what a batch adds (`_add`) and the result (`_result`).
+    Subclasses name their inputs (`_inputs`: name to feature; all are needed unless ``_optional``) and say how sums
+    start (`reset`), grow (`_add`), are joined (`_merge`) and give the result (`_result`).
     """
 
     _inputs: dict[str, Any] = {}
@@ -43,7 +52,7 @@ class StreamingMetric(evaluate.Metric):
         if kwargs.get("num_process", 1) != 1:
             raise ValueError(f"{type(self).__name__} writes no files to share: make one a process, and merge them.")
         super().__init__(**kwargs)
-        self.statistics = self._start()
+        self.reset()
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -56,10 +65,14 @@ class StreamingMetric(evaluate.Metric):
     def _build_data_dir(self) -> str:
         return self._data_dir_root  # nothing is written, so no folder is made
 
-    def _start(self) -> Any:
+    def reset(self) -> None:
+        """Forget everything added."""
         raise NotImplementedError
 
     def _add(self, predictions: Any, references: Any) -> None:
+        raise NotImplementedError
+
+    def _merge(self, other: Any) -> None:
         raise NotImplementedError
 
     def _result(self) -> dict[str, float]:
@@ -69,7 +82,7 @@ class StreamingMetric(evaluate.Metric):
         """Add a batch of arrays, tensors or lists.
 
         Raises:
-            ValueError: for missing, unknown, empty or unfitting inputs.
+            ValueError: for missing, unknown, empty or unsuitable inputs.
         """
         given = {"predictions": predictions, "references": references, **kwargs}
         inputs = {name: _as_tensor(value) for name, value in given.items() if value is not None}
@@ -92,14 +105,10 @@ class StreamingMetric(evaluate.Metric):
         """Add what another metric of this class has accumulated, in another process, say."""
         if type(other) is not type(self):
             raise ValueError(f"cannot merge {type(other).__name__} into {type(self).__name__}.")
-        for mine, theirs in zip(self._parts(), other._parts(), strict=True):
-            mine.merge(theirs)
-
-    def _parts(self) -> tuple:
-        return self.statistics if isinstance(self.statistics, tuple) else (self.statistics,)
+        self._merge(other)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
-        """The figures of everything added, and of these inputs if there are any; then start over.
+        """The metric of everything added, and of these inputs if there are any; then start over.
 
         Raises:
             ValueError: as `add_batch`, or where the set is empty or too small.
@@ -109,12 +118,7 @@ class StreamingMetric(evaluate.Metric):
         try:
             return self._result()
         finally:
-            self.statistics = self._start()
-
-    def _compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
-        fresh = copy.copy(self)
-        fresh.statistics = fresh._start()
-        return StreamingMetric.compute(fresh, predictions=predictions, references=references, **kwargs)
+            self.reset()
 
 
 class FID(StreamingMetric):
@@ -138,21 +142,26 @@ class FID(StreamingMetric):
         super().__init__(**kwargs)
         self.reference = None if reference is None else tuple(_as_tensor(moment) for moment in reference)
 
-    def _start(self) -> tuple[GaussianStatistics, GaussianStatistics]:
-        return GaussianStatistics(), GaussianStatistics()
+    def reset(self) -> None:
+        self.predictions = GaussianStatistics()
+        self.references = GaussianStatistics()
 
     def _add(self, predictions: Any, references: Any) -> None:
         if references is not None and self.reference is not None:
             raise ValueError("the references' statistics are given: add predictions only.")
         if predictions is not None:
-            self.statistics[0].update(predictions)
+            self.predictions.update(predictions)
         if references is not None:
-            self.statistics[1].update(references)
+            self.references.update(references)
+
+    def _merge(self, other: "FID") -> None:
+        self.predictions.merge(other.predictions)
+        self.references.merge(other.references)
 
     def _result(self) -> dict[str, float]:
-        given = dict(zip(("predictions", "references"), self.statistics, strict=True))
-        if self.reference is not None:
-            del given["references"]
+        given = {"predictions": self.predictions}
+        if self.reference is None:
+            given["references"] = self.references
         for name, statistics in given.items():
             if statistics.count < 2:
                 raise ValueError(f"{self._key} needs 2 {name} or more, got {statistics.count}.")
@@ -161,9 +170,8 @@ class FID(StreamingMetric):
                     f"{statistics.count} {name} do not span {size} features: the distance is biased upwards.",
                     stacklevel=3,
                 )
-        moments = [(statistics.mean, statistics.covariance) for statistics in given.values()]
-        first, second = moments if self.reference is None else (*moments, self.reference)
-        return {self._key: frechet_distance(*first, *second)}
+        reference = self.reference or (self.references.mean, self.references.covariance)
+        return {self._key: frechet_distance(self.predictions.mean, self.predictions.covariance, *reference)}
 
 
 class SpatialFID(FID):
@@ -177,93 +185,163 @@ class SpatialFID(FID):
 
 
 class InceptionScore(StreamingMetric):
-    """Inception score (Salimans et al. 2016), the mean over consecutive splits of 5,000. Higher is better.
+    """Inception score (Salimans et al. 2016), the mean over consecutive splits. Higher is better, from 1 to classes.
+
+    exp(mean KL(p(y|x) || p(y))) of every split; a split needs only the sum of its probabilities and of their negative
+    entropies.
 
     Inputs: ``predictions``, logits ``(B, classes)``, in the order of the set; several processes give the place of a
     batch's first sample as ``first_index``.
 
     Args:
-        split_size: samples of a split.
+        split_size: samples of a split; 5,000 as in the ADM suite.
     """
 
     _inputs = {"predictions": _VECTOR}
     _citation = "Salimans et al. 2016, arXiv 1606.03498"
 
     def __init__(self, split_size: int = 5_000, **kwargs: Any):
+        if split_size < 1:
+            raise ValueError(f"split_size must be at least 1, got {split_size}.")
         self.split_size = split_size
         super().__init__(**kwargs)
 
-    def _start(self) -> InceptionScoreStatistics:
-        return InceptionScoreStatistics(self.split_size)
+    def reset(self) -> None:
+        self.count = 0
+        self._splits: dict[int, tuple[int, torch.Tensor, float]] = {}  # samples, sum of p, sum of p log p
 
     def add_batch(self, *, first_index: int | None = None, **inputs: Any) -> None:  # type: ignore[override]
         """Add a batch; ``first_index`` is the place of its first sample, by default after those added so far."""
-        self._first_index = first_index
+        self._start = self.count if first_index is None else first_index
         super().add_batch(**inputs)
 
     def _add(self, predictions: Any, references: Any) -> None:
-        self.statistics.update(predictions, self._first_index)
+        logits = check_rows(predictions, "logits")
+        start = self._start
+        self.count += len(logits)
+        while len(logits):
+            split = start // self.split_size
+            size = (split + 1) * self.split_size - start
+            part = logits[:size].log_softmax(dim=1)
+            self._add_to_split(split, len(part), part.exp().sum(dim=0), float((part.exp() * part).sum()))
+            logits = logits[size:]
+            start += size
+
+    def _merge(self, other: "InceptionScore") -> None:
+        if other.split_size != self.split_size:
+            raise ValueError(f"splits of different size: {self.split_size} and {other.split_size}.")
+        self.count += other.count
+        for split, sums in other._splits.items():
+            self._add_to_split(split, *sums)
+
+    def _add_to_split(self, split: int, count: int, probabilities: torch.Tensor, entropy: float) -> None:
+        if split in self._splits:
+            old_count, old_probabilities, old_entropy = self._splits[split]
+            if len(old_probabilities) != len(probabilities):
+                raise ValueError(f"{len(old_probabilities)} and {len(probabilities)} classes in one set.")
+            count += old_count
+            probabilities = old_probabilities + probabilities
+            entropy += old_entropy
+        if count > self.split_size:
+            raise ValueError(
+                f"{count} samples in a split of {self.split_size}: parts of one set need the first_index of their own."
+            )
+        self._splits[split] = (count, probabilities, entropy)
 
     def _result(self) -> dict[str, float]:
-        return {"inception_score": self.statistics.score()}
-
-
-class _Rows:
-    """Features, kept: precision and recall need every pair."""
-
-    def __init__(self) -> None:
-        self.parts: list[torch.Tensor] = []
-
-    def merge(self, other: "_Rows") -> None:
-        self.parts += other.parts
-
-    def all(self) -> torch.Tensor:
-        return torch.cat(self.parts) if self.parts else torch.empty(0, 0)
+        if not self._splits:
+            raise ValueError("the Inception score of an empty set is not defined.")
+        scores = []
+        for count, probabilities, entropy in self._splits.values():
+            mean = probabilities / count
+            marginal = float(torch.special.xlogy(mean, mean).sum())
+            scores.append(math.exp(entropy / count - marginal))
+        return {"inception_score": math.fsum(scores) / len(scores)}
 
 
 class PrecisionRecall(StreamingMetric):
     """Improved precision and recall (Kynkaanniemi et al. 2019). Higher is better.
 
-    Inputs: ``predictions`` and ``references``, features ``(B, D)``, which are kept (50,000 of Inception's: 400 MB).
+    Inputs: ``predictions`` and ``references``, features ``(B, D)``, which are kept, since every pair is compared
+    (50,000 of Inception's: 400 MB).
 
     Args:
         k: a ball reaches to its centre's k-th neighbour.
+        device: where the distances are computed.
     """
 
     _inputs = {"predictions": _VECTOR, "references": _VECTOR}
     _optional = True
     _citation = "Kynkaanniemi et al. 2019, arXiv 1904.06991"
 
-    def __init__(self, k: int = 3, **kwargs: Any):
+    def __init__(self, k: int = 3, device: torch.device | str = "cpu", **kwargs: Any):
         super().__init__(**kwargs)
         self.k = k
+        self.device = device
 
-    def _start(self) -> tuple[_Rows, _Rows]:
-        return _Rows(), _Rows()
+    def reset(self) -> None:
+        self.predictions: list[torch.Tensor] = []
+        self.references: list[torch.Tensor] = []
 
     def _add(self, predictions: Any, references: Any) -> None:
-        for rows, features in zip(self.statistics, (predictions, references), strict=True):
-            if features is not None:
-                rows.parts.append(features)
+        if predictions is not None:
+            self.predictions.append(predictions)
+        if references is not None:
+            self.references.append(references)
+
+    def _merge(self, other: "PrecisionRecall") -> None:
+        self.predictions += other.predictions
+        self.references += other.references
 
     def _result(self) -> dict[str, float]:
-        predictions, references = (rows.all() for rows in self.statistics)
+        if not (self.predictions and self.references):
+            raise ValueError("precision and recall of an empty set are not defined.")
+        predictions = torch.cat(self.predictions).to(self.device)
+        references = torch.cat(self.references).to(self.device)
         return precision_recall(references, predictions, self.k)
 
 
-class _PairedMetric(StreamingMetric):
-    """A number for each pair of images; the figure is their mean."""
+class _MeanMetric(StreamingMetric):
+    """The mean of one number per image."""
 
-    _inputs = {"predictions": _IMAGE, "references": _IMAGE}
     _key = ""
 
-    def _start(self) -> MeanStatistics:
-        return MeanStatistics()
+    def reset(self) -> None:
+        self.count = 0
+        self.total = 0.0
 
-    def _value(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    def add_values(self, values: torch.Tensor) -> None:
+        """Add numbers ``(B,)`` that are computed already.
 
-    def _add(self, predictions: Any, references: Any) -> None:
+        Raises:
+            ValueError: for values that are not finite.
+        """
+        if not torch.isfinite(values).all():
+            raise ValueError(f"a value of {self.name} is not finite.")
+        self.count += values.numel()
+        self.total += float(values.double().sum())
+
+    def _merge(self, other: "_MeanMetric") -> None:
+        self.count += other.count
+        self.total += other.total
+
+    def _result(self) -> dict[str, float]:
+        if not self.count:
+            raise ValueError(f"the mean {self.name} of an empty set is not defined.")
+        return {self._key: self.total / self.count}
+
+
+class PairedMetric(_MeanMetric):
+    """A number for each pair of images; the metric is their mean."""
+
+    _inputs = {"predictions": _IMAGE, "references": _IMAGE}
+
+    def values(self, predictions: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        """The number of each pair of images, ``(B,)``, which `add_values` takes in any process.
+
+        Raises:
+            ValueError: for sets of different length, type or shape, or images outside their range.
+        """
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} images and {len(references)} references are no pairs.")
         if (predictions.dtype == torch.uint8) != (references.dtype == torch.uint8):
@@ -271,19 +349,23 @@ class _PairedMetric(StreamingMetric):
                 f"predictions are {predictions.dtype} and references {references.dtype}: both must be uint8, or both "
                 "float in [-1, 1]."
             )
-        images = [_in_range(name, x) for name, x in (("predictions", predictions), ("references", references))]
-        if (images[0].min() < 0) != (images[1].min() < 0):
+        images = _in_range("predictions", predictions)
+        wanted = _in_range("references", references)
+        if predictions.dtype != torch.uint8 and (images.min() < 0) != (wanted.min() < 0):
             warnings.warn(
                 f"{self.name}: only one of the sets has values below 0. Images in [0, 1] must be scaled to [-1, 1].",
-                stacklevel=4,
+                stacklevel=5,
             )
-        self.statistics.update(self._value(*images))
+        return self._value(images, wanted)
 
-    def _result(self) -> dict[str, float]:
-        return {self._key: self.statistics.mean()}
+    def _value(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _add(self, predictions: Any, references: Any) -> None:
+        self.add_values(self.values(predictions, references))
 
 
-class PSNR(_PairedMetric):
+class PSNR(PairedMetric):
     """Peak signal-to-noise ratio in dB, the mean over images (not the ratio of the mean error). Higher is better.
 
     Inputs: ``predictions`` and ``references``, images ``(B, C, H, W)``, both uint8 or both float in [-1, 1].
@@ -295,7 +377,7 @@ class PSNR(_PairedMetric):
         return psnr(images, references)
 
 
-class SSIM(_PairedMetric):
+class SSIM(PairedMetric):
     """Structural similarity (Wang et al. 2004) with a uniform window, as scikit-image's default. Higher is better.
 
     Inputs: ``predictions`` and ``references``, images ``(B, C, H, W)``, both uint8 or both float in [-1, 1].
@@ -315,7 +397,7 @@ class SSIM(_PairedMetric):
         return ssim(images, references, self.window)
 
 
-class LPIPS(_PairedMetric):
+class LPIPS(PairedMetric):
     """LPIPS v0.1 on VGG16 (Zhang et al. 2018), the mean over images. Lower is better.
 
     Inputs: ``predictions`` and ``references``, images ``(B, 3, H, W)``, both uint8 or both float in [-1, 1].
@@ -334,7 +416,8 @@ class LPIPS(_PairedMetric):
     @torch.no_grad()
     def _value(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         device = next(self.network.parameters()).device
-        return self.network(images.to(device, torch.float32), references.to(device, torch.float32))
+        pairs = zip(images.float().split(LPIPS_BATCH), references.float().split(LPIPS_BATCH), strict=True)
+        return torch.cat([self.network(x.to(device), y.to(device)).cpu() for x, y in pairs])
 
 
 class CodebookUsage(StreamingMetric):
@@ -352,17 +435,33 @@ class CodebookUsage(StreamingMetric):
         self.codebook_size = codebook_size
         super().__init__(**kwargs)
 
-    def _start(self) -> CodeStatistics:
-        return CodeStatistics(self.codebook_size)
+    def reset(self) -> None:
+        self.counts = torch.zeros(self.codebook_size, dtype=torch.long)
+        self.seen: torch.Tensor | None = None  # by position
 
     def _add(self, predictions: Any, references: Any) -> None:
-        self.statistics.update(predictions)
+        self._add_counts(*count_codes(predictions, self.codebook_size))
+
+    def _merge(self, other: "CodebookUsage") -> None:
+        if other.seen is not None:
+            self._add_counts(other.counts, other.seen)
+
+    def _add_counts(self, counts: torch.Tensor, seen: torch.Tensor) -> None:
+        if self.seen is None:
+            self.seen = torch.zeros(len(seen), self.codebook_size, dtype=torch.bool)
+        if seen.shape != self.seen.shape:
+            raise ValueError(
+                f"codes of different kinds: {tuple(self.seen.shape)} and {tuple(seen.shape)} (positions, codes)."
+            )
+        self.counts = self.counts + counts
+        self.seen = self.seen | seen
 
     def _result(self) -> dict[str, float]:
-        return self.statistics.figures()
+        seen = torch.zeros(0, self.codebook_size) if self.seen is None else self.seen
+        return codebook_usage(self.counts, seen)
 
 
-class LabelAgreement(StreamingMetric):
+class LabelAgreement(_MeanMetric):
     """Share of images that a classifier reads as their label. Higher is better.
 
     Inputs: ``predictions``, the classifier's logits ``(B, classes)`` or the classes it reads ``(B,)``, and
@@ -370,20 +469,14 @@ class LabelAgreement(StreamingMetric):
     """
 
     _inputs = {"predictions": _VECTOR, "references": datasets.Value("int64")}
-
-    def _start(self) -> MeanStatistics:
-        return MeanStatistics()
+    _key = "label_agreement"
 
     def _add(self, predictions: Any, references: Any) -> None:
         if predictions.ndim == 1 and predictions.shape == references.shape and not predictions.is_floating_point():
-            self.statistics.update(predictions == references)
+            self.add_values(predictions == references)
             return
-        batch = MeanStatistics()
-        batch.count, batch.total = len(references), label_agreement(predictions, references) * len(references)
-        self.statistics.merge(batch)
-
-    def _result(self) -> dict[str, float]:
-        return {"label_agreement": self.statistics.mean()}
+        self.total += label_agreement(predictions, references) * len(references)
+        self.count += len(references)
 
 
 def _as_tensor(value: Any) -> torch.Tensor:

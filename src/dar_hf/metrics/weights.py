@@ -1,6 +1,5 @@
 """Weights of measuring networks: where they come from, and what identifies them. Nothing is downloaded unasked."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from ..utils.fingerprint import weights_fingerprint
 
 DEFAULT_FILE = "model.safetensors"
 
@@ -76,28 +77,13 @@ def read_original(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def write_weights(state: Mapping[str, torch.Tensor], path: str | Path) -> str:
-    """Save tensors under a temporary name, then rename; returns their `weights_hash`."""
+    """Save tensors under a temporary name, then rename; returns their `weights_fingerprint`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
     os.replace(temporary, path)
-    return weights_hash(state)
-
-
-def weights_hash(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values: the same whatever file they come from.
-
-    Batch norm's counters are left out: they say nothing about a frozen network, and converted files do not have them.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        if name.endswith(".num_batches_tracked"):
-            continue
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return weights_fingerprint(state)
 
 
 def check_hash(actual: str, expected: str | None, source: str) -> None:
@@ -112,11 +98,12 @@ def load_exactly(network: torch.nn.Module, state: Mapping[str, torch.Tensor], so
     """Load a state dict that must have exactly the network's names and shapes, and finite values.
 
     Raises:
-        ValueError: that names what is missing, unknown or of another shape, and how to get the right file.
+        ValueError: that names what is missing, unknown or of another shape, and says how to get the right file.
     """
     wanted = network.state_dict()
     problems = []
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    missing = sorted(wanted.keys() - state.keys())
+    unknown = sorted(state.keys() - wanted.keys())
     if missing:
         problems.append(f"{len(missing)} tensors are missing ({missing[0]}, …)")
     if unknown:

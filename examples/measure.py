@@ -1,8 +1,8 @@
 """Measure a pipeline: what it reconstructs (rFID, PSNR, SSIM, LPIPS, codebook) or generates (gFID, sFID, IS, ...).
 
-    accelerate launch examples/evaluate.py reconstruction --pipeline DIR --dataset_name path/to/images \\
+    accelerate launch examples/measure.py reconstruction --pipeline DIR --dataset_name path/to/images \\
         --features_weights inception.safetensors --output_dir outputs/reconstruction
-    accelerate launch examples/evaluate.py generation --pipeline DIR --reference VIRTUAL_imagenet256_labeled.npz \\
+    accelerate launch examples/measure.py generation --pipeline DIR --reference VIRTUAL_imagenet256_labeled.npz \\
         --features_weights inception.safetensors --output_dir outputs/generation
 
 Leaves report.json, pictures, and the sets as ADM .npz files. An interrupted run goes on where it stopped when started
@@ -32,7 +32,7 @@ MODES = {
 }
 
 
-@command("evaluate.py")
+@command("measure.py")
 def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     mode = words[0] if words else ""
@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(__doc__)
         return
     if mode not in MODES:
-        raise CommandError(f"usage: evaluate.py {{{','.join(MODES)}}} [options]; --help after the mode lists them")
+        raise CommandError(f"usage: measure.py {{{','.join(MODES)}}} [options]; --help after the mode lists them")
     arguments_class, evaluate = MODES[mode]
-    args = HfArgumentParser(arguments_class, prog=f"evaluate.py {mode}").parse_args_into_dataclasses(words[1:])[0]
+    args = HfArgumentParser(arguments_class, prog=f"measure.py {mode}").parse_args_into_dataclasses(words[1:])[0]
     check_output(args.output_dir)
     # a process that has done its shards waits for the others, as long as they take
     accelerator = join_processes(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])

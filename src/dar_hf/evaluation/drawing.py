@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: grids of images, previews of a few, and figures over prefix length and steps."""
+"""What an evaluation draws: grids of images, previews of a few, and metrics over prefix length and steps."""
 
 import math
 from pathlib import Path
@@ -41,7 +41,7 @@ def draw_generation(folder: Path, report: dict[str, Any], shards: ShardFolder) -
 
 
 def _draw_previews(folder: Path, shards: ShardFolder, references: torch.Tensor | None = None) -> None:
-    """A row an image: the reference where there is one, then the picture after every step."""
+    """One row per image: the reference where there is one, then the image after every step."""
     rows = to_float(shards.rows("previews"))
     if references is not None:
         rows = torch.cat([references[: len(rows), None], rows], dim=1)
