@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from dar_hf.data import SeedFor, draw_seed, normal_noise
-from dar_hf.evaluation import evaluate_generation, evaluate_reconstruction, read_report
-from dar_hf.evaluation import base
+from dar_hf.evaluation import base, evaluate_generation, evaluate_reconstruction, read_report
 from dar_hf.evaluation.generation import Generation
 from dar_hf.evaluation.images import to_uint8
 from dar_hf.metrics import (

@@ -1,5 +1,6 @@
 """Commands run in the tests' own process."""
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -32,3 +33,15 @@ def refusal(capsys):
         return capsys.readouterr().err
 
     return refuse
+
+
+@pytest.fixture(scope="module")
+def app():
+    """The page's module."""
+    pytest.importorskip("gradio")
+    spec = importlib.util.spec_from_file_location("dar_app", EXAMPLES / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["dar_app"] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["dar_app"]
