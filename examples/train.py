@@ -29,9 +29,7 @@ def parse(stage: str, argv: list[str]) -> TokenizerArguments | ARArguments:
     first.add_argument("--config", default=None)
     first.set_defaults(preset=None)  # to tell whether the command line names one
     known, _ = first.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
-    from_file = {}
-    if known.config is not None:
-        from_file = read_options(known.config, STAGES[stage])
+    from_file = read_options(known.config, STAGES[stage]) if known.config is not None else {}
     preset = get_preset(known.preset or from_file.get("preset", STAGES[stage].preset))
 
     parser = HfArgumentParser(STAGES[stage], prog=f"train.py {stage}")
@@ -54,11 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output(args.output_dir)
     accelerator = make_accelerator(args)
     with accelerator.main_process_first():
-        claim_output_dir(args, {"tokenizer": "DARTokenizer", "ar": "DARPipeline"}[stage_name])
-    if stage_name == "tokenizer":
-        stage = build_tokenizer_stage(args)
-    else:
-        stage = build_ar_stage(args, accelerator.device)
+        claim_output_dir(args, "DARTokenizer" if stage_name == "tokenizer" else "DARPipeline")
+    stage = build_tokenizer_stage(args) if stage_name == "tokenizer" else build_ar_stage(args, accelerator.device)
     try:
         with ending_with(FAILURE, keep=(ResumeError, StoppedError)):
             train(stage, args, accelerator)
