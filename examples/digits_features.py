@@ -58,7 +58,8 @@ def load_split(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 def train(steps: int, seed: int) -> tuple[DigitsClassifier, float]:
     """A classifier of the training digits, and its accuracy on the test digits."""
     torch.manual_seed(seed)
-    network, (images, labels) = DigitsClassifier(), load_split("train")
+    network = DigitsClassifier()
+    images, labels = load_split("train")
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):

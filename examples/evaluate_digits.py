@@ -1,12 +1,12 @@
-"""Load a finished pipeline of digits, measure it, and draw its pictures.
+"""Load a finished pipeline of digits, measure it, and draw its images.
 
     python examples/evaluate_digits.py --pipeline outputs/digits/pipeline --output_dir outputs/digits
     python examples/evaluate_digits.py --pipeline outputs/mnist/pipeline --dataset_name path/to/mnist \\
         --num_images 1000 --output_dir outputs/mnist
 
 Any data set with a train and a test split and the labels 0 to 9 will do. Writes reconstructions.png (inputs above
-outputs), samples.png (a row a class), previews.png (the same samples after each group, side by side),
-preview_strip.png (one of each class, a row a group), loss.png (of the runs in the output folder's tokenizer/ and
+outputs), samples.png (one row per class), previews.png (the same samples after each group, side by side),
+preview_strip.png (one of each class, one row per group), loss.png (of the runs in the output folder's tokenizer/ and
 pipeline/) and report.json. The judge is a support-vector classifier trained on the real training digits; it never saw
 a generated one.
 """
@@ -32,7 +32,7 @@ from dar_hf.utils.loading import load_pipeline
 from dar_hf.utils.pictures import image_grid, interleave_rows, plot_history, read_history, save_picture
 
 SHOWN = 8  # samples of each class in samples.png
-JUDGED_SIZE = 16  # pixels a side that the judge sees at most: enough for digits, and four times as fast as 32
+JUDGED_SIZE = 16  # pixels per side that the judge sees at most: enough for digits, and four times as fast as 32
 BATCH = 500
 DESCRIPTIONS = {"digits": "scikit-learn digits: first 1437 for training, other 360 for testing"}
 
@@ -64,8 +64,10 @@ class Judge:
 
 @torch.no_grad()
 def measure_reconstruction(pipe: DARPipeline, images: torch.Tensor, labels: torch.Tensor, judge: Judge) -> tuple:
-    """Figures of every preview of the test digits' reconstructions, and the finished ones."""
-    tokenizer, previews, all_codes = pipe.tokenizer, [], []
+    """Metrics of every preview of the test digits' reconstructions, and the finished images."""
+    tokenizer = pipe.tokenizer
+    previews = []
+    all_codes = []
     for indices in torch.arange(len(images)).split(BATCH):
         codes = tokenizer.encode(images[indices]).codes
         noise = normal_noise(indices, images.shape[1:], images.device)
@@ -73,8 +75,8 @@ def measure_reconstruction(pipe: DARPipeline, images: torch.Tensor, labels: torc
         previews.append(list(tokenizer.decode_stream([codes], noise=noise, scheduler=pipe.scheduler)))
     metrics = []
     for step in zip(*previews, strict=True):
-        sample, which = torch.cat([part.sample for part in step]), {"num_tokens": step[0].num_tokens}
-        which["mode"] = "reconstruction"
+        sample = torch.cat([part.sample for part in step])
+        which = {"num_tokens": step[0].num_tokens, "mode": "reconstruction"}
         metrics.append(metric("psnr", float(psnr(sample, images).mean()), **which))
         agreement = judge.agreement(sample, labels)
         metrics.append(metric("label_agreement", agreement, "label agreement of reconstructions (SVM)", **which))
@@ -84,10 +86,11 @@ def measure_reconstruction(pipe: DARPipeline, images: torch.Tensor, labels: torc
 
 
 def measure_generation(pipe: DARPipeline, count: int, judge: Judge, guidance_scale: float | None, seed: int) -> tuple:
-    """Figures of every preview of generated digits, equally many of each class, and the images of each step."""
+    """Metrics of every preview of generated digits, equally many of each class, and the images of each step."""
     labels = torch.arange(count) % pipe.transformer.config.num_classes
     generator = torch.Generator().manual_seed(seed)
-    metrics, steps = [], []
+    metrics = []
+    steps = []
     for output in pipe.stream(labels.tolist(), guidance_scale=guidance_scale, generator=generator, output_type="pt"):
         images = output.images * 2 - 1
         steps.append(images)
@@ -121,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.num_images < 10:
         parser.error(f"--num_images must be at least 10, one of each class, got {args.num_images}")
-    started, folder = time.perf_counter(), args.output_dir
+    started = time.perf_counter()
+    folder = args.output_dir
     check_output(folder)
     pipe = load_pipeline(args.pipeline)
     train_images, train_labels = load_split(args.dataset_name, "train", pipe)

@@ -5,8 +5,8 @@
     accelerate launch examples/measure.py generation --pipeline DIR --reference VIRTUAL_imagenet256_labeled.npz \\
         --features_weights inception.safetensors --output_dir outputs/generation
 
-Leaves report.json, pictures, and the sets as ADM .npz files. An interrupted run goes on where it stopped when started
-again. --help after the mode lists all options.
+Leaves report.json, grids of images, and the sets as ADM .npz files. An interrupted run continues where it stopped when
+started again. --help after the mode lists all options.
 """
 
 import sys

@@ -21,7 +21,7 @@ from dar_hf.hub import (
     prepare_repository,
     push_folder,
 )
-from dar_hf.training.cards import take_report, write_run_card
+from dar_hf.hub.run_cards import take_report, write_run_card
 from dar_hf.utils.commands import FAILURE, command
 
 

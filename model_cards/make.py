@@ -2,7 +2,7 @@
 
     python model_cards/make.py
 
-Cards of the paper's models hold the paper's results. Cards of models trained here hold those of a report: every file
+Cards of the paper's models hold the paper's metrics. Cards of models trained here hold those of a report: every file
 in reports/, which `examples/evaluate_digits.py` wrote, gives a card of its name.
 """
 
@@ -10,19 +10,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult
 
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
 from dar_hf.evaluation import eval_results, read_report
-from dar_hf.hub import model_card, paper_results
+from dar_hf.hub import model_card
+from dar_hf.metrics import TASKS, metric_name
 from dar_hf.presets import get_preset
 
 FOLDER = Path(__file__).resolve().parent
 
-PAPER_NOTE = "Results are the paper's (Gao and Shou, ICLR 2026). They were not measured with this package."
-# notes on the results of one size
+PAPER_NAME = "D-AR, ICLR 2026, arXiv 2505.23660"
+PAPER_URL = "https://arxiv.org/abs/2505.23660"
+IMAGENET = ("ILSVRC/imagenet-1k", "ImageNet 256×256")
+SAMPLED = ("fid", "inception_score", "precision", "recall")
+
+# the paper's tables: rFID by denoising steps; FID, IS, precision and recall by guidance; FID of previews
+PAPER_RESULTS: dict[str, list[tuple[str, dict[str, Any], dict[str, float]]]] = {
+    "v1": [
+        ("reconstruction", {"num_inference_steps": steps}, {"fid": rfid})
+        for steps, rfid in (
+            ("4, Euler", 2.35),
+            ("8, Euler", 1.58),
+            ("8, Adams-Bashforth", 1.52),  # the default
+            ("12, Euler", 1.73),
+            ("16, Euler", 1.93),
+        )
+    ],
+    "L": [
+        ("generation", {"guidance_scale": guidance}, dict(zip(SAMPLED, values, strict=True)))
+        for guidance, values in (
+            ("none", (7.43, 117.6, 0.71, 0.63)),
+            ("1.5", (3.50, 245.2, 0.83, 0.54)),
+            ("1.1 → 8", (2.44, 263.0, 0.78, 0.61)),
+        )
+    ]
+    + [
+        ("generation", {"num_tokens": tokens}, {"fid": fid})
+        for tokens, fid in ((64, 7.38), (128, 3.94), (192, 2.93), (256, 2.44))
+    ],
+    "XL": [
+        ("generation", {"guidance_scale": guidance}, dict(zip(SAMPLED, values, strict=True)))
+        for guidance, values in (
+            ("none", (5.11, 145.8, 0.73, 0.64)),
+            ("1.5", (3.39, 276.4, 0.84, 0.55)),
+            ("1.1 → 10", (2.09, 298.4, 0.79, 0.62)),
+        )
+    ],
+}
+
+PAPER_NOTE = "The metrics are the paper's (Gao and Shou, ICLR 2026). They were not measured with this package."
+# what else there is to say about the metrics of one size
 NOTES = {
     "L": "The paper's FID of 2.44 is at a guidance of 1.1 → 8, the default here. The sampling script that was "
-    "released with the weights takes 1.2 → 8, at which others measured 2.63: to compare with those results, sample "
+    "released with the weights takes 1.2 → 8, at which others measured 2.63: to compare with those values, sample "
     "with `guidance_scale=(1.2, 8.0)`."
 }
 CONVERT = """The authors publish the weights with [showlab/D-AR](https://github.com/showlab/D-AR), as PyTorch files.
@@ -73,8 +114,8 @@ TRAINED: dict[str, dict[str, Any]] = {
             "data": "scikit-learn's digits: first 1,437 to train, other 360 to test",
             "made by": "`make demo` (preset `digits`, seed 0), 2026-11-24",
             "machine": "2 CPU cores with AVX-512 bf16",
-            "time": "7 min 46 s next to another training run: tokenizer 4 min 39 s, language model 2 min 41 s (1 min "
-            "on a quiet machine), the rest loading and evaluation",
+            "time": "7 min 46 s next to another training: tokenizer 4 min 39 s, language model 2 min 41 s (1 min on a "
+            "quiet machine), the rest loading and evaluation",
         },
         "sections": {
             "Limits": "Seeds and processors with other rounding move the PSNR by about 0.7 dB "
@@ -114,6 +155,35 @@ def empty_pipeline(tokenizer: str, transformer: str, **config: int) -> DARPipeli
         return DARPipeline(decoder, model, solver)
 
 
+def paper_results(name: str) -> list[EvalResult]:
+    """The paper's own metrics of a released model, marked as the paper's.
+
+    Args:
+        name: v1 (the tokenizer), L or XL.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in PAPER_RESULTS:
+        raise ValueError(f"no metrics of {name!r} here; there are {', '.join(PAPER_RESULTS)}.")
+    return [
+        EvalResult(
+            task_type=TASKS[task][0],
+            task_name=TASKS[task][1],
+            dataset_type=IMAGENET[0],
+            dataset_name=IMAGENET[1],
+            metric_type=kind,
+            metric_value=value,
+            metric_name=metric_name(kind, task),
+            metric_args=settings,
+            source_name=PAPER_NAME,
+            source_url=PAPER_URL,
+        )
+        for task, settings, metrics in PAPER_RESULTS[name]
+        for kind, value in metrics.items()
+    ]
+
+
 def paper_card(model: DARPipeline | DARTokenizer, size: str, title: str, summary: str) -> str:
     """The card of a model of the paper."""
     note = PAPER_NOTE
@@ -134,15 +204,18 @@ def paper_card(model: DARPipeline | DARTokenizer, size: str, title: str, summary
 
 
 def trained_card(name: str) -> str:
-    """The card of a model trained here: its preset, the results of its report, its images in images/."""
-    preset, report = get_preset(name), read_report(FOLDER / "reports" / f"{name}.json")
-    settings, sizes, about = report["settings"], preset.tokenizer, TRAINED[name]
+    """The card of a model trained here: its preset, the metrics of its report, its pictures in images/."""
+    preset = get_preset(name)
+    report = read_report(FOLDER / "reports" / f"{name}.json")
+    settings = report["settings"]
+    sizes = preset.tokenizer
+    about = TRAINED[name]
     note = (
         f"Measured by `examples/evaluate_digits.py` on the {report['data']['count']:,} test digits and "
         f"{settings['count']:,} generated ones (guidance {settings['guidance_scale']}, the saved default). "
         "The judge is a support-vector classifier trained on the real training digits; it reads "
-        f"{settings['judge_accuracy_on_test_digits']:.3f} of the real test digits correctly. The codebook metrics "
-        "are those of the test digits."
+        f"{settings['judge_accuracy_on_test_digits']:.3f} of the real test digits correctly. The codebook's metrics "
+        "are of the test digits."
     )
     model = empty_pipeline(
         name,
@@ -163,7 +236,7 @@ def trained_card(name: str) -> str:
         results_note=note,
         pictures={
             "Previews of a digit of each class, one row per step": f"images/{name}_previews.png",
-            "Samples, one row per class": f"images/{name}_samples.png",
+            "Samples, one class per row": f"images/{name}_samples.png",
             "Test digits above their reconstructions": f"images/{name}_reconstructions.png",
             about.get("losses", "Losses"): f"images/{name}_loss.png",
         },

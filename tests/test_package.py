@@ -1,5 +1,6 @@
 """What an installation of the package says of itself."""
 
+import re
 from importlib import resources
 from importlib.metadata import metadata, requires, version
 from pathlib import Path
@@ -9,6 +10,7 @@ from packaging.requirements import Requirement
 import dar_hf
 
 ROOT = Path(__file__).parents[1]
+ORDER = ["utils", "data", "metrics", "evaluation", "hub", "training"]
 
 
 def test_the_description_is_the_readme():
@@ -39,3 +41,10 @@ def test_every_dependency_has_a_lower_bound():
     for requirement in map(Requirement, requires("dar-hf")):
         bounds = [bound.operator for bound in requirement.specifier]
         assert bounds.count(">=") == 1, f"{requirement}: `make test-versions` needs one lower bound"
+
+
+def test_packages_import_in_one_direction():
+    for place, package in enumerate(ORDER):
+        for path in (ROOT / "src" / "dar_hf" / package).glob("*.py"):
+            imported = set(re.findall(r"^\s*from \.\.(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+            assert not imported & set(ORDER[place + 1 :]), f"{path} imports a package above its own"

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from dar_hf.conversion import convert_tokenizer, convert_transformer, save_llama
 from dar_hf.hub import export_remote_code, push_folder
-from dar_hf.training.cards import take_report, write_run_card
+from dar_hf.hub.run_cards import take_report, write_run_card
 
 from . import originals
 
@@ -521,7 +521,7 @@ COMMANDS = {
     "a push of an empty folder": ([*PUSH, "EMPTY", "user/x"], "holds no model"),
     "a push with a report that is missing": ([*PUSH, "SAVED", "user/x", "--report", "NONE"], "NONE"),
     "a push to no repository": ([*PUSH, "SAVED"], "repo_id"),
-    "a push to a name that is none": ([*PUSH, "SAVED", "a/b/c"], "owner/name"),
+    "a push to a name that is none": ([*PUSH, "SAVED", "a/b/c"], "namespace/repo_name"),
 }
 
 

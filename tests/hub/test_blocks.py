@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from dar_hf.hub.blocks import merge_cards, replace_block, stamp
+from dar_hf.hub.blocks import merge_cards, replace_block, sign
 
 
 def card(about="generated", use="code", metadata="license: mit", after=""):
@@ -9,7 +9,7 @@ def card(about="generated", use="code", metadata="license: mit", after=""):
         f"<!-- dar-hf:{name} -->\n{text}\n<!-- /dar-hf:{name} -->\n\n"
         for name, text in (("about", about), ("use", use))
     )
-    return f"---\n{metadata}\n---\n\n" + stamp(blocks) + after
+    return f"---\n{metadata}\n---\n\n" + sign(blocks) + after
 
 
 def metadata(text):

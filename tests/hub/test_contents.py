@@ -10,7 +10,7 @@ from fakehub import FakeHub
 from huggingface_hub import snapshot_download
 
 from dar_hf.hub import matching_files, model_files, push_folder
-from dar_hf.training.cards import take_report, write_run_card
+from dar_hf.hub.run_cards import take_report, write_run_card
 from dar_hf.training.codes import ExtractArguments, push_codes
 from dar_hf.training.loop import PushError, claim_repository
 

@@ -13,11 +13,16 @@ FOLDER = Path(__file__).resolve().parents[2] / "model_cards"
 
 
 @pytest.fixture(scope="module")
-def cards():
+def script():
     specification = importlib.util.spec_from_file_location("make_cards", FOLDER / "make.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    return module.cards()
+    return module
+
+
+@pytest.fixture(scope="module")
+def cards(script):
+    return script.cards()
 
 
 def test_the_cards_are_those_the_script_writes(cards):
@@ -26,7 +31,7 @@ def test_the_cards_are_those_the_script_writes(cards):
         assert (FOLDER / name).read_text(encoding="utf-8") == text, f"{name}: run python model_cards/make.py"
 
 
-def test_every_card_has_metadata_figures_and_pictures_that_exist(cards):
+def test_every_card_has_metadata_metrics_and_images_that_exist(cards):
     for name, text in cards.items():
         data = ModelCard(text).data
         assert data.license == "mit" and data.library_name == "diffusers" and data.eval_results
@@ -41,7 +46,23 @@ def test_paper_models_have_the_papers_sizes(cards):
     assert "774.7 M parameters" in cards["dar-xl.md"] and "2.09" in cards["dar-xl.md"]
 
 
-def test_figures_say_how_they_were_sampled(cards):
+def test_the_papers_metrics_are_marked_as_the_papers(script):
+    for name in ("v1", "L", "XL"):
+        assert {r.source_url for r in script.paper_results(name)} == {"https://arxiv.org/abs/2505.23660"}
+    assert {(r.task_type, r.metric_type, r.metric_name) for r in script.paper_results("v1")} == {
+        ("image-to-image", "fid", "rFID")
+    }
+    by_steps = {r.metric_args["num_inference_steps"]: r.metric_value for r in script.paper_results("v1")}
+    euler = {"4, Euler": 2.35, "8, Euler": 1.58, "12, Euler": 1.73, "16, Euler": 1.93}
+    assert by_steps == euler | {"8, Adams-Bashforth": 1.52}
+    guided = [r for r in script.paper_results("XL") if r.metric_args["guidance_scale"] == "1.1 → 10"]
+    metrics = {"fid": 2.09, "inception_score": 298.4, "precision": 0.79, "recall": 0.62}
+    assert {r.metric_type: r.metric_value for r in guided} == metrics
+    with pytest.raises(ValueError, match="no metrics of 'B'"):
+        script.paper_results("B")
+
+
+def test_metrics_say_how_they_were_sampled(cards):
     tokenizer, large = cards["dar-tokenizer-v1.md"], cards["dar-l.md"]
     assert "| 4, Euler | 8, Euler | 8, Adams-Bashforth | 12, Euler | 16, Euler |" in tokenizer
     assert "| rFID | 2.35 | 1.58 | 1.52 | 1.73 | 1.93 |" in tokenizer

@@ -228,7 +228,7 @@ def test_stored_codes_replace_the_earlier_set_and_keep_its_card(hub, make_tokeni
     assert after == card and after.count("# Image codes") == 1
 
 
-# What can go wrong: the Hub's own exceptions with a line of advice, and nothing changed
+# What can go wrong: the Hub's own exceptions, with a line of advice where they say too little, and nothing changed
 
 
 def test_no_token(hub, tiny_tokenizer, monkeypatch):
@@ -243,7 +243,7 @@ def test_no_token(hub, tiny_tokenizer, monkeypatch):
 def test_not_my_name(hub, tiny_tokenizer):
     with pytest.raises(HfHubHTTPError) as caught:
         tiny_tokenizer.push_to_hub("somebody/x")
-    assert "may not write there" in caught.value.__notes__[0]
+    assert "Make sure your token has the correct permissions" in str(caught.value)
 
 
 def test_no_network(hub, tiny_tokenizer, monkeypatch):
@@ -263,7 +263,7 @@ def test_offline(hub, tiny_tokenizer, monkeypatch):
 def test_not_a_name(hub, tiny_tokenizer):
     with pytest.raises(HFValidationError) as caught:
         tiny_tokenizer.push_to_hub("a/b/c")
-    assert "owner/name" in caught.value.__notes__[0]
+    assert "'repo_name' or 'namespace/repo_name'" in str(caught.value)
 
 
 def test_a_failing_hub_gets_nothing_and_changes_no_local_file(hub, tiny_pipeline, tmp_path):
@@ -301,7 +301,7 @@ for attempt in sys.argv[1:]:
         eval(attempt)
         print("loaded")
     except Exception as error:
-        print(type(error).__name__, "|", *getattr(error, "__notes__", [str(error)]))
+        print(type(error).__name__, "|", *getattr(error, "__notes__", str(error).split()))
 """
 
 
@@ -327,9 +327,10 @@ def test_loading_what_is_not_there_says_what_to_do(hub, tiny_pipeline):
     *lines, other, half, quarter, unlike = pulls(hub, *missing, *no_revision, *unfit)
     assert len(lines) == 6
     for line in lines[:3]:
-        assert line.startswith("RepositoryNotFoundError | user/none: check the name")
+        assert line.startswith("RepositoryNotFoundError |") and "/user/none" in line
+        assert "make sure you are authenticated" in line
     for line in lines[3:]:
-        assert line.startswith("RevisionNotFoundError | user/x: the repository has no such branch, tag or commit")
+        assert line.startswith("RevisionNotFoundError |") and "Revision Not Found for url" in line and "nope" in line
     incomplete = "the repository is incomplete, or holds another kind of model"
     assert other.startswith(f"RemoteEntryNotFoundError | user/tokenizer: {incomplete}")
     assert half.startswith(f"OSError | user/half: {incomplete}")

@@ -9,8 +9,8 @@ import pytest
 
 from dar_hf.evaluation import metric, write_report
 from dar_hf.hub import model_card
+from dar_hf.hub.run_cards import run_card, take_report, write_run_card
 from dar_hf.training import train
-from dar_hf.training.cards import run_card, take_report, write_run_card
 from dar_hf.training.loop import make_accelerator, recorded_arguments
 
 from .helpers import ar_stage, fresh_process, tokenizer_stage

@@ -7,7 +7,7 @@ rarely, a sampled code.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ NUM_SHOWN = 80  # images kept for the grids
 NUM_STRIPS = 10  # images whose previews are kept
 ROUNDING = "8 bit, rounded to nearest"
 ReferenceImages = DatasetImages | NpzImages
+Samples = tuple[torch.Tensor, dict[int, torch.Tensor]]  # codes, and uint8 images after every step, counted from 1
 
 
 class Evaluation:
@@ -120,14 +121,16 @@ class Evaluation:
         }
         return {name: tensor for name, tensor in kept.items() if len(tensor)}
 
-    def batches(self, indices: range) -> Iterator[range]:
-        """The indices in ranges of ``batch_size``."""
+    def in_batches(self, make: Callable[[range], Samples], indices: range) -> Samples:
+        """A shard's samples, of which ``make`` makes a batch at a time."""
+        codes = []
+        parts = []
         for start in range(indices.start, indices.stop, self.args.batch_size):
-            yield range(start, min(start + self.args.batch_size, indices.stop))
-
-    def by_step(self, parts: list[dict[int, torch.Tensor]]) -> dict[int, torch.Tensor]:
-        """Images of several batches by step, as one."""
-        return {step: torch.cat([part[step] for part in parts]) for step in parts[0]}
+            stop = min(start + self.args.batch_size, indices.stop)
+            batch_codes, batch_steps = make(range(start, stop))
+            codes.append(batch_codes)
+            parts.append(batch_steps)
+        return torch.cat(codes), {step: torch.cat([part[step] for part in parts]) for step in parts[0]}
 
     def preview_features(self, steps: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Features of the previews at every measured prefix: the last step that needs no more tokens."""

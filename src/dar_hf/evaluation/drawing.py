@@ -16,7 +16,8 @@ COLUMNS = 10
 
 def draw_reconstruction(folder: Path, report: dict[str, Any], shards: ShardFolder) -> None:
     """reconstructions.png (references above), previews.png, fid_over_prefix.png, error_over_steps.png."""
-    references, shown = (to_float(shards.rows(name)) for name in ("references", "shown"))
+    references = to_float(shards.rows("references"))
+    shown = to_float(shards.rows("shown"))
     columns = min(NUM_PAIRS // 4, len(shown))
     pairs = interleave_rows(references[:NUM_PAIRS], shown[:NUM_PAIRS], columns=columns)
     save_picture(image_grid(pairs, columns), folder / "reconstructions.png")

@@ -11,7 +11,7 @@ from ..metrics.modules import InceptionScore, PrecisionRecall
 from ..metrics.names import metric_name
 from ..sampling_dar import guidance_schedule, sampling_warpers
 from .arguments import GenerationArguments
-from .base import Evaluation, ReferenceImages, check_count
+from .base import Evaluation, ReferenceImages, Samples, check_count
 from .drawing import draw_generation
 from .images import DatasetImages, NpzReference, read_reference, to_uint8, write_npz
 from .measure import References, measure_agreement, measure_distances, set_statistics
@@ -112,14 +112,8 @@ class Generation(Evaluation):
     @torch.no_grad()
     def compute(self, indices: range) -> dict[str, torch.Tensor]:
         """One shard: samples of these numbers."""
-        codes = []
-        parts = []
-        for batch in self.batches(indices):
-            batch_codes, batch_steps = self.generate(batch)
-            codes.append(batch_codes)
-            parts.append(batch_steps)
-        steps = self.by_step(parts)
-        tensors = {"codes": torch.cat(codes).int(), "labels": torch.tensor([self.label(i) for i in indices])}
+        codes, steps = self.in_batches(self.generate, indices)
+        tensors = {"codes": codes.int(), "labels": torch.tensor([self.label(i) for i in indices])}
         tensors |= self.preview_features(steps) | self.previews(steps, indices)
         if self.args.save_images:
             tensors["images"] = steps[max(steps)]
@@ -129,8 +123,8 @@ class Generation(Evaluation):
         """Classes in turn, so that every stretch of the set is balanced."""
         return index % self.num_classes
 
-    def generate(self, indices: range) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Codes, and the uint8 images after every step."""
+    def generate(self, indices: range) -> Samples:
+        """One batch of samples."""
         codes: list[torch.Tensor] = []
         seeds = [draw_seed(self.args.seed, SeedFor.SAMPLE, i) for i in indices]
         outputs = self.pipeline.stream(
@@ -186,12 +180,12 @@ class Generation(Evaluation):
         measure_agreement(self.results, shards, logits, self.num_classes, self.network, num_tokens=tokens)
 
     def _measure_precision_recall(self, shards: ShardFolder, references: References, tokens: int) -> None:
-        reason = None
+        reason = ""
         if references.shards is None:
             reason = "the reference holds statistics, no images"
         elif min(shards.count, references.shards.count) <= NUM_NEIGHBOURS:
             reason = f"a set has {NUM_NEIGHBOURS} images or fewer"
-        if references.shards is None or reason is not None:
+        if references.shards is None or reason:
             self.results.not_measured |= {"precision": reason, "recall": reason}
             return
         metric = PrecisionRecall(NUM_NEIGHBOURS, self.device)
@@ -204,7 +198,8 @@ class Generation(Evaluation):
 
     def _named(self, kind: str) -> str:
         """Display name of a metric that is computed on the features of a network."""
-        return metric_name(kind, network="" if self.network == INCEPTION else self.network)
+        network = "" if self.network == INCEPTION else self.network
+        return metric_name(kind, network=network)
 
 
 def _guidance(scale: list[float] | None) -> float | tuple[float, float] | None:

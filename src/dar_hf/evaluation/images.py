@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -248,7 +248,8 @@ def _map_array(path: Path, name: str) -> np.ndarray:
         raise ValueError(f"{name} holds Python objects.")
     if 0 in shape:
         return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran_order else "C")
+    order: Literal["F", "C"] = "F" if fortran_order else "C"
+    return np.memmap(path, dtype, "r", offset, shape, order)
 
 
 def write_npz(

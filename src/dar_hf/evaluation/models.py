@@ -20,10 +20,12 @@ _PATTERNS = ["*.json", "tokenizer/*", "transformer/*", "scheduler/*", "*.safeten
 
 @dataclass
 class EvaluatedModel:
-    """Attributes:
-    tokenizer, scheduler: of the pipeline, or alone.
-    pipeline: None where the folder holds a tokenizer only.
-    description: for the report.
+    """What is evaluated.
+
+    Attributes:
+        tokenizer, scheduler: of the pipeline, or alone.
+        pipeline: None where the folder holds a tokenizer only.
+        description: for the report.
     """
 
     tokenizer: DARTokenizer

@@ -12,7 +12,7 @@ from ..metrics.modules import LPIPS, PSNR, SSIM, PairedMetric
 from ..metrics.weights import check_hash
 from ..utils.fingerprint import weights_fingerprint
 from .arguments import ReconstructionArguments
-from .base import NUM_SHOWN, Evaluation, check_count
+from .base import NUM_SHOWN, Evaluation, Samples, check_count
 from .drawing import draw_reconstruction
 from .images import DatasetImages, to_float, to_uint8, write_npz
 from .measure import References, measure_agreement, measure_distances, set_statistics
@@ -78,16 +78,12 @@ class Reconstruction(Evaluation):
     def compute(self, indices: range) -> dict[str, torch.Tensor]:
         """One shard: reconstructions of these images."""
         references = self.images.read(indices)
-        codes = []
-        parts = []
-        for batch in self.batches(indices):
-            pixels = references[batch.start - indices.start : batch.stop - indices.start]
-            batch_codes, batch_steps = self.reconstruct(to_float(pixels), batch)
-            codes.append(batch_codes)
-            parts.append(batch_steps)
-        steps = self.by_step(parts)
-        finished = steps[max(steps)]
-        tensors = {"codes": torch.cat(codes).int()} | self.preview_features(steps) | self.previews(steps, indices)
+
+        def reconstruct(batch: range) -> Samples:
+            return self.reconstruct(references[batch.start - indices.start : batch.stop - indices.start], batch)
+
+        codes, steps = self.in_batches(reconstruct, indices)
+        tensors = {"codes": codes.int()} | self.preview_features(steps) | self.previews(steps, indices)
         tensors |= self.pair_values(steps, references)
         labels = self.images.labels(indices)
         if labels is not None:
@@ -96,13 +92,13 @@ class Reconstruction(Evaluation):
         if len(shown):
             tensors["references"] = shown
         if self.args.save_images:
-            tensors["images"] = finished
+            tensors["images"] = steps[max(steps)]
         return tensors
 
-    def reconstruct(self, images: torch.Tensor, indices: range) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Codes of images in [-1, 1], and the uint8 images after every step."""
+    def reconstruct(self, pixels: torch.Tensor, indices: range) -> Samples:
+        """One batch of reconstructions, of uint8 images."""
         tokenizer = self.model.tokenizer
-        images = images[:, : tokenizer.config.in_channels].to(self.device, tokenizer.dtype)
+        images = to_float(pixels)[:, : tokenizer.config.in_channels].to(self.device, tokenizer.dtype)
         codes = tokenizer.encode(images).codes
         seeds = torch.tensor([draw_seed(self.args.seed, SeedFor.SAMPLE, i) for i in indices])
         noise = normal_noise(seeds, images.shape[1:], self.device)

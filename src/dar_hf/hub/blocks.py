@@ -24,7 +24,7 @@ _FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(?P<yaml>.*?)\r?\n---[ \t
 
 
 def _normal(text: str) -> str:
-    """Text without what editors change by themselves: line ends, blanks at them, blank lines around."""
+    """Text without what editors change on their own: line endings, trailing spaces, blank lines around."""
     return "\n".join(line.rstrip() for line in text.splitlines()).strip()
 
 
@@ -32,14 +32,14 @@ def _digest(text: str) -> str:
     return hashlib.sha256(_normal(text).encode()).hexdigest()[:8]
 
 
-def stamp(text: str) -> str:
+def sign(text: str) -> str:
     """Give every block of a freshly rendered card the digest of its text."""
-    return _BLANK.sub(
-        lambda m: (
-            f"<!-- dar-hf:{m['name']} {_digest(m['text'])} -->\n{m['text'].strip()}\n<!-- /dar-hf:{m['name']} -->"
-        ),
-        text,
-    )
+
+    def signed(block: re.Match) -> str:
+        name = block["name"]
+        return f"<!-- dar-hf:{name} {_digest(block['text'])} -->\n{block['text'].strip()}\n<!-- /dar-hf:{name} -->"
+
+    return _BLANK.sub(signed, text)
 
 
 def _edited(block: re.Match) -> bool:
@@ -49,7 +49,9 @@ def _edited(block: re.Match) -> bool:
 def _split(card: str) -> tuple[str, str]:
     """Front matter and text of a card."""
     found = _FRONT_MATTER.match(card)
-    return (found["yaml"], card[found.end() :]) if found else ("", card)
+    if found is None:
+        return "", card
+    return found["yaml"], card[found.end() :]
 
 
 def replace_block(card: str, other: str, name: str) -> str:
@@ -63,12 +65,13 @@ def replace_block(card: str, other: str, name: str) -> str:
 def merge_cards(existing: str, new: str) -> str:
     """A new card with everything that people wrote into the existing one.
 
-    - Blocks: an edited one of the existing card stays, another is replaced; if it has any of our blocks, those it
-      lacks were deleted and stay away.
-    - Text outside blocks stays. Where the new card has such text too, and one holds all of the other, that one is
-      taken; otherwise the new card's follows at the end.
+    - Blocks: those that were edited in the existing card stay, the others are replaced. If the card has any of our
+      blocks, the ones it lacks were deleted, and do not come back.
+    - Text outside blocks stays. Where the new card has such text too, and one text contains the other, the longer one
+      is taken; otherwise the new card's follows at the end.
     - Metadata: keys of the existing card stay, lists are joined, results in the model-index are updated where they
-      are of the same metric, data and settings, and added otherwise.
+      are of the same metric, data and settings, and added otherwise. (`huggingface_hub.metadata_update` makes a commit
+      of its own, refuses or overwrites what differs, and drops keys it does not know.)
 
     Raises:
         ValueError: if the existing card's metadata cannot be read.
@@ -79,15 +82,18 @@ def merge_cards(existing: str, new: str) -> str:
 
 
 def _merge_text(old: str, new: str) -> str:
-    old_blocks, new_blocks = ({m["name"]: m for m in _BLOCK.finditer(text)} for text in (old, new))
-    old_own, new_own = _normal(_BLOCK.sub("", old)), _normal(_BLOCK.sub("", new))
+    old_blocks = {block["name"]: block for block in _BLOCK.finditer(old)}
+    new_blocks = {block["name"]: block for block in _BLOCK.finditer(new)}
+    old_own = _normal(_BLOCK.sub("", old))
+    new_own = _normal(_BLOCK.sub("", new))
     if not old_blocks:
         if old_own in new_own:
             return new
         if not new_blocks and new_own in old_own:
             return old
         return f"{old.rstrip()}\n\n{new.lstrip()}"
-    layout, rest = old, ""
+    layout = old
+    rest = ""
     if new_own not in old_own:
         if old_own in new_own:
             layout = new
@@ -118,7 +124,8 @@ def _read_yaml(text: str) -> dict[str, Any]:
 
 
 def _merge_yaml(old_yaml: str, new_yaml: str) -> str:
-    old, new = _read_yaml(old_yaml), _read_yaml(new_yaml)
+    old = _read_yaml(old_yaml)
+    new = _read_yaml(new_yaml)
     merged = dict(old)
     for key, value in new.items():
         if old.get(key) is None:
@@ -135,7 +142,7 @@ def _merge_yaml(old_yaml: str, new_yaml: str) -> str:
 
 
 def _merge_index(old: Any, new: list[dict]) -> Any:
-    """Both model-indices in one: of the same measurement the new value; all else of the existing one stays."""
+    """Both model-indices in one: the same measurement gets the new value; all else of the existing one stays."""
     merged = copy.deepcopy(old)
     try:
         for group in (group for model in new for group in model["results"]):
@@ -159,8 +166,8 @@ def _merge_index(old: Any, new: list[dict]) -> Any:
 
 def _subject(group: dict) -> tuple:
     """What a group of results is about, whatever it is called there."""
-    task, dataset = ({k: v for k, v in group[key].items() if k != "name"} for key in ("task", "dataset"))
-    return task, dataset, group.get("source")
+    nameless = [{k: v for k, v in group[key].items() if k != "name"} for key in ("task", "dataset")]
+    return *nameless, group.get("source")
 
 
 def _measurement(metric: dict) -> dict:

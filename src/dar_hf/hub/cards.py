@@ -16,8 +16,8 @@ from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
 from ..utils.files import INDICES, read_object, saved_class
-from .blocks import stamp
-from .results import GENERATION, RECONSTRUCTION, setting_text, tables
+from .blocks import sign
+from .tables import setting_text, tables
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "assets" / "card.md"
 PAPER_TAG = "arxiv:2505.23660"
@@ -45,7 +45,8 @@ def _count(number: float) -> str:
 
 
 def _describe_tokenizer(model: DARTokenizer) -> dict[str, str]:
-    config, (height, width) = model.config, model.image_size
+    config = model.config
+    height, width = model.image_size
     # the head that REPA trains with takes no part in encoding or decoding
     parameters = sum(p.numel() for name, p in model.named_parameters() if "repa_head" not in name)
     return {
@@ -56,7 +57,8 @@ def _describe_tokenizer(model: DARTokenizer) -> dict[str, str]:
 
 
 def _describe_transformer(model: DARForCausalLM) -> dict[str, str]:
-    config, scale = model.config, model.generation_config.guidance_scale
+    config = model.config
+    scale = model.generation_config.guidance_scale
     return {
         "language model": f"Llama, {_count(model.num_parameters())} parameters, {config.num_hidden_layers} layers, "
         f"{config.num_attention_heads} heads, width {config.hidden_size}, {config.num_classes} classes",
@@ -99,14 +101,14 @@ _KINDS = {
         "from diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("{id}", trust_remote_code=True)',
         "diffusers",
-        GENERATION,
+        "unconditional-image-generation",
         _describe_pipeline,
     ),
     "DARTokenizer": _Kind(
         'from dar_hf import DARTokenizer\n\ntokenizer = DARTokenizer.from_pretrained("{id}")' + _USE_TOKENIZER,
         'from diffusers import AutoModel\n\ntokenizer = AutoModel.from_pretrained("{id}", trust_remote_code=True)',
         "diffusers",
-        RECONSTRUCTION,
+        "image-to-image",
         _describe_tokenizer,
     ),
     "DARForCausalLM": _Kind(
@@ -162,10 +164,10 @@ def model_card(
         title: default the last part of ``repo_id``.
         summary: a paragraph below the title.
         facts: further rows of the table about the model, such as {"converted from": "…"}.
-        results: measured figures, for the text and the metadata's model-index; see `paper_results` and
+        results: metrics, for the text and the metadata's model-index; see
             `dar_hf.evaluation.eval_results`.
         results_note: who measured them, and how.
-        pictures: captions and their files, relative to the card.
+        pictures: captions and files of images, relative to the card.
         recipe: options of each stage of training, by the stage's title.
         sections: further headings and their Markdown.
         self_contained: say how to load the repository's own code.
@@ -196,7 +198,7 @@ def model_card(
         recipe=recipe or {},
         sections=sections or {},
     )
-    card.text = stamp(card.text).rstrip() + "\n"
+    card.text = sign(card.text).rstrip() + "\n"
     return card
 
 

@@ -1,4 +1,4 @@
-"""What of a folder goes to the Hub: the files that belong to a model or a run, and nothing that lies outside it."""
+"""What of a folder goes to the Hub: the files that belong to a model or a run, and nothing outside it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,7 +10,7 @@ from ..utils.files import INDICES, read_object, resolve_inside
 from ..weights_dar import is_pointer
 
 # Folders, and files in them, that the package or the libraries it saves with write. A repository takes nothing else:
-# whatever else lies in a folder was not meant for it
+# whatever else is in a folder was not meant for it
 FOLDERS = (".", "tokenizer", "transformer", "scheduler", "text_tokenizer")
 FILES = (
     *INDICES,
@@ -26,8 +26,8 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),  # of text
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja"),
 )
-PICTURE_FOLDERS = (".", "images", "evaluation")  # and the folders in evaluation, one for each kind
-PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "report.json")
+IMAGE_FOLDERS = (".", "images", "evaluation")  # and the folders in evaluation, one for each kind
+IMAGES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "report.json")
 WEIGHTS = (".safetensors", ".bin")
 # folders with weights, of models that have them elsewhere than at the root
 WEIGHTS_IN: dict[str, tuple[str, ...]] = {
@@ -98,15 +98,15 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _is_of_a_model(name: PurePosixPath) -> bool:
     if str(name.parent) in FOLDERS and _matches(name.name, FILES):
         return True
-    return _has_pictures(name.parent) and _matches(name.name, PICTURES)
+    return _has_images(name.parent) and _matches(name.name, IMAGES)
 
 
 def _has_files_of_a_model(name: PurePosixPath) -> bool:
-    return str(name) in FOLDERS or _has_pictures(name)
+    return str(name) in FOLDERS or _has_images(name)
 
 
-def _has_pictures(name: PurePosixPath) -> bool:
-    return str(name) in PICTURE_FOLDERS or str(name.parent) == "evaluation"
+def _has_images(name: PurePosixPath) -> bool:
+    return str(name) in IMAGE_FOLDERS or str(name.parent) == "evaluation"
 
 
 def _own_files(

@@ -38,7 +38,7 @@ def prepare_repository(
 
     Raises:
         ValueError: if it holds another kind of model than ``class_name``.
-        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice.
+        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions.
     """
     api = HfApi(token=token)
     with advice(repo_id):
@@ -99,7 +99,7 @@ def push_to_hub(
 
     Raises:
         ValueError: if the repository holds another kind of model.
-        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice. Nothing was
+        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions. Nothing was
             uploaded then.
     """
     options = {"variant": variant, "max_shard_size": max_shard_size}
@@ -132,10 +132,10 @@ def push_folder(
     subfolder: str | None = None,
     card: RepoCard | None = None,
 ) -> CommitInfo:
-    """Upload a saved model, or a finished run with its pictures, in one commit.
+    """Upload a saved model, or a finished run with its images, in one commit.
 
-    Only what belongs to a model or a run goes up: configurations, weights, code, records, the card and pictures. What
-    else lies in the folder stays there, with a warning that names it (none for checkpoints and hidden files).
+    Only what belongs to a model or a run goes up: configurations, weights, code, records, the card and images. What
+    else is in the folder stays there, with a warning that names it (none for checkpoints and hidden files).
 
     Takes the arguments of `push_to_hub`. The card is ``card``, else the folder's README.md, else one made by
     `model_card`. Weights in the repository that these ones replace (other shards of the same) are deleted in the
@@ -146,7 +146,7 @@ def push_folder(
         OSError: if a file of weights is damaged, or a git-lfs pointer.
         ValueError: if it or the repository holds another kind of model, or a link in it leads out of it: nothing
             outside the folder is uploaded. A snapshot in the Hub's cache consists of such links; copy it first.
-        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice.
+        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions.
     """
     folder = Path(folder)
     local_files, left_out = model_files(folder)  # first: nothing is read through a link that leads out
@@ -165,8 +165,7 @@ def push_folder(
     files = {_path(name, subfolder): path for name, path in local_files.items()}
     text = None
     if subfolder is None:
-        default = model_card(model, repo_id, self_contained=is_self_contained(folder))
-        text = str(card or default)
+        text = str(card or model_card(model, repo_id, self_contained=is_self_contained(folder)))
         if card is None and written is not None:
             text = replace_block(written, text, "use")  # it loads from the Hub now
     return _commit(
@@ -194,7 +193,7 @@ def push_card(
     """Upload a card to a repository that exists, a model's or a data set's; what people wrote there stays.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions, with a line of advice.
+        huggingface_hub.errors.HfHubHTTPError: and the client's other exceptions.
     """
     return _commit(repo_id, card.repo_type, {}, str(card), token, revision, create_pr, commit_message, None)
 

@@ -7,8 +7,8 @@ diffusers 0.42 and transformers 5.23 find such code differently:
   names itself, but not theirs. All of them meet in one flat folder before they are imported.
 - transformers reads ``auto_map`` in ``config.json`` and follows relative imports.
 
-So every exported file is a model file of this package with the siblings it imports put in the place of the import
-statement, except the pipeline's, which keeps its imports and has its siblings beside it. Each first refuses
+So every exported file is a model file of this package with the siblings it imports put in place of the import
+statement, except the pipeline's, which keeps its imports and has its siblings next to it. Each first refuses
 versions of the libraries that the package does not allow. Nothing else is changed.
 """
 
@@ -100,7 +100,7 @@ def _defined(source: str) -> set[str]:
 def export_remote_code(folder: str | Path) -> list[Path]:
     """Make a saved pipeline, tokenizer or language model load without this package.
 
-    Writes the code beside the weights and names it in ``model_index.json`` and ``config.json``. With the code's
+    Writes the code next to the weights and names it in ``model_index.json`` and ``config.json``. With the code's
     consent, ``trust_remote_code=True``, these then load from the folder or from the Hub:
     ``diffusers.DiffusionPipeline`` (pipelines), ``diffusers.AutoModel`` (tokenizers) and
     ``transformers.AutoModelForCausalLM`` (language models). Where this package is imported its own classes load,
@@ -169,7 +169,8 @@ def _name_code(folder: Path, class_name: str, **options: str) -> None:
     The generation configuration goes there, too: diffusers does not download the file of its own, and transformers
     takes what is in ``config.json`` then. ``options`` are further entries.
     """
-    path, generation = folder / "config.json", folder / "generation_config.json"
+    path = folder / "config.json"
+    generation = folder / "generation_config.json"
     config = read_object(path)
     if generation.is_file():
         config |= read_object(generation)

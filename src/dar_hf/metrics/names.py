@@ -1,12 +1,9 @@
 """Display names of metrics, and of the tasks they are for."""
 
-GENERATION = "unconditional-image-generation"  # the Hub has no task for class-conditional images
-RECONSTRUCTION = "image-to-image"
-
-# the Hub's id and the display name of what is measured
+# the Hub's id and the display name of what is measured; the Hub has no task for class-conditional images
 TASKS = {
-    "reconstruction": (RECONSTRUCTION, "Image reconstruction"),
-    "generation": (GENERATION, "Class-conditional image generation"),
+    "reconstruction": ("image-to-image", "Image reconstruction"),
+    "generation": ("unconditional-image-generation", "Class-conditional image generation"),
 }
 
 # display names, where they are not the type with spaces for underscores

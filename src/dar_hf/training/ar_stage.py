@@ -16,10 +16,11 @@ from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import DARPipeline
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
+from ..utils.fingerprint import weights_fingerprint
 from ..utils.options import option
 from ..utils.pictures import image_grid
 from .arguments import LoopArguments
-from .codes import ENCODE_BATCH, CodeSamples, encode_all, tokenizer_fingerprint
+from .codes import ENCODE_BATCH, CodeSamples, encode_all
 from .fingerprint import data_fingerprint
 from .losses import LossTerm, cross_entropy_sum
 from .stage import Stage, readable_batches
@@ -209,7 +210,8 @@ class ARStage(Stage):
 
     def describe(self) -> dict:
         adapters = {"lora_rank": self.args.lora_rank} if self.args.lora_rank else {}
-        return {**self.model.config.to_diff_dict(), "tokenizer": tokenizer_fingerprint(self.tokenizer), **adapters}
+        tokenizer = weights_fingerprint(self.tokenizer.state_dict())
+        return {**self.model.config.to_diff_dict(), "tokenizer": tokenizer, **adapters}
 
     def describe_data(self) -> dict[str, str]:
         return self._data

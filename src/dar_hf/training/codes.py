@@ -6,7 +6,6 @@ and size the codes are of. `dar_hf.training` reads no set whose stamp does not f
 
 import fnmatch
 import glob
-import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from tqdm.auto import tqdm
 from ..data import ImageSamples, ImageTransform, load_images
 from ..data.loading import clear_errors
 from ..hub import advice, matching_files, prepare_repository, push_card
-from ..hub.blocks import stamp as stamp_card
+from ..hub.blocks import sign
 from ..tokenizer_dar import DARTokenizer
 from ..utils.files import read_object, write_json, write_text
+from ..utils.fingerprint import weights_fingerprint
 from ..utils.loading import load
 from ..utils.options import check_texts, option
 
@@ -51,14 +51,6 @@ Codes of `{dataset}` ({split}, {num_images:,} images) under a D-AR tokenizer, {v
 (a hash of its weights), crop and size they are of; `examples/train.py ar --codes` takes no others.
 <!-- /dar-hf:about -->
 """
-
-
-def tokenizer_fingerprint(tokenizer: DARTokenizer) -> str:
-    """SHA-256 of names and values of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def num_variants(transform: ImageTransform) -> int:
@@ -199,7 +191,7 @@ def _find_codes(source: str) -> tuple[dict, list[str]]:
 def make_stamp(tokenizer: DARTokenizer, transform: ImageTransform) -> dict[str, Any]:
     """What codes are of: tokenizer, crops and size."""
     return {
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer": weights_fingerprint(tokenizer.state_dict()),
         "size": list(tokenizer.image_size),
         "crop": transform.crop,
         "flip": transform.flip and transform.crop != "ten",  # the ten crops hold mirrored ones in any case
@@ -300,7 +292,7 @@ def _finish(folder: Path, stamp: dict[str, Any], accelerator: Accelerator) -> No
     if rows < stamp["num_images"]:
         left_out = stamp["num_images"] - rows
         logger.warning("%d of %d images cannot be read, and have no codes", left_out, stamp["num_images"])
-    write_text(folder / "README.md", stamp_card(CARD.format(**stamp)))
+    write_text(folder / "README.md", sign(CARD.format(**stamp)))
     write_json(folder / STAMP_FILE, stamp | {"num_rows": rows})
     (folder / UNFINISHED_FILE).unlink(missing_ok=True)
 

@@ -34,12 +34,12 @@ from tqdm.auto import tqdm
 from ..data import BatchStream, DataError, GlobalBatchSampler, StreamedImages, collate
 from ..data.sources import DIGITS
 from ..hub import model_files, prepare_repository, push_folder
+from ..hub.run_cards import write_run_card
 from ..utils.errors import one_line
 from ..utils.files import write_json, write_text
 from ..utils.pictures import plot_history, save_picture
 from ..utils.processes import join_processes
 from .arguments import LoopArguments
-from .cards import write_run_card
 from .checkpoints import (
     CheckpointError,
     find_checkpoint,

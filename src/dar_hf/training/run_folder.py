@@ -18,10 +18,10 @@ from accelerate.state import is_initialized
 from ..data.sources import DIGITS
 from ..evaluation import read_report
 from ..evaluation.report import REPORT_FILE
+from ..hub.run_cards import EVALUATIONS, PICTURES
 from ..utils.files import flush, read_object, saved_class
 from ..utils.pictures import read_history
 from .arguments import LoopArguments
-from .cards import EVALUATIONS, PICTURES
 from .checkpoints import CHECKPOINT_PREFIX, RANDOM_FILE, STATE_FILE, has_checkpoints
 from .folder_lock import lock_folder, unlock_folder
 from .pushing import PUSHING

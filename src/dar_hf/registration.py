@@ -1,7 +1,8 @@
-"""What the Hub's libraries lack, given to the package's classes.
+"""All that transformers and diffusers are told about this package's classes, or that is patched for them.
 
-Done here and not in the model files, because these are copied into self-contained repositories, where they must work
-without this package; there the libraries' own methods remain.
+Written for transformers 5.23 and diffusers 0.42; what depends on one of them says so. The patches are made here and
+not in the model files, because these are copied into self-contained repositories, where they must work without this
+package; there the libraries' own methods remain.
 """
 
 import functools
@@ -9,25 +10,61 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import ConfigMixin
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from transformers import PreTrainedModel
+from diffusers.pipelines import pipeline_loading_utils
+from diffusers.utils import TRANSFORMERS_COMPONENT_AUX_FILES
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from ..utils.files import damaged_weights, read_object, saved_class
-from .advice import loading_error
-from .push import push_folder, push_to_hub
+from .configuration_dar import DARConfig
+from .hub.advice import loading_error
+from .hub.push import push_folder, push_to_hub
+from .modeling_dar import DARForCausalLM, DARModel
+from .pipeline_dar import DARPipeline
+from .scheduling_dar import FlowMatchAdamsBashforthScheduler
+from .tokenizer_dar import DARTokenizer
+from .utils.files import damaged_weights, read_object, saved_class
 
+CLASSES = (DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler)
 _OPTIONS_OF_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
-_OF_BITSANDBYTES = ("load_in_8bit", "load_in_4bit")  # options of from_pretrained once; diffusers ignores what it lacks
+_OF_BITSANDBYTES = ("load_in_8bit", "load_in_4bit")  # options of old versions, which diffusers 0.42 ignores
 
 
-def connect(model_class: Any) -> None:
+def register() -> None:
+    """Make both libraries find the package's classes, and give these what the libraries' own methods lack."""
+    _register_with_transformers()
+    _register_with_diffusers()
+    for model_class in CLASSES:
+        add_hub_methods(model_class)
+
+
+def _register_with_transformers() -> None:
+    AutoConfig.register("dar", DARConfig, exist_ok=True)
+    AutoModel.register(DARConfig, DARModel, exist_ok=True)
+    AutoModelForCausalLM.register(DARConfig, DARForCausalLM, exist_ok=True)
+
+
+def _register_with_diffusers() -> None:
+    # diffusers 0.42 loads pipeline components only from libraries it knows, by the name that model_index.json gives
+    loadable = {model_class.__name__: ["save_pretrained", "from_pretrained"] for model_class in CLASSES}
+    pipeline_loading_utils.LOADABLE_CLASSES["dar_hf"] = loadable
+    pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(loadable)
+    # diffusers 0.42 downloads only weights and config.json of a component: the guidance saved with a model would be
+    # lost
+    TRANSFORMERS_COMPONENT_AUX_FILES.append("transformer/generation_config.json")
+    # `DiffusionPipeline`, diffusers' `AutoModel` and a scheduler's `compatibles` look for the class by its name only
+    # in diffusers itself (0.42)
+    for model_class in (DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler):
+        setattr(diffusers, model_class.__name__, model_class)
+
+
+def add_hub_methods(model_class: Any) -> None:
     """Give a class uploads with a card (`push_to_hub`), and clear exceptions in loading, the Hub's own with advice.
 
-    Classes of diffusers also refuse folders that hold another class: their loader warns only, and fills a model with
-    random weights.
+    Classes of diffusers also refuse folders that hold another class: the loader of diffusers 0.42 only warns, and
+    fills a model with random weights.
     """
     model_class.push_to_hub = push_to_hub
     model_class.save_pretrained = _pushing_save(model_class.save_pretrained)
@@ -53,7 +90,7 @@ def connect(model_class: Any) -> None:
     model_class.from_pretrained = classmethod(from_pretrained)
     if issubclass(model_class, ConfigMixin):
 
-        def read_index(cls: Any, json_file: Any) -> dict:  # in the place of diffusers', for every index
+        def read_index(cls: Any, json_file: Any) -> dict:  # instead of diffusers' own, for every index
             return _own_index(cls, read_object(Path(json_file)), json_file)
 
         model_class._dict_from_json_file = classmethod(read_index)
@@ -79,14 +116,14 @@ def _pushing_save(save: Any) -> Any:
 
 
 def _check_configs(folder: Path) -> None:
-    """Refuse damaged files: of one of them transformers would take the defaults, and the saved guidance be lost."""
+    """Refuse damaged files: transformers 5.23 would take the defaults, and lose the saved guidance."""
     for path in (folder / CONFIG_NAME, folder / GENERATION_CONFIG_NAME):
         if path.is_file():
             read_object(path)
 
 
 def _clear(error: Exception, class_name: str, name: Any, damage: str | None) -> Exception:
-    """What to raise where a saved model could not be loaded: the error itself, if it is clear, else one that is.
+    """What to raise where a saved model could not be loaded: the error itself if it is clear, otherwise one that is.
 
     The libraries raise all kinds of exceptions where a file is damaged, and few of them name it: ``damage`` does.
     """
@@ -103,14 +140,14 @@ def _clear(error: Exception, class_name: str, name: Any, damage: str | None) -> 
 
 
 def _own_index(cls: Any, index: dict, json_file: Any) -> dict:
-    """An index of this package's classes, with the installed ones in the place of a self-contained folder's own.
+    """An index of this package's classes, with the installed ones instead of a self-contained folder's own.
 
     Raises:
         ValueError: if it is none, or describes another class.
     """
     if saved_class(index) not in {base.__name__ for base in cls.__mro__}:
         raise ValueError(f"{json_file} describes a {saved_class(index)}, not a {cls.__name__}.")
-    package = LOADABLE_CLASSES["dar_hf"]
+    package = pipeline_loading_utils.LOADABLE_CLASSES["dar_hf"]
     ours = {
         name: ["dar_hf", entry[1]]
         for name, entry in index.items()

@@ -10,11 +10,11 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ..evaluation import dataset_names, eval_results, metric, read_report
 from ..evaluation.report import REPORT_FILE, public_name
-from ..hub import empty_model, merge_cards, model_card
-from ..hub.blocks import replace_block
-from ..hub.remote_code import is_self_contained
 from ..utils.files import read_object, read_text, resolve_inside, write_text
 from ..utils.pictures import read_history
+from .blocks import merge_cards, replace_block
+from .cards import empty_model, model_card
+from .remote_code import is_self_contained
 
 EVALUATIONS = "evaluation"  # folder of the evaluations, one for each mode
 PICTURES = {
@@ -37,7 +37,7 @@ BOOKKEEPING = {
 
 
 def run_card(folder: str | Path, repo_id: str) -> ModelCard:
-    """The card of a folder: of a finished run its recipe, validation figures and pictures, of any what was measured.
+    """The card of a folder: of a finished run its recipe, validation metrics and images; of any what was measured.
 
     Args:
         folder: a run's output folder, or one that holds a model from elsewhere; with evaluations, see `take_report`.
@@ -72,7 +72,8 @@ def write_run_card(folder: str | Path, repo_id: str) -> None:
         ValueError: if the card there cannot be read, or is a link out of the folder; it is left as it is.
     """
     folder = Path(folder)
-    path, card = folder / "README.md", str(run_card(folder, repo_id))
+    path = folder / "README.md"
+    card = str(run_card(folder, repo_id))
     if path.is_file():
         existing = read_text(resolve_inside(path, folder))
         if not (folder / "training.json").is_file():
@@ -83,9 +84,9 @@ def write_run_card(folder: str | Path, repo_id: str) -> None:
 
 
 def take_report(report: str | Path, folder: str | Path) -> None:
-    """Copy a report and the pictures beside it into a model's folder, where its card and its repository take them.
+    """Copy a report and the images next to it into a model's folder, where its card and its repository take them.
 
-    It takes the place of an earlier one of the same mode.
+    It replaces an earlier one of the same mode.
 
     Args:
         report: report.json or its folder.
@@ -95,7 +96,8 @@ def take_report(report: str | Path, folder: str | Path) -> None:
         ValueError: if it holds a model of another kind, there is no report, or one of the files is a link that leads
             out of the report's folder.
     """
-    report, folder = Path(report), Path(folder)
+    report = Path(report)
+    folder = Path(folder)
     empty_model(folder)
     mode = read_report(report)["mode"]
     source = report if report.is_dir() else report.parent
@@ -114,18 +116,19 @@ def take_report(report: str | Path, folder: str | Path) -> None:
 
 
 def _note(folder: Path, reports: Mapping[Path, Mapping[str, Any]]) -> str:
-    """Where the figures of reports come from, and their warnings."""
+    """Where the metrics of reports come from, and their warnings."""
     lines = []
     for path, report in reports.items():
         name = path.relative_to(folder).as_posix()
         versions = ", ".join(f"{package} {version}" for package, version in report.get("versions", {}).items())
-        lines.append(f"[{name}]({name}) holds all settings" + (f"; measured with {versions}." if versions else "."))
+        measured = f"; measured with {versions}" if versions else ""
+        lines.append(f"[{name}]({name}) holds all settings{measured}.")
         lines += [f"Warning: {warning}" for warning in report.get("warnings", [])]
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _pictures(folder: Path, evaluations: Sequence[Path]) -> dict[str, str]:
-    """Captions and files: an evaluation's picture takes the place of the run's own of that name."""
+    """Captions and files: an evaluation's image replaces the run's own of that name."""
     found = {}
     for name, caption in PICTURES.items():
         measured = [place / name for place in evaluations if (place / name).is_file()]
@@ -147,7 +150,7 @@ def _describe_run(folder: Path) -> dict[str, Any]:
     if tokenizer and earlier.is_file():  # trained here, too
         runs = {"tokenizer": (earlier.parent, _read_record(earlier.parent))} | runs
     count = training.get("num_samples")  # a stream has none
-    facts = {"trained on": dataset[1] + (f", {count:,} images" if count else "")}
+    facts = {"trained on": f"{dataset[1]}, {count:,} images" if count else dataset[1]}
     last = training["max_train_steps"]
     if training.get("trained_steps", last) < last:
         facts["state"] = f"unfinished, after {training['trained_steps']:,} of {last:,} steps"
@@ -181,16 +184,16 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def _validation_results(folder: Path, training: Mapping[str, Any]) -> list[EvalResult]:
     """The last validation in a run's history, as results."""
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for line in read_history(folder / "history.jsonl"):
-        figures |= {
+        metrics |= {
             name.removeprefix("validation/"): value for name, value in line.items() if name.startswith("validation/")
         }
     report = {
         "mode": "reconstruction" if training["stage"] == "tokenizer" else "generation",
         "data": {"dataset": _data_name(training["arguments"])},
         "settings": {},
-        "metrics": [metric(kind, value) for kind, value in figures.items()],
+        "metrics": [metric(kind, value) for kind, value in metrics.items()],
     }
     return eval_results(report)
 

@@ -1,26 +1,12 @@
-import pytest
+"""Tables of a card: settings and metrics as people read them."""
+
 from huggingface_hub import EvalResult
 
-from dar_hf.hub import metric_name, paper_results
-from dar_hf.hub.results import setting_text, tables
+from dar_hf.hub.tables import setting_text, tables
 
 
 def result(kind, value, task="Image reconstruction", **settings):
     return EvalResult("task", "d", "D", kind, value, task, metric_name=kind.upper(), metric_args=settings or None)
-
-
-@pytest.mark.parametrize(
-    "name, arguments",
-    [
-        ("rFID", ("fid", "reconstruction")),
-        ("gFD (network)", ("frechet_distance", "generation", "network")),
-        ("sFID", ("sfid", "generation")),
-        ("PSNR (dB)", ("psnr", "reconstruction")),
-        ("reference label agreement (network)", ("reference_label_agreement", "", "network")),
-    ],
-)
-def test_names_of_metrics(name, arguments):
-    assert metric_name(*arguments) == name
 
 
 def test_settings_as_people_write_them():
@@ -29,23 +15,7 @@ def test_settings_as_people_write_them():
     ]
 
 
-def test_the_papers_figures_are_marked_as_the_papers():
-    for name in ("v1", "L", "XL"):
-        assert {r.source_url for r in paper_results(name)} == {"https://arxiv.org/abs/2505.23660"}
-    assert {(r.task_type, r.metric_type, r.metric_name) for r in paper_results("v1")} == {
-        ("image-to-image", "fid", "rFID")
-    }
-    by_steps = {r.metric_args["num_inference_steps"]: r.metric_value for r in paper_results("v1")}
-    euler = {"4, Euler": 2.35, "8, Euler": 1.58, "12, Euler": 1.73, "16, Euler": 1.93}
-    assert by_steps == euler | {"8, Adams-Bashforth": 1.52}
-    guided = [r for r in paper_results("XL") if r.metric_args["guidance_scale"] == "1.1 → 10"]
-    figures = {"fid": 2.09, "inception_score": 298.4, "precision": 0.79, "recall": 0.62}
-    assert {r.metric_type: r.metric_value for r in guided} == figures
-    with pytest.raises(ValueError, match="no figures of 'B'"):
-        paper_results("B")
-
-
-def test_tables_have_a_row_a_metric_and_a_column_a_setting():
+def test_tables_have_one_row_per_metric_and_one_column_per_setting():
     previews, alone = tables(
         [
             result("psnr", 17.6, num_tokens=4),
@@ -69,7 +39,7 @@ def test_settings_that_all_share_stand_in_the_title():
     assert table.title == "Image reconstruction, D (num tokens 8)" and table.columns == ["", "value"]
 
 
-def test_tables_lose_no_figure():
+def test_tables_lose_no_metric():
     first, second = tables([result("fid", 9.0, guidance_scale=1.5), result("fid", 3.0, num_tokens=8)])
     assert (first.columns, first.rows) == (["guidance scale", "1.5"], [["FID", "9"]])
     assert (second.columns, second.rows) == (["num tokens", "8"], [["FID", "3"]])
