@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# On a fresh machine, `make demo` and `make test` do everything.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ BENCH_OPTIONS ?=
 
 install: $(VENV)/.installed
 
-# editable, with every version fixed by constraints.txt. PyPI's torch for Linux brings CUDA; on a machine without a GPU,
+# editable, with all versions pinned by constraints.txt. PyPI's torch for Linux brings CUDA; on a machine without a GPU,
 # make install PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu" saves gigabytes
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,7 +26,7 @@ demo: install
 		--overwrite_output_dir $(DEMO_AR_OPTIONS)
 	$(BIN)/python examples/evaluate_digits.py --pipeline $(OUT)/pipeline --output_dir $(OUT)
 
-# a process for each core: small models gain nothing from threads
+# one process per core: small models gain nothing from threads
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup
 
@@ -45,7 +45,7 @@ check: install
 
 # a quarter of an hour on two cores; BENCH_OPTIONS="--preset B --batch_sizes 1" for less
 bench: install
-	$(BIN)/python examples/benchmark.py $(BENCH_OPTIONS)
+	$(BIN)/python benchmarks/speed.py $(BENCH_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest outputs build

@@ -41,16 +41,16 @@ from dar_hf.utils.threads import limit_threads
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_FILE = 20 * 2**20  # bytes of an upload
 MIN_SIDE, MAX_SIDE, MAX_PIXELS = 4, 16_384, 50_000_000  # of an upload
-MAX_CLASSES = 10  # drawn at once
-SMALL = 128  # pixels a side; smaller images are shown pixel by pixel
+MAX_CLASSES = 10  # generated in one call
+SMALL = 128  # pixels per side; smaller images are shown pixel by pixel
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 20.0
 PAUSE, MAX_PAUSE = "Seconds between previews", 2.0
 NEW_SEED = "Another seed each time"
-VISITORS = 4  # who draw at once; others wait
-WAITING = 32  # at most; more are told so
-# one upload is decoded at a time, since a large one takes hundreds of megabytes, and by one thread, whose memory the
-# next one uses again
+VISITORS = 4  # served at the same time; others wait
+WAITING = 32  # at most; further ones are rejected
+# one upload is decoded at a time, because a large one takes hundreds of megabytes, and always by the same thread, so
+# that its memory is used again
 READER = ThreadPoolExecutor(1, "reader")
 TOO_LARGE = f"This picture is too large: at most {MAX_PIXELS // 10**6} million pixels are taken."
 NO_UPLOAD = "This file was not uploaded here."
@@ -124,14 +124,19 @@ class Artist:
 
     def __init__(self, pipe: DARPipeline):
         pipe.set_progress_bar_config(disable=True)
-        self.pipe, self._turn = pipe, threading.Lock()
+        self.pipe = pipe
+        self._turn = threading.Lock()
         config = pipe.tokenizer.config
         self.num_tokens: int = config.num_tokens
         self.stops = sorted({stop for _, stop in pipe.tokenizer.step_windows(config.num_inference_steps)})
         id2label = {int(label): name for label, name in (pipe.config.id2label or {}).items()}
         self.names = [str(id2label.get(label, label)) for label in range(pipe.transformer.config.num_classes)]
-        scale = pipe.transformer.generation_config.guidance_scale
-        self.first_guidance, self.guidance = scale if isinstance(scale, (list, tuple)) else (None, scale or 1.0)
+        # one scale, or the start and the end of a linear one, of which the page sets the end
+        scale = pipe.transformer.generation_config.guidance_scale or 1.0
+        self.first_guidance = None
+        if isinstance(scale, (list, tuple)):
+            self.first_guidance, scale = scale
+        self.guidance = scale
         self.max_guidance = max(MAX_GUIDANCE, self.guidance)
 
     def steps(self, **call: Any) -> Iterator[Step]:
@@ -160,20 +165,22 @@ class Artist:
             yield Step(output.images.float().cpu(), output.step, output.num_steps, list(codes))
 
     def scale(self, guidance: float) -> float | tuple[float, float]:
-        """Guidance as the pipeline takes it: linear from the model's own start where its default is."""
+        """Guidance as the pipeline takes it: linear from the model's own start if its default is linear."""
         guidance = number("Guidance", guidance, 1.0, self.max_guidance)
-        return guidance if self.first_guidance is None else (self.first_guidance, guidance)
+        if self.first_guidance is None:
+            return guidance
+        return self.first_guidance, guidance
 
     def read(self, path: str | None) -> tuple[Image.Image, str]:
         """An upload as the model takes it, see `read_upload`."""
         return read_upload(path, *self.pipe.tokenizer.image_size, self.pipe.tokenizer.config.in_channels)
 
 
-# Checks: whatever comes from a visitor is wrong until it is shown to be right
+# Checks: whatever comes from a visitor is wrong until it is proved right
 
 
 def number(name: str, value: Any, low: float, high: float) -> float:
-    """A number in [low, high]; whole where ``low`` is an int.
+    """A number in [low, high]; a whole one if ``low`` is an int.
 
     Raises:
         ValueError: that says what is accepted.
@@ -181,10 +188,12 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     whole = isinstance(low, int)
     valid = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not valid or not low <= value <= high or (whole and value != int(value)):
-        kind, limits = ("whole number", f"{low} to {high}") if whole else ("number", f"{low:g} to {high:g}")
+        accepted = f"whole number from {low} to {high}" if whole else f"number from {low:g} to {high:g}"
         given = "empty" if value is None else repr(value)[:40]
-        raise ValueError(f"{name} must be a {kind} from {limits}, not {given}.")
-    return int(value) if whole else float(value)
+        raise ValueError(f"{name} must be a {accepted}, not {given}.")
+    if whole:
+        return int(value)
+    return float(value)
 
 
 class UploadError(ValueError):
@@ -241,7 +250,7 @@ class Page(gr.Blocks):
 
 
 def read_upload(path: str | None, height: int, width: int, channels: int) -> tuple[Image.Image, str]:
-    """An uploaded picture, its middle cut out and scaled to the model's size, and a remark or "".
+    """An uploaded image, center-cropped and scaled to the model's size, and a remark or "".
 
     Nothing is decoded before format and size are known.
 
@@ -263,7 +272,9 @@ def _decode(path: str, channels: int) -> tuple[Image.Image, str]:
     try:
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             _check_size(*image.size)
-            remark = "the first frame of an animation" if getattr(image, "is_animated", False) else ""
+            remark = ""
+            if getattr(image, "is_animated", False):
+                remark = "the first frame of an animation"
             return convert_channels(image, channels), remark
     except (UploadError, MemoryError):
         raise
@@ -296,15 +307,15 @@ def open_regular(path: str) -> IO[bytes]:
     return file
 
 
-# What a visitor sees: one piece of HTML, in which pictures are embedded, so that no file is written for a preview
+# What a visitor sees: one piece of HTML with embedded images, so that no file is written for a preview
 
 
 def picture(images: torch.Tensor, alt: str) -> str:
-    """Images ``(B, C, H, W)`` in [0, 1] as an ``<img>``, five a row."""
+    """Images ``(B, C, H, W)`` in [0, 1] as an ``<img>``, five per row."""
+    gap = 0 if len(images) == 1 else 2
+    grid = image_grid(images * 2 - 1, min(len(images), MAX_CLASSES // 2), gap=gap)
     buffer = io.BytesIO()
-    image_grid(images * 2 - 1, min(len(images), MAX_CLASSES // 2), gap=0 if len(images) == 1 else 2).save(
-        buffer, "PNG"
-    )
+    grid.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
 
@@ -314,11 +325,11 @@ class View:
     """The result's side of the page: the image so far, the steps that led to it, and its tokens.
 
     Attributes:
-        title: of what is drawn.
+        title: of what is generated.
         num_tokens: of the whole image.
         kept: how many of them are given.
-        given: the picture they come from ``(1, C, H, W)`` in [0, 1], and its caption.
-        compare: also tell the PSNR to the given picture.
+        given: the image they come from ``(1, C, H, W)`` in [0, 1], and its caption.
+        compare: also show the PSNR against the given image.
     """
 
     title: str
@@ -331,13 +342,15 @@ class View:
 
     def render(self, step: Step) -> str:
         """The HTML after another step."""
-        known, many = len(step.codes), len(step.images) > 1
+        known = len(step.codes)
+        many = len(step.images) > 1
         self.steps.append(f"<li>{picture(step.images, f'after {known} tokens')}{known}</li>")
         height, width = step.images.shape[2:]
         blanks = (step.num_steps - step.step) * '<li><span class="blank"></span>&nbsp;</li>'
         caption = f"{self.title} · step {step.step} of {step.num_steps} · {known} of {self.num_tokens} tokens"
         if self.compare and self.given is not None:
             caption += f" · {float(psnr(step.images * 2 - 1, self.given * 2 - 1).mean()):.1f} dB"
+        tokens = "" if many else self._tokens(step.codes)
         now = f"<figure class='now{' many' * many}'>{picture(step.images, caption)}"
         kind = f"view{' many' * many}{' small' * (max(height, width) < SMALL)}"
         return (
@@ -345,7 +358,7 @@ class View:
             f'data-steps="{step.num_steps}"><div class="row{" many" * many}">{self._given()}{now}'
             f"<figcaption>{html.escape(caption)}</figcaption></figure></div>"
             f'<ol class="steps" aria-label="Previews, by tokens">{"".join(self.steps)}{blanks}</ol>'
-            f"{'' if many else self._tokens(step.codes)}</div>"
+            f"{tokens}</div>"
         )
 
     def _given(self) -> str:
@@ -355,14 +368,13 @@ class View:
         return f'<figure class="given">{picture(self.given, caption)}<figcaption>{caption}</figcaption></figure>'
 
     def _tokens(self, codes: Sequence[int]) -> str:
-        boxes = [
-            f"<span{' class=kept' if index < self.kept else ''}>{code}</span>" for index, code in enumerate(codes)
-        ]
+        boxes = [f"<span class=kept>{code}</span>" for code in codes[: self.kept]]
+        boxes += [f"<span>{code}</span>" for code in codes[self.kept :]]
         boxes += ["<span>&nbsp;</span>"] * (self.num_tokens - len(codes))
         return f'<div class="tokens" role="group" aria-label="Tokens">{"".join(boxes)}</div>'
 
 
-# What the buttons do: generators of (HTML, seed, the finished picture)
+# What the buttons do: generators of (HTML, seed, the finished image)
 
 Shown = Iterator[tuple[str, int, Any]]
 
@@ -377,17 +389,22 @@ class Sampling:
     pause: float
 
     def draw_seed(self) -> int:
-        return random.randrange(MAX_SEED + 1) if self.new_seed else int(number("Seed", self.seed, 0, MAX_SEED))
+        if self.new_seed:
+            return random.randrange(MAX_SEED + 1)
+        return int(number("Seed", self.seed, 0, MAX_SEED))
 
 
 def show(artist: Artist, view: View, sampling: Sampling, labels: list[int], **call: Any) -> Shown:
     """Run one call and show every step for a moment; image i has the generator ``seed + i``."""
-    seed, pause = sampling.draw_seed(), number(PAUSE, sampling.pause, 0.0, MAX_PAUSE)
+    seed = sampling.draw_seed()
+    pause = number(PAUSE, sampling.pause, 0.0, MAX_PAUSE)
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(labels))]
     call |= {"class_labels": labels, "generator": generators, "guidance_scale": artist.scale(sampling.guidance)}
     for step in artist.steps(**call):
         last = step.step == step.num_steps or len(step.codes) == call.get("num_tokens")
-        finished = artist.pipe.image_processor.postprocess(step.images[:1] * 2 - 1, "pil")[0] if last else gr.skip()
+        finished = gr.skip()
+        if last:
+            finished = artist.pipe.image_processor.postprocess(step.images[:1] * 2 - 1, "pil")[0]
         yield view.render(step), seed, finished
         if not last:
             time.sleep(pause)
@@ -395,12 +412,13 @@ def show(artist: Artist, view: View, sampling: Sampling, labels: list[int], **ca
 
 def draw(artist: Artist, sampling: Sampling, label: Any, tokens: float) -> Shown:
     """A class from nothing."""
-    label, tokens = _label(artist, label), number("Tokens", tokens, artist.stops[0], artist.num_tokens)
+    label = _label(artist, label)
+    tokens = number("Tokens", tokens, artist.stops[0], artist.num_tokens)
     return show(artist, View(artist.names[label], artist.num_tokens), sampling, [label], num_tokens=tokens)
 
 
 def lay_out(artist: Artist, sampling: Sampling, path: str | None, keep: float, labels: Any) -> Shown:
-    """Several classes with the first tokens of one picture."""
+    """Several classes with the first tokens of one image."""
     keep = number("Tokens to keep", keep, 0, artist.num_tokens)
     if not isinstance(labels, list) or not 1 <= len(labels) <= MAX_CLASSES:
         raise ValueError(f"Choose 1 to {MAX_CLASSES} classes.")
@@ -414,14 +432,15 @@ def lay_out(artist: Artist, sampling: Sampling, path: str | None, keep: float, l
 
 def vary(artist: Artist, sampling: Sampling, path: str | None, label: Any, strength: float) -> Shown:
     """Image-to-image."""
-    label, strength = _label(artist, label), number("Strength", strength, 0.0, 1.0)
+    label = _label(artist, label)
+    strength = number("Strength", strength, 0.0, 1.0)
     image, remark = artist.read(path)
     view = View(artist.names[label], artist.num_tokens, 0, _pixels(image), remark or "start")
     return show(artist, view, sampling, [label], image=image, strength=strength)
 
 
 def reconstruct(artist: Artist, sampling: Sampling, path: str | None) -> Shown:
-    """What the tokens of a picture keep of it: image-to-image of strength 0, which generates nothing."""
+    """What the tokens of an image keep of it: image-to-image of strength 0, which generates nothing."""
     image, remark = artist.read(path)
     pixels = _pixels(image)
     view = View("reconstruction", artist.num_tokens, 0, pixels, remark or "upload", compare=True)
@@ -459,7 +478,7 @@ def handler(action: Callable[..., Shown], artist: Artist) -> Callable[..., Shown
 
 @dataclass
 class Tab:
-    """One tab: its button, what that does, and the inputs that it takes beside the shared settings."""
+    """One tab: its button, what that does, and the inputs that it takes in addition to the shared settings."""
 
     button: gr.Button
     action: Callable[..., Shown]
@@ -485,7 +504,7 @@ def choose_picture(label: str, last: gr.State) -> gr.Image:
     `Page` has seen to it that the path is an upload's.
     """
     upload = gr.Image(label=label, sources=["upload", "clipboard"], format="png", height=200, elem_classes="upload")
-    upload.preprocess = lambda payload: None if payload is None else payload.path
+    upload.preprocess = lambda payload: getattr(payload, "path", None)
 
     def use(drawing: Any) -> Any:
         if drawing is None:
@@ -500,7 +519,8 @@ def choose_picture(label: str, last: gr.State) -> gr.Image:
 
 def tabs(artist: Artist, last: gr.State) -> list[Tab]:
     """The four things this page does."""
-    group, most = artist.stops[0], artist.num_tokens
+    group = artist.stops[0]
+    most = artist.num_tokens
     with gr.Tab("Draw"):
         label = choose_class(artist)
         tokens = gr.Slider(
@@ -562,7 +582,7 @@ def build(artist: Artist) -> gr.Blocks:
             )
             for tab in actions
         ]
-        for tab, event in zip(actions, events, strict=True):  # one drawing a visitor
+        for tab, event in zip(actions, events, strict=True):  # one drawing per visitor
             tab.button.click(None, cancels=[other for other in events if other is not event])
         stop.click(None, cancels=events)
     return page.queue(max_size=WAITING, api_open=False)
@@ -598,9 +618,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--port", type=port_option, help="default GRADIO_SERVER_PORT, else the first free one from 7860 on"
     )
-    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_option, default=device)
     args = parser.parse_args(argv)
-    artist = Artist(load_pipeline(sample_pipeline() if args.model is None else args.model, device=args.device))
+    model = sample_pipeline() if args.model is None else args.model
+    artist = Artist(load_pipeline(model, device=args.device))
     limit_threads(artist.pipe.tokenizer, artist.pipe.transformer)
     warm_up(artist)
     launch(build(artist), server_name=args.host, server_port=args.port)

@@ -2,7 +2,7 @@
 
     python examples/convert_checkpoint.py --tokenizer tokenizer.pt --transformer dar_l.pt --output_dir outputs/dar-l
 
-Nothing in the files is executed. What a file does not say comes from --config or name=value options.
+Nothing in the files is executed. What a file does not contain comes from --config or name=value options.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from dar_hf.utils.files import new_folder
 from dar_hf.utils.labels import imagenet_labels, read_labels
 from dar_hf.utils.loading import check_weights
 
-# options and the models without which they would say nothing
+# options and the models without which they would have no effect
 NEEDED = {
     "config": ["tokenizer"],
     "tokenizer_options": ["tokenizer"],
@@ -31,7 +31,9 @@ NEEDED = {
 
 
 def millions(module) -> float:
-    return 0.0 if module is None else sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    if module is None:
+        return 0.0
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
 
 def build(args: argparse.Namespace):
@@ -52,9 +54,11 @@ def build(args: argparse.Namespace):
     if tokenizer is None or transformer is None:
         return tokenizer or transformer
     num_classes = transformer.config.num_classes
-    labels = imagenet_labels() if num_classes == 1000 else None
+    labels = None
     if args.id2label:
         labels = read_labels(args.id2label, num_classes)
+    elif num_classes == 1000:
+        labels = imagenet_labels()
     scheduler = FlowMatchAdamsBashforthScheduler(shift=tokenizer.config.time_shift)
     return DARPipeline(tokenizer, transformer, scheduler, id2label=labels)
 
@@ -68,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output_dir", type=path_option, required=True, help="folder to make; must not exist or be empty"
     )
     parser.add_argument(
-        "--id2label", type=path_option, help="class names: JSON by id, or one a line; ImageNet's where there are 1,000"
+        "--id2label",
+        type=path_option,
+        help="class names: JSON by id, or one name per line; default ImageNet's for 1,000 classes",
     )
     parser.add_argument("--config", type=path_option, help="YAML of the tokenizer's options in the original's names")
     parser.add_argument("--sampling", help="take the sampling of this preset (L, XL) instead of the model's own")

@@ -19,7 +19,7 @@ from dar_hf.utils.loading import load
 
 
 def class_names(model: str, subfolder: str, num_classes: int) -> dict[int, str]:
-    """Class names of the pipeline that the language model is part of; none where it is alone."""
+    """Class names of the pipeline that the language model is part of; none if it is alone."""
     folder = Path(model, subfolder).expanduser()
     if folder.is_dir():
         model = str(folder.resolve().parent)
@@ -38,7 +38,7 @@ def class_names(model: str, subfolder: str, num_classes: int) -> dict[int, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of the language model")
-    parser.add_argument("--subfolder", default="", help="where it is in there; transformer for a pipeline")
+    parser.add_argument("--subfolder", default="", help="its subfolder; transformer in a pipeline")
     parser.add_argument(
         "--output_dir", type=path_option, required=True, help="folder to make; must not exist or be empty"
     )

@@ -5,7 +5,7 @@
     accelerate launch examples/train.py ar --preset L --tokenizer outputs/tokenizer --codes outputs/codes \\
         --crop ten --output_dir outputs/pipeline
 
-Processes share the work; the same command again goes on where it was interrupted. --push_to_hub uploads the set.
+Processes share the work; the same command again continues where it was interrupted. --push_to_hub uploads the set.
 """
 
 from collections.abc import Sequence

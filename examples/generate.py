@@ -1,12 +1,12 @@
-"""Generate images with a D-AR pipeline and write them, a grid of them, and how they came about.
+"""Generate images with a D-AR pipeline, and write them, a grid of them, and their previews.
 
     python examples/generate.py --pipeline outputs/digits/pipeline --class_labels 3 1 4 --previews strip gif
     python examples/generate.py --pipeline outputs/digits/pipeline \\
         --layout_image outputs/samples/0000.png --layout_tokens 4    # every class with the layout of one image
 
-Writes grid.png (a row a class, or one row of single images; above it the layout or start image, as the tokenizer
-reconstructs it), 0000.png, 0001.png, ... (each image in its own size), and where asked for previews.png (a row a step)
-and previews.gif. Image i is drawn with seed + i, whatever else is generated beside it.
+Writes grid.png (one row per class, or one row of single images; above it the layout or start image, as the tokenizer
+reconstructs it) and 0000.png, 0001.png, ... (each image in its own size); --previews adds previews.png (one row per
+step) and previews.gif. Image i is generated with seed + i, whatever else is generated with it.
 """
 
 import argparse
@@ -34,58 +34,67 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pipeline", required=True, help="folder or Hub id")
     parser.add_argument("--output_dir", type=path_option, default=Path("outputs/samples"))
     parser.add_argument("--class_labels", nargs="+", help="names or ids; default the first ten classes")
-    parser.add_argument("--num_images_per_prompt", type=int, default=1, help="images of each class")
-    parser.add_argument("--guidance_scale", type=float, nargs="+", help="a scale, or its start and end")
+    parser.add_argument("--num_images_per_prompt", type=int, default=1, help="images per class")
+    parser.add_argument("--guidance_scale", type=float, nargs="+", help="one scale, or start and end of a linear one")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_k", type=int, default=0)
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--num_tokens", type=int, help="generate only the first tokens: a preview")
-    parser.add_argument("--layout_image", type=path_option, help="an image whose layout every class takes over")
+    parser.add_argument("--layout_image", type=path_option, help="an image whose layout every class gets")
     parser.add_argument("--layout_tokens", type=int, help="how many of its tokens are kept")
     parser.add_argument("--image", type=path_option, help="image-to-image: the image to start from")
-    parser.add_argument("--strength", type=float, help="share of the steps generated anew, in [0, 1]")
+    parser.add_argument("--strength", type=float, help="share of the steps that are generated anew, in [0, 1]")
     parser.add_argument("--previews", nargs="+", choices=["strip", "gif"], default=[])
     parser.add_argument("--seed", type=seed_option, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--timing", action="store_true", help="also print the time to the first preview and in all")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_option, default=device)
+    parser.add_argument(
+        "--timing", action="store_true", help="also print the time to the first preview and of the whole call"
+    )
     return parser.parse_args(argv)
 
 
 def call_options(args: argparse.Namespace, pipe: DARPipeline) -> dict[str, Any]:
     """The arguments of the pipeline's call, without its generators."""
-    known, count = pipe.labels, pipe.transformer.config.num_classes
-    names = args.class_labels or range(min(count, MAX_COLUMNS))
-    labels = [name if name in known or not str(name).isdecimal() else int(name) for name in names]
-    pictures = {
-        name: None if path is None else read_image(path)
-        for name, path in (("layout_image", args.layout_image), ("image", args.image))
-    }
+    labels: list[str | int] = list(range(min(pipe.transformer.config.num_classes, MAX_COLUMNS)))
+    if args.class_labels:
+        labels = list(args.class_labels)
+    for index, label in enumerate(labels):
+        # a number is an id, unless a class has it as its name
+        if label not in pipe.labels and str(label).isdecimal():
+            labels[index] = int(label)
     guidance = args.guidance_scale
+    if guidance and len(guidance) == 1:
+        guidance = guidance[0]
     plain = ("num_images_per_prompt", "temperature", "top_k", "top_p", "num_inference_steps", "num_tokens")
     return {
         "class_labels": labels,
-        "guidance_scale": guidance[0] if guidance and len(guidance) == 1 else guidance,
+        "guidance_scale": guidance,
+        "layout_image": args.layout_image and read_image(args.layout_image),
+        "image": args.image and read_image(args.image),
         "layout_tokens": args.layout_tokens,
         "strength": args.strength,
         **{name: getattr(args, name) for name in plain},
-        **pictures,
     }
 
 
 def write(args: argparse.Namespace, pipe: DARPipeline, options: dict[str, Any], steps: list[torch.Tensor]) -> None:
-    """The pictures of all steps' images ``(B, C, H, W)`` in [-1, 1]."""
-    images, folder, repeats = steps[-1], args.output_dir, args.num_images_per_prompt
-    columns = repeats if repeats > 1 else min(len(images), MAX_COLUMNS)
+    """Write the images ``(B, C, H, W)`` in [-1, 1] of the last step, and the previews before it."""
+    images = steps[-1]
+    folder = args.output_dir
+    columns = args.num_images_per_prompt
+    if columns == 1:
+        columns = min(len(images), MAX_COLUMNS)
     reference = options["layout_image"] or options["image"]
-    shown = images
+    tiles = images
     if reference is not None:
         generator = torch.Generator().manual_seed(args.seed)
         first = pipe.reconstruct(reference, generator=generator, output_type="pt").images.cpu() * 2 - 1
         blank = torch.ones_like(first).expand(columns - 1, -1, -1, -1)
-        shown = torch.cat([first, blank, images])
-    save_picture(image_grid(shown, columns), folder / "grid.png")
+        tiles = torch.cat([first, blank, images])
+    save_picture(image_grid(tiles, columns), folder / "grid.png")
     for index, image in enumerate(images):
         save_picture(pipe.image_processor.postprocess(image[None], "pil")[0], folder / f"{index:04d}.png")
     if "strip" in args.previews:
@@ -95,7 +104,7 @@ def write(args: argparse.Namespace, pipe: DARPipeline, options: dict[str, Any], 
 
 
 def measure(pipe: DARPipeline, options: dict[str, Any], generators: list[torch.Generator]) -> dict[str, float]:
-    """Medians over a few calls, after the one that warmed everything up: images as the user gets them, in PIL."""
+    """Median times over a few calls, warmed up by the call before; images are PIL's, as the user gets them."""
     seconds: dict[str, list[float]] = {"first_preview": [], "whole_call": []}
     for _ in range(TIMED_RUNS):
         started = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Make a trained pipeline the one that the package ships: half precision, without what training left behind.
+"""Make a trained pipeline the one that the package ships: in half precision, without the files of its training.
 
     python examples/make_sample.py --pipeline outputs/mnist/pipeline
 
-Replaces the folder of `dar_hf.sample_pipeline`, at once and only when the new one is complete and loads.
+Replaces the folder of `dar_hf.sample_pipeline` in one step, once the new one is complete and loads.
 """
 
 import argparse
@@ -48,17 +48,19 @@ def write_half(source: Path, target: Path) -> None:
     check_weights(source)
     weights = {}
     for name, tensor in load_file(source).items():
-        weights[name] = tensor.half() if tensor.is_floating_point() else tensor
+        weights[name] = tensor
+        if tensor.is_floating_point():
+            weights[name] = tensor.half()
         if not torch.isfinite(weights[name]).all():
             raise ValueError(f"{source}: {name} holds values beyond the range of float16.")
     save_file(weights, target, metadata={"format": "pt"})
 
 
 def convert(source: Path, target: Path) -> int:
-    """Write the small copy of a pipeline folder, make sure that it loads, and return its size in bytes.
+    """Write the small copy of a pipeline folder, check that it loads, and return its size in bytes.
 
     Raises:
-        OSError: if a file is missing, as in a folder that is no pipeline.
+        OSError: if a file is missing, for example because the folder is not a pipeline.
         ValueError: for weights beyond float16, or a copy that is larger than ``MAX_BYTES``.
     """
     for name in CONFIGS:
@@ -74,7 +76,7 @@ def convert(source: Path, target: Path) -> int:
 
 
 def replace(source: Path, target: Path) -> int:
-    """Put the small copy of ``source`` in the place of ``target``; the old folder stays until the new one is there.
+    """Replace ``target`` by the small copy of ``source``; the old folder stays until the new one is complete.
 
     Raises:
         OSError: if the target cannot be replaced (a volume, say); the message says where the copy is.
@@ -102,7 +104,7 @@ def replace(source: Path, target: Path) -> int:
 @command("make_sample.py")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipeline", type=path_option, required=True, help="folder that stage 2 left")
+    parser.add_argument("--pipeline", type=path_option, required=True, help="folder that stage 2 wrote")
     parser.add_argument("--output_dir", type=path_option, default=FOLDER, help="default the package's own sample")
     args = parser.parse_args(argv)
     check_output(args.output_dir)

@@ -1,9 +1,9 @@
-"""Push a finished folder to the Hub: a pipeline, a tokenizer or a language model, with its card and pictures.
+"""Push a finished folder to the Hub: a pipeline, a tokenizer or a language model, with its card and images.
 
     python examples/push_to_hub.py outputs/digits/pipeline user/digits --report outputs/digits/report.json
 
-The card is made from the run's options, validation figures and reports; what people wrote into the card, here or on
-the Hub, stays. Only what belongs to a model goes up, and nothing that a link in the folder leads out to.
+The card is made from the run's options, validation metrics and reports; what people wrote into the card, here or on
+the Hub, stays. Only files that belong to a model are uploaded, and nothing that a link leads to outside the folder.
 --self_contained adds the code, so that the repository also loads where dar_hf is not installed.
 Log in first with `hf auth login`.
 """
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", help="the saved model or the output folder of a run")
     parser.add_argument("repo_id", help="name or owner/name; created if missing")
     parser.add_argument(
-        "--report", nargs="+", default=[], help="reports to take into folder and card, with the pictures beside them"
+        "--report", nargs="+", default=[], help="reports to add to folder and card, with the images next to them"
     )
     parser.add_argument("--self_contained", action="store_true", help="add the code that loads the model")
     parser.add_argument("--private", action="store_true", help="create a private repository")
@@ -39,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--commit_message")
     args = parser.parse_args(argv)
+    # without --private, an existing repository stays as it is
     options = {"private": args.private or None, "revision": args.revision}
-    files, _ = model_files(args.folder)  # refuses links out of the folder before anything is read through them
+    files, _ = model_files(args.folder)  # rejects links out of the folder before anything is read through them
     class_name = type(empty_model(args.folder)).__name__
     check_complete(files, class_name)
     for report in args.report:
         read_report(report)
-    prepare_repository(args.repo_id, class_name, **options)  # a Hub that refuses leaves the folder as it is
+    prepare_repository(args.repo_id, class_name, **options)  # if the Hub refuses, the folder stays as it is
     for report in args.report:
         take_report(report, args.folder)
     if args.self_contained:

@@ -1,9 +1,9 @@
-"""The pictures of the README, from the pipeline that comes with the package: what it draws, and how.
+"""The images of the README, from the pipeline that comes with the package: what it generates, and how.
 
     python examples/quickstart.py --output_dir docs
 
-Writes samples.png (a column a class), previews.png (a row a drawing, a column a step) and layout.png (a row a
-reference, then every class with its layout). `generate.py` has all options; this is the short version to read.
+Writes samples.png (one column per class), previews.png (one row per image, one column per step) and layout.png (per
+row one reference and every class with its layout). `generate.py` has all options; this is the short version to read.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from dar_hf.utils.pictures import image_grid, save_picture
 from dar_hf.utils.threads import limit_threads
 
 CLASSES = list(range(10))
-SAMPLES, DRAWINGS, REFERENCES = 4, [2, 3, 5, 8], [4, 7, 0]  # of each class; classes shown in the other two
+SAMPLES = 4  # of each class
+DRAWINGS = [2, 3, 5, 8]  # classes in previews.png
+REFERENCES = [4, 7, 0]  # classes of the references in layout.png
 
 
 def seeded(count: int, seed: int) -> list[torch.Generator]:
@@ -28,13 +30,13 @@ def seeded(count: int, seed: int) -> list[torch.Generator]:
 
 
 def samples(pipe: DARPipeline, seed: int) -> torch.Tensor:
-    """Images ``(SAMPLES * 10, C, H, W)`` in [0, 1], row by row one of each class."""
+    """Images ``(SAMPLES * 10, C, H, W)`` in [0, 1]: in each row one of every class."""
     labels = CLASSES * SAMPLES
     return pipe(labels, generator=seeded(len(labels), seed), output_type="pt").images
 
 
 def previews(pipe: DARPipeline, seed: int) -> torch.Tensor:
-    """Drawings after every step ``(drawings * steps, C, H, W)``, drawing by drawing."""
+    """Images after every step ``(images * steps, C, H, W)``, image by image."""
     stream = pipe.stream(DRAWINGS, generator=seeded(len(DRAWINGS), seed), output_type="pt")
     return torch.stack([output.images for output in stream], dim=1).flatten(0, 1)
 
@@ -55,22 +57,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="pipeline folder or Hub id with ten classes; default the package's own")
     parser.add_argument("--output_dir", type=path_option, default=Path("outputs/quickstart"))
-    parser.add_argument("--layout_tokens", type=positive_option, default=1, help="tokens that the references hand on")
+    parser.add_argument("--layout_tokens", type=positive_option, default=1, help="tokens taken from the references")
     parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
     check_output(args.output_dir)
-    pipe = load_pipeline(sample_pipeline() if args.model is None else args.model)
+    model = sample_pipeline() if args.model is None else args.model
+    pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     limit_threads(pipe.tokenizer, pipe.transformer)
-    pictures = {
+    grids = {
         "samples": (samples(pipe, args.seed), len(CLASSES)),
         "previews": (previews(pipe, args.seed), pipe.tokenizer.config.num_inference_steps),
         "layout": (layouts(pipe, args.seed, args.layout_tokens), len(CLASSES) + 2),
     }
-    for name, (images, columns) in pictures.items():
+    for name, (images, columns) in grids.items():
         with writing(args.output_dir):
             save_picture(image_grid(images * 2 - 1, columns), args.output_dir / f"{name}.png")
-    print(f"{', '.join(pictures)} in {args.output_dir}")
+    print(f"{', '.join(grids)} in {args.output_dir}")
 
 
 if __name__ == "__main__":

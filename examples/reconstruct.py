@@ -1,10 +1,10 @@
-"""Encode images, decode their tokens, and write both side by side: look at this before training stage 2.
+"""Encode images, decode their tokens, and write both into one image: look at it before training stage 2.
 
     python examples/reconstruct.py --pipeline outputs/digits/pipeline --images cat.png dog.jpg
     python examples/reconstruct.py --pipeline outputs/digits/pipeline --dataset_name digits --split test --previews
 
-Writes a grid with the inputs, cropped as in training, above their reconstructions (with --previews above the pictures
-after every step) and prints the mean PSNR of every step in dB.
+Writes a grid with the inputs, cropped as in training, above their reconstructions (with --previews above the
+previews of every step) and prints the mean PSNR of every step in dB.
 """
 
 import argparse
@@ -38,16 +38,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--images", nargs="+", type=path_option, help="image files")
     source.add_argument("--dataset_name", help="digits, a folder of images, parquet files or a Hub id")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--num_images", type=int, default=MAX_COLUMNS, help="how many of the data set")
+    parser.add_argument("--num_images", type=int, default=MAX_COLUMNS, help="at most N images of the data set")
     parser.add_argument("--output", type=path_option, default=Path("outputs/reconstructions.png"))
-    parser.add_argument("--previews", action="store_true", help="a row a step")
+    parser.add_argument("--previews", action="store_true", help="one row per step")
     parser.add_argument("--num_tokens", type=int, help="decode only the first tokens")
     parser.add_argument("--num_inference_steps", type=int)
-    parser.add_argument("--height", type=positive_option, help="where the tokenizer takes other sizes than its own")
+    parser.add_argument("--height", type=positive_option, help="for a tokenizer that takes other sizes than its own")
     parser.add_argument("--width", type=positive_option)
     parser.add_argument("--seed", type=seed_option, default=0, help="of the start noise")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--device", type=device_option, default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_option, default=device)
     return parser.parse_args(argv)
 
 
@@ -55,7 +56,7 @@ def load_inputs(args: argparse.Namespace, crop: ImageTransform) -> list[Image.Im
     """The images, as they are stored.
 
     Raises:
-        ValueError: for a file that cannot be read, or a data set of which no image can be.
+        ValueError: for an unreadable file, or a data set without a readable image.
     """
     if args.images:
         return [read_image(path) for path in args.images]
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output(args.output, folder=False)
     pipe = load_pipeline(args.pipeline, getattr(torch, args.dtype), args.device)
     height, width = pipe.tokenizer.image_size
-    size = args.height or height, args.width or width
+    size = (args.height or height, args.width or width)
     crop = ImageTransform(size, channels=pipe.tokenizer.config.in_channels)
     images = load_inputs(args, crop)
     output = pipe.reconstruct(
@@ -93,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = [step.cpu() * 2 - 1 for step in output.previews]
     print("PSNR of every step in dB: " + ", ".join(f"{float(psnr(step, inputs).mean()):.2f}" for step in steps))
     columns = min(len(inputs), MAX_COLUMNS)
-    rows = [inputs, *(steps if args.previews else steps[-1:])]
+    rows = [inputs, steps[-1]]
+    if args.previews:
+        rows = [inputs, *steps]
     with writing(args.output):
         save_picture(image_grid(interleave_rows(*rows, columns=columns), columns), args.output)
     print(args.output)

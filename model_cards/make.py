@@ -74,13 +74,13 @@ python examples/convert_checkpoint.py --tokenizer T.pt --transformer A.pt --outp
 ```"""
 MNIST_COMMANDS = """The digits are MNIST's, enlarged from 28×28 to 32×32 pixels. `path/to/mnist` is any copy that
 `datasets` reads, with the columns `image` and `label` and the splits `train` and `test`. The tokenizer was trained in
-four runs, as the recipe was being found ([log](../examples/LOG.md)); the preset has what came out of it. The last run
-drew its dropped groups from torch's global generator; the option draws them from each sample's seed. All else repeats
-up to rounding; stage 2 ran on two processes of half the batch.
+four runs, while the recipe was being found ([experiments](../docs/experiments.md)); the preset has the result. The
+last run drew its dropped groups from torch's global generator; the option draws them from each sample's seed.
+Everything else repeats up to rounding; stage 2 ran on two processes of half the batch.
 
 ```bash
 DATA="--preset mnist --dataset_name path/to/mnist"
-TUNE="--continuous_steps 0 --group_dropout 0 --learning_rate 1e-3 --encoder_learning_rate 4e-4 --decay_fraction 0.5"
+TUNE="--unquantized_steps 0 --group_dropout 0 --learning_rate 1e-3 --encoder_learning_rate 4e-4 --decay_fraction 0.5"
 python examples/train.py tokenizer $DATA --output_dir outputs/mnist/1 --max_train_steps 10000 --group_dropout 0 \\
     --model_overrides num_groups=8 tokens_per_group=4 time_shift=2.0
 python examples/train.py tokenizer $DATA --output_dir outputs/mnist/2 --max_train_steps 3000 $TUNE \\
@@ -119,7 +119,7 @@ TRAINED: dict[str, dict[str, Any]] = {
         },
         "sections": {
             "Limits": "Seeds and processors with other rounding move the PSNR by about 0.7 dB "
-            "([log](../examples/LOG.md))."
+            "([experiments](../docs/experiments.md))."
         },
         "tags": ["class-conditional"],
     },
@@ -131,7 +131,7 @@ TRAINED: dict[str, dict[str, Any]] = {
             "data": "MNIST: 60,000 to train, other 10,000 to test. The copy used is labelled MIT (rasbt/mnist-pngs); "
             "the digits, by Yann LeCun and Corinna Cortes, are commonly given as CC BY-SA 3.0",
             "made by": "the commands below (seed 0), 2026-11-24",
-            "machine": "2 CPU cores with AVX-512 bf16; a core for the tokenizer, two for the language model",
+            "machine": "2 CPU cores with AVX-512 bf16; one core for the tokenizer, two for the language model",
             "time": "tokenizer 1 h 53 min, 22 min, 23 min and 18 min (shared cores), language model 20 min",
             "weights": "float16 in the package; they load in float32 unless `dtype` says otherwise",
         },

@@ -1,53 +1,20 @@
-"""Malformed inputs of the Python API, the page and image files: each must end in one clear error, and nothing else.
+"""Malformed arguments of the Python API: each must end in one clear error, and nothing else."""
 
-An error is clear if it is a ValueError, TypeError or OSError (on the page, gradio's message) of one line that names
-the argument or file. Two other ends are faults: another exception, and an input that is accepted in silence. Inputs
-that may be accepted do not belong here.
-"""
-
-import importlib.util
-import io
-import math
-import sys
-from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
+from malformed_helpers import HUGE, INF, NAN, THING, check, short, unique
 from pipeline_helpers import picture, seeded
 
 from dar_hf import DARConfig, DARPipeline, FlowMatchAdamsBashforthScheduler
-from dar_hf.data import ImageTransform, convert_channels, read_image
+from dar_hf.data import ImageTransform, convert_channels
 
-CLEAR, OTHER, ACCEPTED = "clear error", "other exception", "silently accepted"
-COUNTS: Counter[str] = Counter()
-NAN, INF, HUGE = math.nan, math.inf, 10**400
 CODES = torch.zeros(1, 16, dtype=torch.long)
 PIXELS = torch.zeros(1, 3, 8, 8)
 CONDITION = torch.zeros(1, 4, 64)
-THING = object()
-
-
-ERRORS = (ValueError, TypeError, OSError, StrictDataclassFieldValidationError)
-
-
-def end_of(call, words, errors=ERRORS):
-    """How a call ends, and what it said."""
-    try:
-        call()
-    except errors as error:
-        text = str(error)
-        if isinstance(error, StrictDataclassFieldValidationError):  # of transformers' configurations: two lines
-            text = " ".join(text.split())
-        clear = "\n" not in text and 15 <= len(text) <= 600 and any(word in text for word in words)
-        return (CLEAR if clear else OTHER), f"{type(error).__name__}: {text}"
-    except Exception as error:
-        return OTHER, f"{type(error).__name__}: {error}"
-    return ACCEPTED, ""
 
 
 # What is called: functions of the parts of a tiny pipeline and the arguments
@@ -371,17 +338,6 @@ TOGETHER += [
 ]
 
 
-def short(value):
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        kind = "nan" if value.dtype != np.dtype("<U1") and not np.isfinite(value).all() else ""
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{kind}"
-    if isinstance(value, PIL.Image.Image):
-        return f"image {value.mode} {value.size}"
-    if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__}({', '.join(short(item) for item in value)})"
-    return "an object" if value is THING else "10**400" if value is HUGE else repr(value)[:24]
-
-
 def api_cases():
     for function, table in TABLE.items():
         for argument, values in table.items():
@@ -391,15 +347,6 @@ def api_cases():
     for function, arguments, word in TOGETHER:
         name = ", ".join(f"{key}={short(value)}" for key, value in arguments.items())
         yield f"{function.__name__}-{name}", function, arguments, (word,)
-
-
-def unique(cases):
-    """Cases as parameters, with names that differ."""
-    seen: Counter[str] = Counter()
-    for name, *rest in cases:
-        seen[name] += 1
-        name = name if seen[name] == 1 else f"{name} ({seen[name]})"
-        yield pytest.param(*rest, id=name)
 
 
 API = list(unique(api_cases()))
@@ -413,143 +360,11 @@ def parts(tiny_pipeline, make_tokenizer):
     )
 
 
-def check(call, words, *errors):
-    end, said = end_of(call, words, *errors)
-    COUNTS[end] += 1
-    assert end == CLEAR, f"{end}: {said}"
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("function, arguments, words", API)
 def test_arguments(function, arguments, words, parts):
     check(lambda: function(parts, **arguments), words)
 
 
-# Image files
-
-
-def content(file_format, image=None, **options):
-    buffer = io.BytesIO()
-    (image or picture(size=(24, 24))).save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def file_cases():
-    """Names and contents of files that are no readable image."""
-    for file_format in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"):
-        whole = content(file_format)
-        for share in (0.02, 0.3, 0.6, 0.9):
-            yield f"{file_format} cut at {share:.0%}", whole[: int(len(whole) * share)]
-        yield f"{file_format} without its first byte", whole[1:]
-        yield f"{file_format} of zeros after its header", whole[:16] + bytes(len(whole))
-        yield f"text before {file_format}", b"HTTP/1.1 200 OK\r\n\r\n" + whole
-    yield "empty", b""
-    yield "text", b"not an image at all"
-    yield "html", b"<!DOCTYPE html><html><body>404</body></html>"
-    yield "svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"
-    yield "postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
-    yield "pdf", b"%PDF-1.7\n"
-    yield "zip", b"PK\x03\x04" + bytes(40)
-    yield "gzip", b"\x1f\x8b\x08" + bytes(40)
-    yield "git-lfs pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
-    yield "numpy", b"\x93NUMPY\x01\x00" + bytes(100)
-    yield "pickle", b"\x80\x04\x95\x00."
-    for name, values in (
-        ("float", np.linspace(0, 1, 64, dtype=np.float32)),
-        ("float NaN", np.full(64, NAN, dtype=np.float32)),
-        ("int32", np.arange(64, dtype=np.int32)),
-        ("int32 large", np.arange(64, dtype=np.int32) << 24),
-        ("int16", np.arange(-32, 32, dtype=np.int16)),
-    ):
-        yield f"{name} TIFF", content("TIFF", PIL.Image.fromarray(values.reshape(8, 8)))
-    bomb = bytearray(content("BMP"))
-    bomb[18:26] = (60_000).to_bytes(4, "little") * 2
-    yield "BMP of 60000x60000", bytes(bomb)
-
-
-FILES = list(unique((name, data) for name, data in file_cases()))
-
-
-@pytest.fixture(scope="module")
-def app():
-    pytest.importorskip("gradio")
-    spec = importlib.util.spec_from_file_location("dar_app_malformed", Path(__file__).parents[1] / "examples/app.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dar_app_malformed"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["dar_app_malformed"]
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("data", FILES)
-def test_files(data, tmp_path):
-    path = tmp_path / "cat.png"
-    path.write_bytes(data)
-    check(lambda: read_image(path), ("cat.png",))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("data", FILES)
-def test_uploads(data, app, tmp_path):
-    path = tmp_path / "upload"
-    path.write_bytes(data)
-    check(lambda: app.read_upload(str(path), 8, 8, 3), ("picture",))
-
-
-@pytest.mark.parametrize("name", ["gone.png", ".", "a" * 300, "a\0b", "gone/../cat.png"])
-def test_paths(name, app, tmp_path):
-    check(lambda: read_image(tmp_path / name), (str(tmp_path),))
-    check(lambda: app.read_upload(str(tmp_path / name), 8, 8, 3), ("picture",))
-    check(lambda: app.uploaded(str(tmp_path / name), tmp_path), ("not uploaded",))
-
-
-# The page
-
-SETTINGS = {"guidance": 2.0, "seed": 7, "new_seed": False, "pause": 0.0}
-NOT_NUMBERS = [None, "3", True, [], {}, NAN, INF, -INF, -1, 1e300, HUGE]
-PAGE_SETTINGS = {
-    "guidance": ("Guidance", [*NOT_NUMBERS, 0.5]),
-    "seed": ("Seed", [*NOT_NUMBERS, 2.5, 2**32]),
-    "new_seed": ("Another seed", [None, "no", 0, 1, [], {}, NAN]),
-    "pause": ("Seconds", [*NOT_NUMBERS, 2.5]),
-}
-PAGE_INPUTS = {
-    ("draw", 0): ("lass", [*NOT_NUMBERS, 5, 0.5, "shark"]),
-    ("draw", 1): ("Tokens", [*NOT_NUMBERS, 0, 3, 17, 4.5]),
-    ("lay_out", 0): ("picture", [None, ""]),
-    ("lay_out", 1): ("Tokens", [*NOT_NUMBERS, 17, 4.5]),
-    ("lay_out", 2): ("lass", [*NOT_NUMBERS, "shark", [0] * 11, [5], [None], [[0]], [0.5]]),
-    ("vary", 0): ("picture", [None, ""]),
-    ("vary", 1): ("lass", [*NOT_NUMBERS, 5, 0.5, "shark"]),
-    ("vary", 2): ("Strength", [*NOT_NUMBERS, 1.1, -0.1]),
-    ("reconstruct", 0): ("picture", [None, ""]),
-}
-
-
-def page_cases():
-    for name, (word, values) in PAGE_SETTINGS.items():
-        for value in values:
-            yield f"setting {name}-{short(value)}", "draw", SETTINGS | {name: value}, {}, word
-    for (button, place), (word, values) in PAGE_INPUTS.items():
-        for value in values:
-            yield f"{button}-{place}-{short(value)}", button, SETTINGS, {place: value}, word
-
-
-@pytest.mark.parametrize("button, settings, changes, word", unique(page_cases()))
-def test_page(button, settings, changes, word, app, tiny_pipeline, tmp_path):
-    path = str(tmp_path / "upload.png")
-    picture().save(path)
-    inputs = {"draw": [0, 16], "lay_out": [path, 4, [0]], "vary": [path, 0, 0.5], "reconstruct": [path]}[button]
-    for place, value in changes.items():
-        inputs[place] = value
-    press = app.handler(getattr(app, button), app.Artist(tiny_pipeline))
-    check(lambda: list(press(*settings.values(), *inputs)), (word,), app.gr.Error)
-
-
-def test_there_are_many_inputs(capsys):
-    """Runs last, after the others have been counted (each process counts its own)."""
-    total = len(API) + 2 * len(FILES) + len(list(page_cases()))
-    with capsys.disabled():
-        print(f"\n{total} malformed inputs; here: {dict(COUNTS)}")
-    assert total >= 200
+def test_there_are_many_inputs():
+    assert len(API) >= 200

@@ -7,6 +7,7 @@ small systems that train from scratch on two CPU cores, in minutes and in an hou
 """
 
 import ast
+import math
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +24,8 @@ class Preset:
     sampling: dict[str, Any] = field(default_factory=dict)
 
 
-# Paper, section 4: one learning rate, zero gates and no care for the codebook: 1.28 M images fill it. The rate belongs
-# to 1024 images a step (512 in the original code): 16 processes of 64.
+# Paper, section 4: one learning rate, zero gates and no special treatment of the codebook: 1.28 M images fill it. The
+# rate is for 1024 images per step (512 in the original code): 16 processes of 64.
 _V1_RECIPE = dict(
     max_train_steps=210_000,
     train_batch_size=64,
@@ -40,8 +41,8 @@ _V1_RECIPE = dict(
     dataloader_num_workers=8,
 )
 
-# Paper, section 4: 300 epochs at 1024 images a step (8 processes of 128), linear to 1e-5 over the last 50. The
-# original code trains at 1e-4 with 256 images a step; the paper's figures are from the schedule here.
+# Paper, section 4: 300 epochs at 1024 images per step (8 processes of 128), linear to 1e-5 over the last 50. The
+# original code trains at 1e-4 with 256 images per step; the paper's results are from the schedule here.
 _IMAGENET_AR_RECIPE = dict(
     max_train_steps=375_000,
     train_batch_size=128,
@@ -62,12 +63,14 @@ def _llama(layers: int, heads: int, dim: int, guidance: list[float] | None = Non
     ``guidance`` is the scale, linear over the image tokens, behind the FID that the paper reports (the script released
     with the weights takes 1.2 to 8 for L instead); it samples from the whole distribution.
     """
-    scale = {} if guidance is None else {"guidance_scale": guidance}
+    scale = {}
+    if guidance is not None:
+        scale["guidance_scale"] = guidance
     transformer = dict(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         hidden_size=dim,
-        intermediate_size=-(-(8 * dim // 3) // 256) * 256,
+        intermediate_size=math.ceil((8 * dim // 3) / 256) * 256,
     )
     sampling = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **scale)
     return Preset(transformer=transformer, ar_recipe=_IMAGENET_AR_RECIPE | scale, sampling=sampling)
@@ -111,20 +114,20 @@ PRESETS: dict[str, Preset] = {
             max_train_steps=4_000,
             train_batch_size=64,
             learning_rate=1.5e-3,
-            # the encoder must not run ahead of the decoder, which has to learn to look at the conditions first: Adam
-            # turns its tiny early gradients into full-size steps, and it collapses to one code. Half as fast again
-            # (3e-4) costs 1 dB, as fast as the decoder is no gain (examples/LOG.md)
+            # the decoder has to learn to use the conditions before the encoder moves far: Adam turns the encoder's
+            # tiny early gradients into full-size steps, and it collapses to one code. Half of this rate (3e-4) costs
+            # 1 dB, the decoder's rate gains nothing (docs/experiments.md)
             encoder_learning_rate=6e-4,
             adam_epsilon=1e-6,
             warmup_steps=200,
             decay_fraction=0.4,
             ema_decay=0.995,
-            # open gates, live adaLN and conditions as large as positions: information flows from the first step
+            # open gates, nonzero adaLN and conditions as large as positions: information flows from the first step
             gate_start=0.5,
             modulation_std=0.02,
             output_std=0.02,
             post_quant_std=0.35,
-            # first continuous latents, then a codebook put where they are, then no code left behind
+            # first unquantized latents, then a codebook initialized from them, then dead codes are replaced
             unquantized_steps=500,
             dead_code_interval=10,
             revive_until=0.8,
@@ -140,18 +143,18 @@ PRESETS: dict[str, Preset] = {
             decay_fraction=0.4,
             weight_decay=0.05,
             ema_decay=0.99,
-            # without noise the model learns the 1,437 code sequences by heart (examples/LOG.md): noise of less than
-            # one grey level gives each digit many sequences
+            # without noise the model memorizes the 1,437 code sequences; noise of less than one gray level gives each
+            # digit many sequences (docs/experiments.md)
             pixel_noise=0.1,
             max_validation_samples=360,
             validation_steps=450,
             guidance_scale=[2.0],
-            solver_order=1,  # nearer to the input, every preview nearer than the one before (examples/LOG.md)
+            solver_order=1,  # closer to the input, and every preview closer than the one before (docs/experiments.md)
         ),
     ),
     # handwritten digits at 32x32 (60,000 of MNIST): with --torch_compile an hour for stage 1 on a CPU core, and twenty
-    # minutes for stage 2 on two. The package's model was trained in several runs, whose settings came together here;
-    # from scratch they were run for a quarter of these steps (examples/LOG.md)
+    # minutes for stage 2 on two. The package's model was trained in several runs, whose settings are combined here;
+    # from scratch they were run for a quarter of these steps (docs/experiments.md)
     "mnist": Preset(
         tokenizer=dict(
             sample_size=32,
@@ -163,8 +166,8 @@ PRESETS: dict[str, Preset] = {
             num_decoder_layers=2,
             codebook_size=512,
             num_tokens=32,
-            num_groups=4,  # groups repeat each other more than they add, so that fewer and larger ones say more
-            time_shift=12.0,  # in images this simple, noise is soon seen through: most groups must work early
+            num_groups=4,  # groups repeat each other more than they add: fewer and larger ones carry more
+            time_shift=12.0,  # images this simple are visible through much noise: most groups must work early
             diffusion_dim=128,
             diffusion_patch_size=4,
             diffusion_depth=5,
@@ -236,11 +239,10 @@ def sampling_preset(name: str) -> dict[str, Any]:
     Raises:
         ValueError: for a name that has none.
     """
-    sampling = PRESETS[name].sampling if name in PRESETS else {}
+    sampling = PRESETS.get(name, Preset()).sampling
     if not sampling:
-        raise ValueError(
-            f"no sampling preset {name!r}; there are {', '.join(n for n in PRESETS if PRESETS[n].sampling)}."
-        )
+        names = ", ".join(known for known, preset in PRESETS.items() if preset.sampling)
+        raise ValueError(f"no sampling preset {name!r}; there are {names}.")
     return deepcopy(sampling)
 
 

@@ -1,12 +1,10 @@
 """The page without a browser: its checks, what its buttons do, and a server that visitors use and leave."""
 
 import gc
-import importlib.util
 import io
 import math
 import socket
 import struct
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -21,16 +19,6 @@ from pipeline_helpers import picture, seeded, tensor_of  # noqa: E402
 
 APP = Path(__file__).parents[2] / "examples" / "app.py"
 SHARED = (2.0, 7, False, 0.0)  # guidance, seed, another seed each time, pause
-
-
-@pytest.fixture(scope="module")
-def app():
-    spec = importlib.util.spec_from_file_location("dar_app", APP)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dar_app"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["dar_app"]
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """What the page opens for whoever writes requests by hand: uploads, and nothing else of the machine."""
 
-import importlib.util
 import io
 import json
 import os
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -22,16 +20,6 @@ APP = Path(__file__).parents[2] / "examples" / "app.py"
 SHARED = [2.0, 7, False, 0.0]  # guidance, seed, another seed each time, pause
 MARK = {"_type": "gradio.FileData"}
 REFUSED = "not uploaded here"
-
-
-@pytest.fixture(scope="module")
-def app():
-    spec = importlib.util.spec_from_file_location("dar_app_requests", APP)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dar_app_requests"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["dar_app_requests"]
 
 
 class Visitor:

@@ -26,10 +26,12 @@ import dar_hf.__main__
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
 from dar_hf.presets import get_preset
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+BENCHMARKS = ROOT / "benchmarks"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 TINY = (
-    "--preset digits --dataset_name digits --mixed_precision no --max_train_steps 1 --continuous_steps 0 "
+    "--preset digits --dataset_name digits --mixed_precision no --max_train_steps 1 --unquantized_steps 0 "
     "--model_overrides encoder_dim=32 "
     "decoder_dim=32 diffusion_dim=32 attention_head_dim=16 num_encoder_layers=1 num_decoder_layers=1 diffusion_depth=1"
 )
@@ -343,13 +345,13 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("digits_features --seed x", "--seed"),
         ("digits_features --steps 1 --output_dir {w}/file", "not a folder"),
         ("digits_features --steps 1 --output_dir {w}/full", "No space left"),
-        ("benchmark --preset huge", "--preset"),
-        ("benchmark --device gpu", "no device"),
-        ("benchmark --device cuda:99", "cuda:99"),
-        ("benchmark --batch_sizes 0", "--batch_sizes"),
-        ("benchmark --repeats 0", "--repeats"),
-        ("benchmark --parts all", "--parts"),
-        ("benchmark --json {w}/empty", "is a folder"),
+        ("speed --preset huge", "--preset"),
+        ("speed --device gpu", "no device"),
+        ("speed --device cuda:99", "cuda:99"),
+        ("speed --batch_sizes 0", "--batch_sizes"),
+        ("speed --repeats 0", "--repeats"),
+        ("speed --parts all", "--parts"),
+        ("speed --json {w}/empty", "is a folder"),
         ("app --model {w}/none", "there is no such folder"),
         ("app --model ''", "no pipeline is named"),
         ("app --model {w}/pointer", "git-lfs pointer"),
@@ -461,7 +463,8 @@ def world(tmp_path_factory):
 def mains():
     """The main function of each command."""
     found = {"dar_hf": dar_hf.__main__.main}
-    for path in EXAMPLES.glob("*.py"):
+    sys.path.insert(0, str(BENCHMARKS))  # speed.py imports its siblings
+    for path in (*EXAMPLES.glob("*.py"), BENCHMARKS / "speed.py"):
         if path.stem == "app" and importlib.util.find_spec("gradio") is None:
             continue
         spec = importlib.util.spec_from_file_location(f"malformed_{path.stem}", path)
@@ -469,6 +472,7 @@ def mains():
         sys.modules[spec.name] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
         found[path.stem] = module.main
+    sys.path.remove(str(BENCHMARKS))
     return found
 
 

@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,25 +16,6 @@ import dar_hf
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process; returns what it printed."""
-
-    def command(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
-
-    return command
-
-
-def refusal(run, capsys, *command):
-    with pytest.raises(SystemExit) as caught:
-        run(*command)
-    assert caught.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.fixture
@@ -56,9 +35,9 @@ def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-def test_a_sample_is_the_pipeline_in_half_precision(run, trained, tiny_pipeline, tmp_path):
+def test_a_sample_is_the_pipeline_in_half_precision(run_command, trained, tiny_pipeline, tmp_path):
     target = tmp_path / "assets" / "sample"
-    printed = run("make_sample.py", "--pipeline", trained, "--output_dir", target)
+    printed = run_command("make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert printed.startswith(f"{target}: ") and "MB" in printed
     assert {name for name in files(target) if "." in name} == {
         "model_index.json",
@@ -80,35 +59,35 @@ def test_a_sample_is_the_pipeline_in_half_precision(run, trained, tiny_pipeline,
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_new_sample_replaces_the_old_one_only_when_it_is_good(run, trained, tmp_path, capsys):
+def test_a_new_sample_replaces_the_old_one_only_when_it_is_good(run_command, trained, tmp_path, refusal):
     target = tmp_path / "sample"
-    run("make_sample.py", "--pipeline", trained, "--output_dir", target)
+    run_command("make_sample.py", "--pipeline", trained, "--output_dir", target)
     before = {name: (target / name).read_bytes() for name in files(target) if (target / name).is_file()}
     weights = trained / "transformer" / "model.safetensors"
     good = load_file(weights)
 
     (name, tensor), *_ = good.items()
     save_file(good | {name: tensor + 1e6}, weights, metadata={"format": "pt"})
-    refused = refusal(run, capsys, "make_sample.py", "--pipeline", trained, "--output_dir", target)
+    refused = refusal(run_command, "make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert f"{name} holds values beyond the range of float16" in refused
     save_file({"ballast": torch.zeros(7_000_000)} | good, weights, metadata={"format": "pt"})
-    refused = refusal(run, capsys, "make_sample.py", "--pipeline", trained, "--output_dir", target)
+    refused = refusal(run_command, "make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert "at most 12 are shipped" in refused
     weights.write_bytes(b"damaged")
-    refused = refusal(run, capsys, "make_sample.py", "--pipeline", trained, "--output_dir", target)
+    refused = refusal(run_command, "make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert f"{weights} is damaged or cut off" in refused
     weights.unlink()
-    refused = refusal(run, capsys, "make_sample.py", "--pipeline", trained, "--output_dir", target)
+    refused = refusal(run_command, "make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert "No such file" in refused
     assert before == {name: (target / name).read_bytes() for name in files(target) if (target / name).is_file()}
 
     save_file({key: value * 0 for key, value in good.items()}, weights, metadata={"format": "pt"})
-    run("make_sample.py", "--pipeline", trained, "--output_dir", target)
+    run_command("make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert not any(value.any() for value in load_file(target / "transformer" / "model.safetensors").values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sample", "trained"]
 
 
-def test_a_sample_that_cannot_take_its_place_is_kept(run, trained, tmp_path, capsys, monkeypatch):
+def test_a_sample_that_cannot_take_its_place_is_kept(run_command, trained, tmp_path, refusal, monkeypatch):
     target, replace = tmp_path / "volume", os.replace
     target.mkdir()
     (target / "old").write_text("old")
@@ -119,14 +98,14 @@ def test_a_sample_that_cannot_take_its_place_is_kept(run, trained, tmp_path, cap
         replace(source, destination)
 
     monkeypatch.setattr(os, "replace", guarded)
-    refused = refusal(run, capsys, "make_sample.py", "--pipeline", trained, "--output_dir", target)
+    refused = refusal(run_command, "make_sample.py", "--pipeline", trained, "--output_dir", target)
     kept = re.search(r"The copy is complete and kept in (\S+)\.\n", refused)
     assert "Device or resource busy" in refused and (Path(kept[1]) / "model_index.json").is_file()
     assert (target / "old").read_text() == "old"
 
 
-def test_the_pictures_of_the_readme(run, tmp_path):
-    run("quickstart.py", "--output_dir", tmp_path, "--layout_tokens", 2)
+def test_the_pictures_of_the_readme(run_command, tmp_path):
+    run_command("quickstart.py", "--output_dir", tmp_path, "--layout_tokens", 2)
     pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline())
     side, steps = pipe.tokenizer.config.sample_size, pipe.tokenizer.config.num_inference_steps
     tile = side * max(1, -(-48 // side)) + 2
@@ -136,7 +115,7 @@ def test_the_pictures_of_the_readme(run, tmp_path):
         "previews.png": (steps * tile + 2, 4 * tile + 2),
         "layout.png": (12 * tile + 2, 3 * tile + 2),
     }
-    run("quickstart.py", "--output_dir", tmp_path / "again", "--layout_tokens", 2)
+    run_command("quickstart.py", "--output_dir", tmp_path / "again", "--layout_tokens", 2)
     for name in sizes:
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 

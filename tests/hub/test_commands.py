@@ -47,7 +47,7 @@ def options(**changes):
 @pytest.mark.slow
 def test_train_and_push_what_the_two_lines_load(hub, tmp_path):
     tokenizer, pipeline = tmp_path / "tokenizer", tmp_path / "pipeline"
-    given = options(output_dir=tokenizer, continuous_steps=2)
+    given = options(output_dir=tokenizer, unquantized_steps=2)
     done = command(hub, "train.py", "tokenizer", *given, "--model_overrides", *overrides(TINY_TOKENIZER))
     assert done.returncode == 0, done.stderr
     assert not hub.repositories

@@ -15,7 +15,7 @@ from ..modeling_dar import DARForCausalLM
 from ..utils.files import write_json
 from .reading import fill, without_weights
 
-# a Llama has no use for these; everything else in our configuration is Llama's own
+# not in Llama's configuration; everything else in ours is Llama's own
 _NOT_LLAMA = ("resid_dropout", "ffn_dropout", "token_dropout", "class_dropout")
 _WRITTEN_ANEW = ("architectures", "model_type", "dtype", "auto_map", "transformers_version", "_from_model_config")
 
@@ -25,8 +25,8 @@ def to_llama(model: DARForCausalLM) -> LlamaForCausalLM:
 
     A prompt is one class token, ``[codebook_size + class]``; ``codebook_size``, ``num_classes``,
     ``num_image_tokens`` and ``tokens_per_group`` stay in the configuration for clients. The generation configuration
-    suppresses classes as output and stops after one image. It knows no guidance: a server that wants it runs the
-    null class beside the class.
+    suppresses classes as output and stops after one image. It has no guidance: a server that wants it runs the
+    null class next to the class.
 
     The head's rows of the classes hold the mean of its rows of the codes: their score is then the mean score of the
     codes and never the largest, so that a server that ignores ``suppress_tokens`` decodes greedily all the same.
@@ -34,7 +34,8 @@ def to_llama(model: DARForCausalLM) -> LlamaForCausalLM:
     Returns:
         float32 on the CPU, whatever the model was.
     """
-    config, dropped = model.config, _NOT_LLAMA + _WRITTEN_ANEW
+    config = model.config
+    dropped = _NOT_LLAMA + _WRITTEN_ANEW
     options = {name: value for name, value in config.to_dict().items() if name not in dropped}
     llama = without_weights(lambda: LlamaForCausalLM(LlamaConfig(**options)))
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -44,8 +45,11 @@ def to_llama(model: DARForCausalLM) -> LlamaForCausalLM:
     fill(llama, tensors.items())
     sampling = model.generation_config
     options = {"do_sample": sampling.do_sample, "temperature": sampling.temperature}
-    if sampling.do_sample:  # unset means no limit here, and 50 codes in stock `generate`
-        options |= {"top_k": sampling.top_k or 0, "top_p": 1.0 if sampling.top_p is None else sampling.top_p}
+    if sampling.do_sample:  # an unset top_k means no limit here, and 50 codes in stock `generate`
+        options["top_k"] = sampling.top_k or 0
+        options["top_p"] = 1.0
+        if sampling.top_p is not None:
+            options["top_p"] = sampling.top_p
     llama.generation_config = GenerationConfig(
         **options,
         suppress_tokens=list(range(config.codebook_size, config.vocab_size)),
@@ -72,8 +76,8 @@ def codes_tokenizer(config: DARConfig, id2label: Mapping[int, str] | None = None
     """A text tokenizer for the model of `to_llama`: one token per code and class, nothing added.
 
     ``<class_3>`` is a prompt, ``<class_null>`` that of the null class; ``<c0><c17>…`` is what the model answers, and
-    the ids of its tokens are the codes. Whitespace between tokens means nothing. Text that is none of this raises an
-    error in the tokenizer: there is no token for the unknown.
+    the ids of its tokens are the codes. Whitespace between tokens is ignored. Any other text raises an error in the
+    tokenizer, because there is no unknown token.
 
     Args:
         config: of the language model.

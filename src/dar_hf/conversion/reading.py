@@ -1,4 +1,4 @@
-"""Reads checkpoints of the original code as plain data: no code of the file is ever run.
+"""Reads checkpoints of the original code as plain data: no code in the file is ever run.
 
 torch's restricted unpickler (``weights_only=True``) takes tensors and plain containers; the two other classes that
 the original's files hold, ``argparse.Namespace`` and ``config_util.Config``, are read as bags of attributes. Weights
@@ -26,7 +26,7 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # where weights are, the best first
+WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # where the weights are, in order of preference
 PREFIXES = ("module.", "_orig_mod.")  # left by DDP and torch.compile
 UNUSED_BUFFERS = ("codebook_used", "wavelets", "_arange")
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,7 +39,7 @@ class CheckpointError(ValueError):
 
 
 class _Config:
-    """Stands for the original's ``config_util.Config``, whose one attribute ``_data`` is a dictionary."""
+    """Stands in for the original's ``config_util.Config``, whose one attribute ``_data`` is a dictionary."""
 
 
 @dataclass
@@ -72,7 +72,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}.")
     pickled = path.suffix != ".safetensors"
-    content = _unpickle(path) if pickled else _read_safetensors(path)
+    if pickled:
+        content = _unpickle(path)
+    else:
+        content = _read_safetensors(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
     found, dropped = _find_weights(content)
@@ -95,7 +98,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Refuse what is no table of numbers, and one that is larger than what is stored of it."""
+    """Reject what is not a dense tensor of floats, and a tensor that is larger than its stored data."""
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
     if not dense or tensor.dtype not in FLOAT_TYPES:
         raise CheckpointError(f"{path}: {name} is not a dense floating-point tensor ({tensor.dtype}).")
@@ -104,7 +107,7 @@ def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
 
 
 def _check_sizes(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Compare the storages of mapped tensors with the archive's entries: torch would read on into the next one."""
+    """Compare the storages of mapped tensors with the archive's entries: torch would read past the end of an entry."""
     storages = {tensor.data_ptr(): tensor.untyped_storage() for tensor in weights.values() if tensor.numel()}
     storages = {storage.data_ptr(): storage for storage in storages.values()}
     with zipfile.ZipFile(path) as archive:
@@ -125,7 +128,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no safetensors file, or damaged: {error}") from error
 
 
-# what the pickles of plain checkpoints name, for messages alone: torch's own list decides
+# what the pickles of plain checkpoints name. Only for messages: what is allowed is decided by torch's own list
 _PLAIN = ("torch.", "collections.OrderedDict", "_codecs.encode", "argparse.Namespace", "config_util.Config")
 _NO_CHECKSUMS = "%s was written without checksums: whether it is intact cannot be known."
 
@@ -137,7 +140,7 @@ def _unpickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace, (_Config, "config_util.Config")]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except Exception as error:  # bytes from anywhere: the unpickler and the archive reader raise all kinds
+    except Exception as error:  # untrusted bytes: the unpickler and the archive reader raise all kinds
         raise CheckpointError(f"{path} is refused: {_refusal(error, path)}.") from error
     if not archive:
         logger.warning(_NO_CHECKSUMS, path)
@@ -147,27 +150,30 @@ def _unpickle(path: Path) -> Any:
 def _refusal(error: Exception, path: Path) -> str:
     """What torch found wrong with a file."""
     text = str(error)
-    refused = re.search(r"GLOBAL (\S+)", text)
-    if foreign := [refused[1]] if refused else _foreign_names(path):
+    named = re.search(r"GLOBAL (\S+)", text)
+    foreign = [named[1]] if named else _foreign_names(path)
+    if foreign:
         return (
             f"it wants to run or build {foreign[0]}, and a checkpoint holds only tensors, plain containers, "
             "argparse.Namespace and config_util.Config"
         )
+    reason = type(error).__name__
     detail = re.search(r"WeightsUnpickler error:\s*(.+)", text) or re.search(r"(.+)", text)
-    reason = f"{type(error).__name__}: {detail[1].strip()[:200]}" if detail else type(error).__name__
+    if detail:
+        reason += f": {detail[1].strip()[:200]}"
     if "operand" in reason:  # pickle protocols other than 2 and 3
         reason += "; if it is whole, load it where it was made and save it with torch.save's defaults"
     return f"not a torch checkpoint of plain data, or damaged ({reason})"
 
 
 def _foreign_names(path: Path) -> list[str]:
-    """Functions and classes that a pickle names and a checkpoint has no use for, read without running it.
+    """Functions and classes that a pickle names and a checkpoint does not need, read without running it.
 
-    torch names them itself where it gets so far: it stops at the first byte of other protocols than 2 and 3.
+    torch names them in its error, but only for protocols 2 and 3: it stops at the first byte of others.
     """
     names: list[str] = []
-    texts: list[str] = [""]  # pushed so far
-    memo: list[str] = []  # of protocol 4 on: the text that was last when something was remembered
+    texts: list[str] = [""]  # strings pushed so far
+    memo: list[str] = []  # protocol 4 and later: the last string when something was memoized
     try:
         with ExitStack() as stack:
             file: IO[bytes] = stack.enter_context(open(path, "rb"))
@@ -175,7 +181,7 @@ def _foreign_names(path: Path) -> list[str]:
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 entry = next(name for name in archive.namelist() if name.endswith("data.pkl"))
                 file = stack.enter_context(archive.open(entry))
-            for _ in range(5):  # files from before torch 1.6 are so many pickles, then data
+            for _ in range(5):  # files from before torch 1.6 are five pickles, then data
                 argument: Any
                 for operation, argument, _ in pickletools.genops(file):
                     match operation.name:
@@ -189,7 +195,7 @@ def _foreign_names(path: Path) -> list[str]:
                             texts.append(memo[argument])
                         case _ if isinstance(argument, str):
                             texts.append(argument)
-    except Exception as error:  # the end, or bytes from anywhere; what was found before counts
+    except Exception as error:  # the end, or untrusted bytes; what was found before counts
         logger.debug("%s: %s", path, error)
     readable = (text(name) for name in names if name.replace(".", "_").isidentifier())
     return [name for name in readable if not name.startswith(_PLAIN)]
@@ -199,40 +205,44 @@ def _check_archive(path: Path) -> bool:
     """Compare every entry with its checksum: torch does not, and a flipped bit in a weight would go unnoticed.
 
     Returns:
-        Whether its data can be mapped: it can where nothing is compressed.
+        Whether its data can be memory-mapped: it can if nothing is compressed.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            known = any(entry.CRC for entry in entries)
-            damaged = archive.testzip() if known else None
+            has_checksums = any(entry.CRC for entry in entries)
+            damaged = None
+            if has_checksums:
+                damaged = archive.testzip()
     except Exception as error:  # zipfile raises several kinds for a damaged directory
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: {damaged} in it does not match its checksum.")
     names = Counter(entry.filename for entry in entries)
-    if twice := [name for name, count in names.items() if count > 1]:  # readers differ in which of them counts
+    if twice := [name for name, count in names.items() if count > 1]:  # readers differ in which of them they use
         raise CheckpointError(f"{path} is damaged: it holds {twice[0]} more than once.")
-    if not known:
+    if not has_checksums:
         logger.warning(_NO_CHECKSUMS, path)
     return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
 def _find_weights(content: dict) -> tuple[dict, list[str]]:
-    """The dictionary of weights, wherever it is in the file, and the entries beside it."""
-    beside: list[str] = []
+    """The dictionary of weights, wherever it is in the file, and the names of the other entries."""
+    others: list[str] = []
     for _ in WEIGHT_KEYS:  # wrappers may be nested, each kind once
         inner = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), dict) and content[key]), None)
         if inner is None:
             break
-        beside += [text(name) for name in content if name not in (inner, "args", "config")]
+        others += [text(name) for name in content if name not in (inner, "args", "config")]
         content = content[inner]
-    return content, beside
+    return content, others
 
 
 def text(name: Any) -> str:
-    """A name as text of bounded length: a file can hold keys of any kind."""
-    return name[:200] if isinstance(name, str) else reprlib.repr(name)
+    """A name as text of bounded length: a file can hold keys of any type."""
+    if isinstance(name, str):
+        return name[:200]
+    return reprlib.repr(name)
 
 
 def _plain_name(name: str) -> str:
@@ -242,13 +252,16 @@ def _plain_name(name: str) -> str:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else dict(getattr(value, "__dict__", {}))
+    if isinstance(value, dict):
+        return value
+    return dict(getattr(value, "__dict__", {}))
 
 
 def _config(content: dict, path: Path) -> dict[str, Any]:
     config = _attributes(content.get("config"))
     config = config.get("_data", config)
-    config = config.get("model", config) if isinstance(config, dict) else config
+    if isinstance(config, dict):
+        config = config.get("model", config)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: its configuration is a {type(config).__name__}, not a dictionary.")
     return config
@@ -256,12 +269,16 @@ def _config(content: dict, path: Path) -> dict[str, Any]:
 
 def _listing(names: Iterable, limit: int = 8) -> str:
     names = [text(name) for name in names]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "none"
+    if not names:
+        return "none"
+    listing = ", ".join(names[:limit])
+    if len(names) > limit:
+        listing += f" and {len(names) - limit} more"
+    return listing
 
 
 def layer_count(weights: Mapping[str, torch.Tensor], stem: str) -> int:
-    """How many layers ``stem.N`` have weights; where they are not those from 0 on, names do not fit later."""
+    """How many layers ``stem.N`` have weights; if they do not count up from 0, `check_weights` says so."""
     pattern = re.compile(re.escape(stem) + r"\.(\d+)\.")
     return len({match[1] for name in weights if (match := pattern.match(name))})
 
@@ -291,8 +308,8 @@ def convert(
     """Build a model from its options, compare it with the checkpoint, and give it the weights.
 
     Args:
-        build: makes the model; called where parameters get no memory.
-        to_original: names and shapes that a model asks of a checkpoint.
+        build: makes the model; called in a context in which parameters get no memory.
+        to_original: names and shapes that a model needs from a checkpoint.
         from_original: the model's tensors from the checkpoint's, by our names.
 
     Raises:
@@ -301,7 +318,7 @@ def convert(
     try:
         model = without_weights(build)
         expected = to_original(model)
-    except Exception as error:  # options from anywhere: the libraries raise all kinds for impossible ones
+    except Exception as error:  # untrusted options: the libraries raise all kinds of errors for impossible ones
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
     check_weights(checkpoint, expected)
     fill(model, from_original(model))
@@ -335,7 +352,7 @@ def check_weights(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) 
 
 
 def without_weights(build: Callable[[], Model]) -> Model:
-    """A model whose parameters have shapes and no memory yet; its buffers are there."""
+    """A model whose parameters have shapes but no memory yet; its buffers are allocated."""
     with init_empty_weights(include_buffers=False):
         return build()
 

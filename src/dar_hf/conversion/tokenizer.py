@@ -75,12 +75,12 @@ _OPTIONS = {
     "diff_decoder.repa_layer": "repa_layer",
 }
 _CHECKED = ("vq_enable", "output_resolution", "diff_decoder.out_dim")  # no counterpart, but they must fit
-ROPE_BASE = 10000.0  # the original's default, of the encoder and of the diffusion decoder, each for itself
+ROPE_BASE = 10000.0  # the original's default, for the encoder and for the diffusion decoder separately
 _NAMES = {ours: original for original, ours in _OPTIONS.items()}
 _PARAMETERS = inspect.signature(DARTokenizer).parameters
 _DEFAULTS: dict[str, Any] = {name: parameter.default for name, parameter in _PARAMETERS.items()}
 _FLOATS = {name for name, parameter in _PARAMETERS.items() if parameter.annotation in (float, float | None)}
-# what no shape tells and what changes pictures; the rest has a default in the original code too
+# what no shape tells and what changes images; the rest has a default in the original code, too
 _NEEDED: tuple[str, ...] = ("num_tokens", "num_groups", "sample_size", "data_std", "time_shift")
 
 
@@ -103,7 +103,10 @@ def convert_tokenizer(path: str | Path, /, config: str | Path | dict | None = No
         CheckpointError: for a file that cannot be read or does not fit; for what cannot be inferred, by name.
     """
     checkpoint = read_checkpoint(path)
-    options = _options(checkpoint, {} if config is None else _given(config), overrides)
+    given = {}
+    if config is not None:
+        given = _given(config)
+    options = _options(checkpoint, given, overrides)
     return convert(
         checkpoint,
         lambda: DARTokenizer(**options),
@@ -126,7 +129,9 @@ def tokenizer_to_original(model: DARTokenizer) -> dict[str, torch.Tensor]:
     result = {}
     for name, tensor in model.state_dict().items():
         name = original_name(name)
-        result[name] = tensor[..., None, None] if _CONVOLUTIONS.search(name) else tensor
+        if _CONVOLUTIONS.search(name):
+            tensor = tensor[..., None, None]
+        result[name] = tensor
     return result
 
 
@@ -139,9 +144,10 @@ def original_config(model: DARTokenizer) -> dict[str, Any]:
     Raises:
         ValueError: for what the original code cannot be told.
     """
-    size, config = model.image_size, model.config
-    if size[0] != size[1]:
-        raise ValueError(f"the original code's images are square, not {size[0]}x{size[1]}.")
+    config = model.config
+    height, width = model.image_size
+    if height != width:
+        raise ValueError(f"the original code's images are square, not {height}x{width}.")
     unnamed = set(_DEFAULTS) - set(_OPTIONS.values()) - {"strict_sample_size"}
     if config.repa_layer is None:
         unnamed.remove("repa_dim")
@@ -154,8 +160,9 @@ def original_config(model: DARTokenizer) -> dict[str, Any]:
     result: dict[str, Any] = {"vq_enable": True, "output_resolution": 0, "diff_decoder": decoder}
     for original, ours in _OPTIONS.items():
         section, _, name = original.rpartition(".")
-        (decoder if section else result)[name] = size[0] if ours == "sample_size" else config[ours]
-    return result
+        options = decoder if section else result
+        options[name] = config[ours]
+    return result | {_NAMES["sample_size"]: height}
 
 
 def original_name(name: str) -> str:
@@ -173,26 +180,29 @@ def _given(config: str | Path | dict) -> dict[str, Any]:
             content = yaml.safe_load(Path(config).read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{config} is no YAML file: {error}") from error
-    content = content.get("model", content) if isinstance(content, dict) else content
+    if isinstance(content, dict):
+        content = content.get("model", content)
     if not isinstance(content, dict):
         raise CheckpointError(f"a configuration holds options by name, got a {type(content).__name__}.")
     return content
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Nested options under dotted names; None stands for an option that is not said."""
+    """Nested options under dotted names; None stands for an option that is not given."""
     result: dict[str, Any] = {}
     for key, value in config.items():
         name = text(key)
-        nested = isinstance(value, dict) and name not in {*_OPTIONS, *_CHECKED, *_DEFAULTS}
-        inner = {f"{name}.{text(key)}": item for key, item in value.items()} if nested else {name: value}
+        inner = {name: value}
+        if isinstance(value, dict) and name not in {*_OPTIONS, *_CHECKED, *_DEFAULTS}:
+            inner = {f"{name}.{text(key)}": item for key, item in value.items()}
         result |= {key: item for key, item in inner.items() if item is not None}
     return result
 
 
 def _options(checkpoint: Checkpoint, given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """Options of `DARTokenizer` from everything that says something about them."""
-    path, shapes = checkpoint.path, _shapes(checkpoint)
+    path = checkpoint.path
+    shapes = _shapes(checkpoint)
     declared = _flat(checkpoint.config) | _flat(given)
     _check_unsupported(path, declared, shapes["in_channels"])
     _name_ignored(path, _flat(checkpoint.config), logging.INFO)
@@ -221,7 +231,7 @@ def _options(checkpoint: Checkpoint, given: dict[str, Any], overrides: dict[str,
 
 
 def _check_unsupported(path: Path, declared: dict[str, Any], in_channels: int) -> None:
-    """Refuse values of options without a counterpart that stand for another function than a `DARTokenizer`'s."""
+    """Reject options without a counterpart whose values would make another function than a `DARTokenizer`'s."""
     if declared.get("vq_enable", True) is not True:
         value = reprlib.repr(declared["vq_enable"])
         raise CheckpointError(f"{path}: vq_enable={value}: a tokenizer without codes is not supported.")
@@ -263,7 +273,9 @@ def _typed(name: str, value: Any) -> Any:
     if not fits and not (value is None and default is None):
         original = f" ({_NAMES[name]} in the original)" if name in _NAMES else ""
         raise CheckpointError(f"{name}{original} cannot be {reprlib.repr(value)}.")
-    return float(value) if name in _FLOATS and value is not None else value
+    if name in _FLOATS and value is not None:
+        return float(value)
+    return value
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, Any]:

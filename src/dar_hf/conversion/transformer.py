@@ -59,7 +59,9 @@ def convert_transformer(path: str | Path, /, *, sampling: str | None = None, **o
         FileNotFoundError: if there is no such file.
         CheckpointError: for a file that cannot be read or does not fit; for what cannot be inferred, by name.
     """
-    chosen = None if sampling is None else sampling_preset(sampling)
+    chosen = None
+    if sampling is not None:
+        chosen = sampling_preset(sampling)
     checkpoint = read_checkpoint(path)
     options = _options(checkpoint, overrides)
     model = convert(
@@ -81,7 +83,8 @@ def transformer_to_original(model: DARForCausalLM) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: for a model with parts or sizes that the original code does not have.
     """
-    config, tensors = model.config, model.state_dict()
+    config = model.config
+    tensors = model.state_dict()
     for name, value in _ORIGINAL.items():
         if getattr(config, name) != value:
             raise ValueError(f"the original code has {name}={value}, not {getattr(config, name)}.")
@@ -90,7 +93,8 @@ def transformer_to_original(model: DARForCausalLM) -> dict[str, torch.Tensor]:
             f"the original code's heads share hidden_size={config.hidden_size}: {config.num_attention_heads} heads "
             f"cannot have head_dim={config.head_dim}."
         )
-    if (kind := config.rope_parameters["rope_type"]) != "default":
+    kind = config.rope_parameters["rope_type"]
+    if kind != "default":
         raise ValueError(f"the original code has rope_type=default, not {kind}.")
     codes, classes = tensors["model.embed_tokens.weight"].split([config.codebook_size, config.num_classes + 1])
     result = {
@@ -100,9 +104,11 @@ def transformer_to_original(model: DARForCausalLM) -> dict[str, torch.Tensor]:
         "output.weight": tensors["lm_head.weight"],
     }
     for layer in range(config.num_hidden_layers):
-        ours, theirs = f"model.layers.{layer}.", f"layers.{layer}."
+        ours = f"model.layers.{layer}."
+        theirs = f"layers.{layer}."
         query, key, value = (tensors[f"{ours}self_attn.{name}_proj.weight"] for name in "qkv")
-        query, key = (_interleave_pairs(weight, config.head_dim) for weight in (query, key))
+        query = _interleave_pairs(query, config.head_dim)
+        key = _interleave_pairs(key, config.head_dim)
         result[theirs + "attention.wqkv.weight"] = torch.cat([query, key, value])
         for name, original in _LAYER.items():
             result[f"{theirs}{original}.weight"] = tensors[f"{ours}{name}.weight"]
@@ -110,8 +116,9 @@ def transformer_to_original(model: DARForCausalLM) -> dict[str, torch.Tensor]:
 
 
 def name_arguments(config: DARConfig) -> None:
-    """Say which arguments of the original code the weights do not bring along, where they are not its defaults."""
-    if (base := config.rope_parameters["rope_theta"]) != ROPE_THETA:
+    """Log which arguments the original code needs in addition to the weights, if they are not its defaults."""
+    base = config.rope_parameters["rope_theta"]
+    if base != ROPE_THETA:
         logger.warning("the original code has to be built with rope_base=%s.", base)
     if config.rms_norm_eps != NORM_EPS:
         logger.warning("the original code has to be built with norm_eps=%s.", config.rms_norm_eps)
@@ -124,7 +131,8 @@ def _from_original(weights: dict[str, torch.Tensor], config: DARConfig) -> Itera
     yield "lm_head.weight", weights["output.weight"]
     keys = config.num_key_value_heads * config.head_dim
     for layer in range(config.num_hidden_layers):
-        ours, theirs = f"model.layers.{layer}.", f"layers.{layer}."
+        ours = f"model.layers.{layer}."
+        theirs = f"layers.{layer}."
         query, key, value = weights[theirs + "attention.wqkv.weight"].split([config.hidden_size, keys, keys])
         yield ours + "self_attn.q_proj.weight", _halve_pairs(query, config.head_dim)
         yield ours + "self_attn.k_proj.weight", _halve_pairs(key, config.head_dim)
@@ -134,12 +142,12 @@ def _from_original(weights: dict[str, torch.Tensor], config: DARConfig) -> Itera
 
 
 def _halve_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of each head from rotary pairs side by side (the original) to first halves, then second (transformers)."""
+    """Rows of each head from adjacent rotary pairs (the original) to first halves, then second (transformers)."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _interleave_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The other way round."""
+    """The inverse of `_halve_pairs`."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -227,10 +235,14 @@ def _heads(checkpoint: Checkpoint, options: dict[str, Any]) -> int:
     if checkpoint.args.get("n_head") is not None:
         return checkpoint.args["n_head"]
     size = _named_size(options)
-    heads = PRESETS[size].transformer["num_attention_heads"] if size else options["hidden_size"] // HEAD_DIM
+    if size is None:
+        heads = options["hidden_size"] // HEAD_DIM
+        reason = f"hidden_size / {HEAD_DIM}"
+    else:
+        heads = PRESETS[size].transformer["num_attention_heads"]
+        reason = f"those of size {size}"
     named = str(checkpoint.args.get("gpt_model", "")).removeprefix("GPT-")
     if named != size:
-        reason = f"those of size {size}" if size else f"hidden_size / {HEAD_DIM}"
         logger.warning("%s does not say how many heads it has: taking %d, %s.", checkpoint.path, heads, reason)
     return heads
 
@@ -258,7 +270,8 @@ def _image_tokens(checkpoint: Checkpoint, options: dict[str, Any], asked: int | 
         raise CheckpointError(
             f"{checkpoint.path} is for {tokens} codes an image, num_image_tokens={asked} was asked for."
         )
-    tokens = asked if tokens is None else tokens
+    if tokens is None:
+        tokens = asked
     if tokens is None and _named_size(options) is not None:
         tokens = DARConfig.num_image_tokens
         logger.warning("%s does not say how many codes an image has: taking the paper's %d.", checkpoint.path, tokens)

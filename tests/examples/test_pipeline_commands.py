@@ -1,9 +1,6 @@
 """The commands that generate and reconstruct, run on a tiny pipeline."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +8,7 @@ import torch
 from PIL import Image
 from pipeline_helpers import picture, seeded
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-TILE = 48 + 2  # an enlarged 8x8 picture and the gap beside it
+TILE = 48 + 2  # an enlarged 8x8 image and the gap next to it
 
 
 @pytest.fixture
@@ -22,23 +18,13 @@ def folder(tiny_pipeline, tmp_path):
 
 
 @pytest.fixture
-def run(folder, monkeypatch, capsys):
-    """Run a command in this process; returns what it printed."""
+def run(folder, run_command):
+    """Run a command on the pipeline in the folder; returns what it printed."""
 
     def command(name, *arguments):
-        argv = [name, "--pipeline", folder / "pipeline", *arguments]
-        monkeypatch.setattr(sys, "argv", [str(argument) for argument in argv])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
+        return run_command(name, "--pipeline", folder / "pipeline", *arguments)
 
     return command
-
-
-def refusal(run, capsys, *command):
-    with pytest.raises(SystemExit) as caught:
-        run(*command)
-    assert caught.value.code == 2
-    return capsys.readouterr().err
 
 
 def test_generate(folder, run, tiny_pipeline):
@@ -50,7 +36,7 @@ def test_generate(folder, run, tiny_pipeline):
         assert np.array_equal(np.asarray(Image.open(out / f"{index:04d}.png")), np.asarray(image))
     assert Image.open(out / "grid.png").size == (2 * TILE + 2, TILE + 2)
     run("generate.py", "--output_dir", out, "--class_labels", 0, "--seed", 6, "--guidance_scale", 1.1, 8)
-    alone = np.asarray(Image.open(out / "0000.png"))  # what is generated beside an image does not matter
+    alone = np.asarray(Image.open(out / "0000.png"))  # what is generated with an image does not matter
     assert np.abs(alone.astype(int) - np.asarray(expected[1]).astype(int)).max() <= 1
 
 
@@ -59,8 +45,8 @@ def test_generate_shows_every_step(folder, run):
     options = ("--num_images_per_prompt", 3, "--num_inference_steps", 6, "--previews", "strip", "gif", "--timing")
     printed = run("generate.py", "--output_dir", out, *options)
     assert len(list(out.glob("0*.png"))) == 15  # five classes
-    assert Image.open(out / "grid.png").size == (3 * TILE + 2, 5 * TILE + 2)  # a row a class
-    assert Image.open(out / "previews.png").size == (15 * TILE + 2, 6 * TILE + 2)  # a row a step
+    assert Image.open(out / "grid.png").size == (3 * TILE + 2, 5 * TILE + 2)  # one row per class
+    assert Image.open(out / "previews.png").size == (15 * TILE + 2, 6 * TILE + 2)  # one row per step
     assert Image.open(out / "previews.gif").n_frames == 6
     report = json.loads(printed.splitlines()[-1])
     assert 0 < report["first_preview_seconds"] < report["whole_call_seconds"]
@@ -84,12 +70,12 @@ def test_generate_from_an_image(folder, run, tiny_pipeline, options, call):
     assert Image.open(out / "grid.png").size == (5 * TILE + 2, 2 * TILE + 2)  # the given image above the others
 
 
-def test_generate_refuses(folder, run, capsys):
-    assert "unknown class name 'whale'" in refusal(run, capsys, "generate.py", "--class_labels", "whale")
+def test_generate_refuses(folder, run, refusal):
+    assert "unknown class name 'whale'" in refusal(run, "generate.py", "--class_labels", "whale")
     picture().save(folder / "given.png")
-    lonely = refusal(run, capsys, "generate.py", "--layout_image", folder / "given.png")
+    lonely = refusal(run, "generate.py", "--layout_image", folder / "given.png")
     assert "layout_image and layout_tokens go together" in lonely
-    assert "No such file" in refusal(run, capsys, "generate.py", "--image", folder / "no.png", "--strength", 1)
+    assert "No such file" in refusal(run, "generate.py", "--image", folder / "no.png", "--strength", 1)
 
 
 @pytest.mark.parametrize("options, rows", [((), 2), (("--previews",), 5), (("--num_tokens", 8, "--previews"), 3)])
@@ -111,15 +97,15 @@ def test_reconstruct(folder, run, tiny_pipeline, options, rows):
     assert len(figures) == (2 if count else 4)
 
 
-def test_reconstruct_a_data_set(folder, run, capsys):
+def test_reconstruct_a_data_set(folder, run, refusal):
     (folder / "images").mkdir()
     for seed in range(4):
         picture(seed, size=(12, 20)).save(folder / "images" / f"{seed}.png")
     options = ("--dataset_name", folder / "images", "--num_images", 3, "--output", folder / "out.png")
     run("reconstruct.py", *options)
     assert Image.open(folder / "out.png").size == (3 * TILE + 2, 2 * TILE + 2)
-    assert "image size 16x16" in refusal(run, capsys, "reconstruct.py", *options, "--height", 16, "--width", 16)
-    assert "--num_images must be at least 1" in refusal(run, capsys, "reconstruct.py", *options, "--num_images", 0)
+    assert "image size 16x16" in refusal(run, "reconstruct.py", *options, "--height", 16, "--width", 16)
+    assert "--num_images must be at least 1" in refusal(run, "reconstruct.py", *options, "--num_images", 0)
 
 
 DAMAGED_EXIF = b"Exif\0\0\x00\x08\x00\x02\x01\x12\x00\x03"
@@ -145,14 +131,14 @@ def test_commands_read_images_as_the_pipeline_does(folder, run, tiny_pipeline):
         assert printed.splitlines()[0].endswith(f"{float(-10 * error.log10()):.2f}")
 
 
-def test_a_data_set_is_reconstructed_without_what_cannot_be_read(folder, run, capsys):
+def test_a_data_set_is_reconstructed_without_what_cannot_be_read(folder, run, refusal):
     (folder / "images").mkdir()
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(folder / "images" / "0.tiff")
     options = ("--dataset_name", folder / "images", "--num_images", 3, "--output", folder / "out.png")
-    assert "none of the first 1 images" in refusal(run, capsys, "reconstruct.py", *options)
+    assert "none of the first 1 images" in refusal(run, "reconstruct.py", *options)
     picture().save(folder / "images" / "1.png", exif=DAMAGED_EXIF)
     run("reconstruct.py", *options)
     assert Image.open(folder / "out.png").size == (TILE + 2, 2 * TILE + 2)
     assert "0.tiff: an image must have pixels" in refusal(
-        run, capsys, "reconstruct.py", "--images", folder / "images" / "0.tiff"
+        run, "reconstruct.py", "--images", folder / "images" / "0.tiff"
     )
