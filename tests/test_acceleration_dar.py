@@ -379,7 +379,7 @@ def test_decoding_in_another_dtype_is_honest_to_hooks_and_changes(tiny_tokenizer
     assert len(calls) == 4
 
 
-def test_training_frees_the_decoding_copy(tiny_tokenizer):
+def test_training_frees_the_denoiser_for_decoding(tiny_tokenizer):
     tiny_tokenizer.decode_dtype = torch.bfloat16
     tiny_tokenizer.decode(torch.zeros(1, 16, dtype=torch.long))
     assert tiny_tokenizer.denoiser in acceleration_dar._KEPT

@@ -40,6 +40,30 @@ def test_callback_counts_from_zero_where_codes_complete_no_step(tiny_pipeline, o
     assert steps == [0]
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 7])
+def test_codes_alone_are_reported_at_the_steps_of_the_image(tiny_pipeline, num_steps):
+    def calls(output_type):
+        steps, codes = [], []
+
+        def callback(pipe, step, timestep, tensors):
+            steps.append(step)
+            codes.append(tensors["codes"])
+
+        result = tiny_pipeline(
+            0,
+            generator=seeded(),
+            num_inference_steps=num_steps,
+            output_type=output_type,
+            callback_on_step_end=callback,
+        )
+        return steps, codes, result
+
+    steps, codes, result = calls("codes")
+    assert steps == calls("pt")[0] == list(range(num_steps))
+    assert (result.step, result.num_steps, result.num_tokens) == (num_steps, num_steps, 16)
+    assert torch.equal(codes[-1], result.images) and result.images.shape == (1, 16)
+
+
 def test_callback_can_replace_the_latents(tiny_pipeline):
     tokenizer = tiny_pipeline.tokenizer
     codes = generated_codes(tiny_pipeline, 0, generator=seeded())

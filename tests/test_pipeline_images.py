@@ -72,6 +72,17 @@ def test_a_wide_picture_is_cropped_to_its_middle(tiny_pipeline):
     assert torch.equal(codes, tiny_pipeline.tokenizer.encode(tensor_of(picture())).codes)
 
 
+@pytest.mark.parametrize(
+    "options", [{"layout_image": picture(), "layout_tokens": 5}, {"image": picture(), "strength": 0.5}]
+)
+def test_one_image_for_many_labels_is_encoded_once(tiny_pipeline, monkeypatch, options):
+    sizes = []
+    encode = tiny_pipeline.tokenizer.encode
+    monkeypatch.setattr(tiny_pipeline.tokenizer, "encode", lambda images: sizes.append(len(images)) or encode(images))
+    assert len(tiny_pipeline([0, 1, 2], num_images_per_prompt=2, **options).images) == 6
+    assert sizes == [1]
+
+
 def test_strength_one_is_plain_generation(tiny_pipeline):
     plain = tiny_pipeline([0, 3], generator=seeded(), output_type="pt").images
     again = tiny_pipeline([0, 3], generator=seeded(), output_type="pt", image=picture(), strength=1.0).images

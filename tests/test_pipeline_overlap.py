@@ -6,7 +6,7 @@ import pytest
 import torch
 from pipeline_helpers import picture, same, seeded
 
-from dar_hf import pipeline_dar
+from dar_hf import acceleration_dar, pipeline_dar
 from dar_hf.acceleration_dar import SideStream
 
 
@@ -16,6 +16,7 @@ class Streams:
     def __init__(self, monkeypatch):
         self.log = []
         self.main = self.current = self.new("main")
+        acceleration_dar._side_stream.cache_clear()
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: self.new("side"))
         monkeypatch.setattr(torch.cuda, "stream", self.on)

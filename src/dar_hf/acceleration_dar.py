@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 HALF_FROM = 512  # width from which a denoiser gains from bf16; smaller ones are bound by overheads
 SHORT_SEQUENCE = 128  # up to here the fused attention of CPUs is several times slower backwards than plain matmuls
+HALF_SEQUENCE = 128  # from here on, bf16 on CPUs, products of two heads at a time are faster than fused attention
 PACK_FROM = 2**25  # bytes: smaller models stay in the processor's cache, where packing gains nothing
 _LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -160,7 +161,7 @@ class FastLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
         if x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16):
-            x = x.to(weight.dtype)  # of layers with float32_output
+            x = x.to(weight.dtype)  # attention over float32 queries, keys and values gives float32
         if x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
             output = F.linear(x, weight.to_dense() if weight.is_mkldnn else weight, self.bias)
         elif weight.is_mkldnn or (x.dtype == torch.float32 and _LINEAR is not None):
@@ -220,13 +221,13 @@ def fast_attention(
     backend: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """``attention`` of ``(B, L, heads, head_dim)`` without gradients, but for long sequences of bf16 on CPUs.
+    """Calls ``attention (B, L, heads, head_dim)``, except for long unmasked sequences in bf16 on CPUs.
 
-    There torch's fused kernel is no faster than in float32. Two heads are computed at a time, one for each half of the
-    work of a matrix product, so that their scores stay in the cache.
+    There torch's fused kernel is no faster than in float32; softmax(QK^T)V is computed instead, two heads at a time,
+    so that their scores stay in the cache and each core has a head.
     """
     is_half = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if backend is not None or attention_mask is not None or not is_half or key.shape[1] <= SHORT_SEQUENCE:
+    if backend is not None or attention_mask is not None or not is_half or key.shape[1] <= HALF_SEQUENCE:
         return attention(query, key, value, attention_mask, backend=backend, **kwargs)
     output = torch.empty_like(query)
     batch_size, length, num_heads, head_dim = query.shape
@@ -277,6 +278,12 @@ class FilledCacheLayer(DynamicLayer):
         return self.keys, self.values
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device: torch's allocator keeps the memory of each stream apart."""
+    return torch.cuda.Stream(device)
+
+
 class SideStream:
     """A CUDA stream on which denoising runs while the language model goes on on the stream that was current.
 
@@ -285,7 +292,7 @@ class SideStream:
 
     def __init__(self, device: torch.device):
         self.main = torch.cuda.current_stream(device)
-        self.side = torch.cuda.Stream(device)
+        self.side = _side_stream(device)
         self.side.wait_stream(self.main)
 
     def hand_over(self, codes: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -47,15 +47,15 @@ def apply_rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
-def causal_mask(length: int, num_open: int = 0) -> torch.Tensor:
-    """Mask ``(1, 1, num_open + length, num_open + length)``, True where a query sees a key: itself and those before.
+def causal_mask(length: int, num_prefix: int = 0) -> torch.Tensor:
+    """Mask ``(1, 1, L, L)``, L = num_prefix + length, True where a query may attend to a key: itself and earlier ones.
 
-    The first ``num_open`` keys are seen by all. Four axes: diffusers takes a mask of two for one of padding where
-    sizes agree.
+    All see the whole prefix, as in a prefix language model. Four axes, because diffusers' dispatcher reads a mask of
+    two as one of padding.
     """
-    size = num_open + length
+    size = num_prefix + length
     allowed = torch.ones(1, 1, size, size, dtype=torch.bool).tril()
-    allowed[..., :num_open] = True
+    allowed[..., :num_prefix] = True
     return allowed
 
 
@@ -80,7 +80,7 @@ class Tables:
             return torch.cat([table, torch.ones_like(table[:1]).expand(config.num_tokens, -1, -1)])
 
         def mask() -> torch.Tensor:
-            return causal_mask(config.num_tokens, num_open=rows * columns)
+            return causal_mask(config.num_tokens, num_prefix=rows * columns)
 
         return {
             "rotary": self._once(rotary, "encoder rotary", rows, columns, device),
@@ -136,6 +136,7 @@ class DARAttnProcessor:
 
     _attention_backend = None
     _parallel_config = None
+    # the private copies of acceleration_dar have fast_attention here
     attention: Callable[..., torch.Tensor] = staticmethod(dispatch_attention_fn)
 
     def __call__(
@@ -199,6 +200,11 @@ def feed_forward(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
 
 
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x * (1 + scale) + shift`` as in adaLN, with one intermediate result less."""
+    return torch.addcmul(x + shift, x, scale)
+
+
 class GatedBlock(nn.Module):
     """Pre-norm transformer block whose two branches are scaled by learned per-channel gates (zero at the start)."""
 
@@ -211,8 +217,8 @@ class GatedBlock(nn.Module):
         self.gate1 = nn.Parameter(torch.zeros(dim))
         self.gate2 = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: torch.Tensor, attention: dict) -> torch.Tensor:
-        x = torch.addcmul(x, self.gate1, self.attn(self.norm1(x), **attention))
+    def forward(self, x: torch.Tensor, attention_kwargs: dict) -> torch.Tensor:
+        x = torch.addcmul(x, self.gate1, self.attn(self.norm1(x), **attention_kwargs))
         return torch.addcmul(x, self.gate2, self.mlp(self.norm2(x)))
 
 
@@ -257,13 +263,13 @@ class DiffusionBlock(nn.Module):
             normed,
             encoder_hidden_states=layer_norm(self.condition_embed(condition)),
             rotary=rotary,
-            rotate_keys=False,  # conditions have no position in the image
+            rotate_keys=False,  # as in the original code: conditions have no position in the image
         )
         modulation = self.modulation(F.silu(time.unsqueeze(1) + attended))
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attn(torch.addcmul(normed + shift1, normed, scale1), rotary=rotary))
+        x = torch.addcmul(x, gate1, self.attn(modulate(normed, shift1, scale1), rotary=rotary))
         normed = layer_norm(x)
-        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(normed + shift2, normed, scale2)))
+        return torch.addcmul(x, gate2, self.mlp(modulate(normed, shift2, scale2)))
 
 
 class AdaptiveHead(nn.Module):
@@ -315,7 +321,9 @@ class VectorQuantizer(KeepsFloat32):
     def __init__(self, codebook_size: int, codebook_dim: int):
         super().__init__()
         self.codebook = nn.Embedding(codebook_size, codebook_dim)
-        self.codebook.weight.data.uniform_(-1.0 / codebook_size, 1.0 / codebook_size)
+        nn.init.uniform_(self.codebook.weight, -1.0, 1.0)
+        # unit rows, as in the original code: a shorter row has a gradient that is larger by as much
+        self.codebook.weight.data = F.normalize(self.codebook.weight.data, dim=-1)
 
     def nearest(self, latents: torch.Tensor) -> torch.Tensor:
         """Codes ``(...)`` of l2-normalised latents ``(..., codebook_dim)``."""
@@ -323,6 +331,7 @@ class VectorQuantizer(KeepsFloat32):
 
     def similarities(self, latents: torch.Tensor) -> torch.Tensor:
         """Cosines ``(..., codebook_size)`` of latents ``(..., codebook_dim)`` and the codebook's rows."""
+        # looked up like any codes, so that offloading brings the codebook in
         every_code = torch.arange(self.codebook.num_embeddings, device=latents.device)
         return latents @ self.embed(every_code).T
 

@@ -58,7 +58,11 @@ _EVALUATING_LOCK = threading.Lock()
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout, and checkpointing, which drops the cache, off for a block; every part gets its mode back."""
+    """Evaluation mode for one group of codes, and not while the stream waits: training may go on meanwhile.
+
+    It switches off dropout, and gradient checkpointing, which drops the cache. Counted, since several streams may use
+    one model; the private copies of `accelerated` have a mode of their own.
+    """
     with _EVALUATING_LOCK:
         count, training = _EVALUATING.get(module, (0, []))
         if count == 0:
@@ -444,9 +448,13 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             ValueError: for labels, codes or sampling options out of range, before anything is generated.
         """
         config = self.config
-        num_tokens = config.num_image_tokens if num_tokens is None else num_tokens
+        if num_tokens is None:
+            num_tokens = config.num_image_tokens
+        if group_size is None:
+            group_size = config.tokens_per_group
+        if guidance_scale is None:
+            guidance_scale = self.generation_config.guidance_scale
         num_tokens = check_integer("num_tokens", num_tokens, least=None)
-        group_size = config.tokens_per_group if group_size is None else group_size
         group_size = check_integer("group_size", group_size, least=None)
         if not 1 <= num_tokens <= config.num_image_tokens:
             raise ValueError(f"num_tokens must lie in [1, {config.num_image_tokens}], got {num_tokens}.")
@@ -458,16 +466,14 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         labels: list[Any] = [class_labels] if single else list(class_labels)  # type: ignore[arg-type]
         if not labels:
             raise ValueError("class_labels is empty: nothing to generate.")
-        tokens = torch.tensor([[config.class_token_id(label)] for label in labels], device=self._input_device)
+        start = torch.tensor([[config.class_token_id(label)] for label in labels], device=self._input_device)
         check_generators(generator, len(labels))
         if prefix_codes is not None:
             prefix_codes = self.check_prefix(prefix_codes, len(labels), num_tokens)
-            tokens = torch.cat([tokens, prefix_codes], dim=1)
-        if guidance_scale is None:
-            guidance_scale = self.generation_config.guidance_scale
+            start = torch.cat([start, prefix_codes], dim=1)
         schedule = guidance_schedule(guidance_scale, config.num_image_tokens)
         warpers = sampling_warpers(temperature, top_k, top_p)
-        return self._stream_groups(tokens, schedule, warpers, generator, num_tokens, group_size)
+        return self._stream_groups(start, schedule, warpers, generator, num_tokens, group_size)
 
     def check_sampling(self, guidance_scale: GuidanceScale, temperature: float, top_k: int, top_p: float) -> None:
         """Raises ValueError for sampling options that `stream_codes` would refuse."""
@@ -477,9 +483,12 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     def check_prefix(
         self, codes: torch.Tensor, batch_size: int, num_tokens: int, repeats: int = 1
     ) -> torch.LongTensor:
-        """The prefix ``(batch_size, n)`` on this model's device, or a ValueError that says what is wrong with it.
+        """The prefix ``(batch_size, n)`` on this model's device.
 
-        One row serves all; ``batch_size / repeats`` rows serve ``repeats`` neighbours each.
+        One row is repeated for the whole batch; ``batch_size / repeats`` rows are repeated ``repeats`` times each.
+
+        Raises:
+            ValueError: that says what is wrong with it.
         """
         try:
             codes = torch.as_tensor(codes)
@@ -492,7 +501,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             codes = codes.repeat_interleave(repeats, dim=0)
         if codes.ndim != 2 or not whole or len(codes) not in (1, batch_size):
             raise ValueError(
-                f"prefix_codes must be integers of shape (1 or {batch_size}, n), got {codes.dtype} of "
+                f"prefix_codes must be integers of shape (1 or {batch_size // repeats}, n), got {codes.dtype} of "
                 f"{tuple(codes.shape)}."
             )
         if codes.shape[1] > num_tokens:
@@ -509,35 +518,36 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _stream_groups(
         self,
-        tokens: torch.LongTensor,
+        start: torch.LongTensor,
         schedule: list[float] | None,
         warpers: LogitsProcessorList | None,
         generator: Generators,
         num_tokens: int,
         group_size: int,
     ) -> Iterator[torch.LongTensor]:
-        """``tokens`` are the class tokens and the prefix; ``warpers`` None decodes greedily."""
-        codes = tokens[:, 1:]
-        rows = len(tokens) if schedule is None else 2 * len(tokens)
+        """``start`` is the class token and the prefix of each row; ``warpers`` None decodes greedily."""
+        inputs = start
+        codes = start[:, 1:]
+        rows = len(start) if schedule is None else 2 * len(start)
         yielded = 0
-        extremes: list[torch.Tensor] = []
-        with self._decoding(rows, num_tokens) as (model, step):
+        extremes: list[torch.Tensor] = []  # NaN and infinity show in minimum and maximum: two numbers per step
+        with self._decoding(rows, num_tokens) as (model, next_logits):
             while yielded < num_tokens:
                 stop = min(yielded + group_size, num_tokens)
                 with evaluating(model):
                     while codes.shape[1] < stop:
                         if schedule is not None:  # the same rows once more, under the null class
-                            tokens = torch.cat([tokens, self.model.to_unconditional(tokens)])
-                        logits = step(tokens)
+                            inputs = torch.cat([inputs, self.model.to_unconditional(inputs)])
+                        logits = next_logits(inputs)
                         codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
                         if schedule is not None:
                             logits = apply_guidance(logits, schedule[codes.shape[1]])
                         extremes.extend(logits.aminmax())
                         if warpers is None:
-                            tokens = logits.argmax(dim=-1, keepdim=True)
+                            inputs = logits.argmax(dim=-1, keepdim=True)
                         else:
-                            tokens = sample_index(warpers(None, logits), generator)[:, None]
-                        codes = torch.cat([codes, tokens], dim=1)
+                            inputs = sample_index(warpers(None, logits), generator)[:, None]
+                        codes = torch.cat([codes, inputs], dim=1)
                 if codes.device.type == "cpu" or stop == num_tokens:  # a GPU is waited for at the end only
                     check_finite(extremes, self)
                     extremes.clear()
@@ -546,11 +556,12 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
 
     @contextmanager
     def _decoding(self, rows: int, num_tokens: int) -> Iterator[tuple[nn.Module, NextLogits]]:
-        """The model that decodes, and its step over a cache of its own."""
+        """The model that decodes, and the function that gives its next logits over a cache of its own."""
         if not self.compile_decoding:
+            # attention and its cache stay float32 on CPUs, where it is no faster in bf16
             model = accelerated(self, pack=self.pack_weights, float32_outputs=("q_proj", "k_proj", "v_proj"))
             cache = Cache(layers=[FilledCacheLayer(num_tokens) for _ in self.model.layers])
-            yield model, lambda tokens: _next_logits(model, tokens, cache)
+            yield model, lambda inputs: _next_logits(model, inputs, cache)
             return
         if self._compiled_forward is None:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -560,10 +571,15 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         if cache is None:
             cache = StaticCache(config=self.config, max_cache_len=self.config.num_image_tokens)
         cache.reset()
-        # the first pass, over the class and the prefix, has a length of its own: not worth compiling
+
+        # the prefill, over class and prefix, has a different shape; do not compile it
         forwards = itertools.chain([self], itertools.repeat(self._compiled_forward))
+
+        def next_logits(inputs: torch.LongTensor) -> torch.Tensor:
+            return _next_logits(next(forwards), inputs, cache)
+
         try:
-            yield self, lambda tokens: _next_logits(next(forwards), tokens, cache)
+            yield self, next_logits
         finally:
             self._static_caches = {key: cache}  # only the latest: every batch size has one of its own
 
@@ -572,7 +588,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         return {**vars(self), "_compiled_forward": None, "_static_caches": {}}
 
 
-def _next_logits(forward: Callable, tokens: torch.LongTensor, cache: Cache) -> torch.Tensor:
-    """float32 logits ``(rows, codebook_size)`` after ``tokens (rows, L)``, which follow those in the cache."""
-    logits = forward(tokens, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
+def _next_logits(forward: Callable, inputs: torch.LongTensor, cache: Cache) -> torch.Tensor:
+    """float32 logits ``(rows, codebook_size)`` after ``inputs (rows, L)``, which follow the tokens in the cache."""
+    logits = forward(inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1].float()

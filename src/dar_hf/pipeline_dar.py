@@ -2,8 +2,8 @@
 
 `DARPipeline.stream` is the composition; calling the pipeline gives its last element, and `DARPipeline.reconstruct` is
 the same path over codes that exist already. Image-to-image follows the idea of the original code, which slices its
-schedule twice there (the steps it skips are skipped again); here the schedule is entered once, at the step that
-``strength`` selects.
+schedule twice there, so that the steps it skips are skipped again; here the schedule is entered once, at the step
+that ``strength`` selects.
 """
 
 import math
@@ -26,7 +26,7 @@ from .images_dar import arrays_to_pixels, image_list, image_to_pixels
 from .labels_dar import index_names, known_names, names_by_id
 from .modeling_dar import DARForCausalLM
 from .sampling_dar import GuidanceScale
-from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, to_adams_bashforth
+from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time, to_adams_bashforth
 from .tokenizer_dar import DARPreview, DARTokenizer
 from .weights_dar import replacing_earlier_save
 
@@ -53,13 +53,13 @@ class DARPipelineOutput(BaseOutput):
 
 
 @dataclass
-class CodesStep:
-    """A denoising step whose codes are there, and which is not computed (``output_type="codes"``).
+class CodesPreview:
+    """The codes of a denoising step that is not computed (``output_type="codes"``).
 
     Attributes:
         step, num_steps: this step, counted from 1, and how many there are.
         num_tokens: how many codes there are.
-        codes: ``(B, num_tokens)``, all of them so far.
+        codes: ``(B, num_tokens)``, all that have arrived.
         timestep: 0, since no time passes.
     """
 
@@ -108,12 +108,7 @@ class DARPipeline(DiffusionPipeline):
         self.register_modules(tokenizer=tokenizer, transformer=transformer, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
         self.labels, self._shared_names = index_names(id2label or {})
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=1,
-            resample="bicubic",
-            do_convert_rgb=tokenizer.config.in_channels == 3,
-            do_convert_grayscale=tokenizer.config.in_channels == 1,
-        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)  # of outputs; images_dar reads inputs
         self._interrupt = False
         self._guidance_scale: GuidanceScale = None
         self._num_timesteps = 0
@@ -193,15 +188,17 @@ class DARPipeline(DiffusionPipeline):
             guidance_scale: classifier-free guidance, a number or a pair (start, end) for a scale linear over the
                 tokens; None takes the default saved with the transformer, 1.0 switches it off.
             temperature, top_k, top_p: sampling of the codes; temperature 0 takes the most probable ones.
-            num_inference_steps: denoising steps, any number up to 10000; default the tokenizer's.
-            num_tokens: generate and decode only this many codes (a preview).
+            num_inference_steps: denoising steps, any number up to 10000; default the tokenizer's. Fewer than the
+                tokenizer has groups leave groups out.
+            num_tokens: generate only this many codes; the preview shows the last complete group.
             num_images_per_prompt: images per label.
             prefix_codes: ``(B or 1, n)`` codes to start from; as with images, one row serves all, one for each label
                 all images of that label.
             layout_image, layout_tokens: take the first ``layout_tokens`` codes of an image as the prefix.
-            image, strength: image-to-image: the share of the steps, in [0, 1], that is generated anew.
+            image, strength: image-to-image: the share of the steps, in [0, 1], that is generated anew; below one step
+                the image's plain reconstruction from noise.
             generator: randomness of noise and codes, one or one per image; the global one stays untouched.
-            latents: start noise ``(B, C, H, W)``.
+            latents: start noise ``(B, C, H, W)``. The generator then draws none, and so gives other codes.
             output_type: "pil", "np", "pt", "codes" (nothing is decoded) or "latent" (the solver's noisy state).
             return_dict: False gives a tuple ``(images,)``.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, tensors)`` after every step with
@@ -268,7 +265,8 @@ class DARPipeline(DiffusionPipeline):
         The last one is what calling the pipeline returns, where the arguments are explained.
 
         Args:
-            previews: False yields the last output only.
+            previews: False yields the last output only: others are not converted to images, and on a GPU denoising
+                overlaps with the language model.
 
         Raises:
             ValueError: as calling the pipeline, at once and not at the first step.
@@ -301,23 +299,26 @@ class DARPipeline(DiffusionPipeline):
         if prefix_codes is not None:
             prefix_codes = self.transformer.check_prefix(prefix_codes, batch_size, num_tokens, num_images_per_prompt)
         height, width = self.tokenizer.image_size
-        repeats = num_images_per_prompt
         if layout_image is not None:
-            pixels = self.prepare_images("layout_image", layout_image, height, width, batch_size, repeats)
+            pixels = self.prepare_images("layout_image", layout_image, height, width)
         if image is not None:
-            pixels = self.prepare_images("image", image, height, width, batch_size, repeats)
+            pixels = self.prepare_images("image", image, height, width)
+        if layout_image is not None or image is not None:
+            _check_count(pixels, batch_size, num_images_per_prompt)
         noise = self.prepare_latents((batch_size, config.in_channels, height, width), generator, latents)
 
         # everything is checked: from here on models run
         start_step = 0
         if layout_image is not None:
-            prefix_codes = self.tokenizer.encode(pixels).codes[:, :layout_tokens]
+            codes = self.tokenizer.encode(pixels).codes[:, :layout_tokens]
+            prefix_codes = _repeat(codes, batch_size, num_images_per_prompt)
         if image is not None and strength is not None:
-            prefix_codes, noise, start_step = self.prepare_image_to_image(
-                pixels, noise, strength, num_inference_steps, num_tokens
+            codes, noise, start_step = self.prepare_image_to_image(
+                pixels, noise, strength, num_inference_steps, num_tokens, num_images_per_prompt
             )
+            prefix_codes = _repeat(codes, batch_size, num_images_per_prompt)
         self._guidance_scale = guidance_scale
-        codes = self.transformer.stream_codes(
+        groups = self.transformer.stream_codes(
             labels,
             guidance_scale=guidance_scale,
             temperature=temperature,
@@ -326,12 +327,14 @@ class DARPipeline(DiffusionPipeline):
             generator=generator,
             prefix_codes=prefix_codes,
             num_tokens=num_tokens,
+            # every step's window of tokens ends where one of these groups does
             group_size=math.gcd(config.num_tokens // config.num_groups, config.tokens_per_group),
         )
         return self._decode(
-            codes,
+            groups,
             noise,
             num_inference_steps,
+            num_tokens,
             output_type,
             start_step=start_step,
             callback=callback_on_step_end,
@@ -375,7 +378,10 @@ class DARPipeline(DiffusionPipeline):
         pixels = self.prepare_images("images", images, height, width)
         noise = self.prepare_latents(tuple(pixels.shape), generator, latents)
         codes = self.tokenizer.encode(pixels).codes[:, :num_tokens]
-        outputs = list(self._decode(iter([codes]), noise, num_inference_steps, output_type, previews=previews))
+        groups = (codes for _ in range(1))
+        outputs = list(
+            self._decode(groups, noise, num_inference_steps, codes.shape[1], output_type, previews=previews)
+        )
         result = outputs[-1]
         if previews:
             result.previews = [output.images for output in outputs]
@@ -385,12 +391,12 @@ class DARPipeline(DiffusionPipeline):
 
     # Codes to images
 
-    @torch.no_grad()
     def _decode(
         self,
-        codes: Iterator[torch.Tensor],
+        groups: Iterator[torch.Tensor],
         noise: torch.Tensor,
         num_steps: int,
+        num_tokens: int,
         output_type: str,
         *,
         start_step: int = 0,
@@ -398,109 +404,106 @@ class DARPipeline(DiffusionPipeline):
         callback_inputs: Sequence[str] = (),
         previews: bool = True,
     ) -> Iterator[DARPipelineOutput]:
-        """Decode codes while they arrive, report every step, and yield its output, or the last one's only."""
+        """Decode groups of codes while they arrive, and yield the output of every step, or of the last."""
         self._interrupt = False
         self._num_timesteps = num_steps - start_step
-        seen: list[torch.Tensor] = []
-        steps = self._steps(codes, seen, noise, num_steps, start_step, output_type, overlap=not (previews or callback))
-        try:
-            with self.progress_bar(total=self._num_timesteps) as progress:
-                for step in steps:
-                    progress.update()
-                    stop = False
-                    if callback is not None:
-                        index = max(step.step - start_step, 1) - 1  # codes alone may complete no step
-                        tensors = _callback_tensors(step, torch.cat(seen, dim=1), noise)
-                        tensors = {name: tensors[name] for name in callback_inputs}
-                        stop = self._take_answer(callback(self, index, step.timestep, tensors), step)
-                    if previews:
-                        yield self._output(step, output_type)
-                    if stop or self._interrupt:
-                        break
-        finally:
-            for generator in (steps, codes):  # now, not when whoever holds an error's traceback lets go of it
-                getattr(generator, "close", lambda: None)()
-            self.maybe_free_model_hooks()
-        if not previews:
-            if isinstance(step, DARPreview):
-                self.tokenizer.check_finite(step.sample)
-            yield self._output(step, output_type)
-
-    def _steps(
-        self,
-        codes: Iterator[torch.Tensor],
-        seen: list[torch.Tensor],
-        noise: torch.Tensor,
-        num_steps: int,
-        start_step: int,
-        output_type: str,
-        overlap: bool,
-    ) -> Iterator[DARPreview] | Iterator[CodesStep]:
-        """The denoising steps that codes complete; all codes that were read are appended to ``seen``."""
-
-        def remembered(groups: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-            for group in groups:
-                seen.append(group)
-                yield group
-
-        def decode(groups: Iterator[torch.Tensor]) -> Iterator[DARPreview]:
-            return self.tokenizer.decode_stream(
-                remembered(groups),
+        steps: Iterator[DARPreview] | Iterator[CodesPreview]
+        if output_type == "codes":
+            steps = self._codes_previews(groups, num_steps, num_tokens, start_step)
+        else:
+            # a preview or a callback is read between steps: only an undisturbed call can overlap
+            overlap = not previews and callback is None and can_overlap(self.transformer, self.tokenizer)
+            side = SideStream(self.tokenizer.device) if overlap else None
+            steps = self.tokenizer.decode_stream(
+                groups if side is None else side.hand_over(groups),
                 noise=noise,
                 num_inference_steps=num_steps,
                 scheduler=self.scheduler,
                 start_step=start_step,
                 check_codes=False,  # they are the transformer's or the tokenizer's own
             )
+            if side is not None:
+                steps = side.run(steps)
+        return self._outputs(steps, groups, noise, output_type, start_step, callback, callback_inputs, previews)
 
-        if output_type == "codes":
-            return self._undecoded_steps(remembered(codes), num_steps, start_step)
-        if overlap and can_overlap(self.transformer, self.tokenizer):
-            side = SideStream(self.tokenizer.device)
-            return side.run(decode(side.hand_over(codes)))
-        return decode(codes)
+    @torch.no_grad()
+    def _outputs(
+        self,
+        steps: Iterator[DARPreview] | Iterator[CodesPreview],
+        groups: Iterator[torch.Tensor],
+        noise: torch.Tensor,
+        output_type: str,
+        start_step: int,
+        callback: Callable | None,
+        callback_inputs: Sequence[str],
+        previews: bool,
+    ) -> Iterator[DARPipelineOutput]:
+        try:
+            with self.progress_bar(total=self._num_timesteps) as progress:
+                for preview in steps:
+                    progress.update()
+                    stop = False
+                    if callback is not None:
+                        tensors = _callback_tensors(preview, noise)
+                        tensors = {name: tensors[name] for name in callback_inputs}
+                        answer = callback(self, preview.step - start_step - 1, preview.timestep, tensors)
+                        stop = self._take_answer(answer, preview)
+                    if previews:
+                        yield self._output(preview, output_type)
+                    if stop or self._interrupt:
+                        break
+        finally:
+            # now: the traceback of an error would keep these generators, and the key-value cache, alive
+            for generator in (steps, groups):
+                getattr(generator, "close", lambda: None)()
+            self.maybe_free_model_hooks()
+        if not previews:
+            if isinstance(preview, DARPreview):
+                self.tokenizer.check_finite(preview.sample)
+            yield self._output(preview, output_type)
 
-    def _undecoded_steps(self, groups: Iterator[torch.Tensor], num_steps: int, start_step: int) -> Iterator[CodesStep]:
-        """The steps that codes complete. Where the last needs fewer codes than there are, it comes again with all."""
+    def _codes_previews(
+        self, groups: Iterator[torch.Tensor], num_steps: int, num_tokens: int, start_step: int
+    ) -> Iterator[CodesPreview]:
+        """One preview per step that ``num_tokens`` codes complete; the last one comes with all codes."""
         windows = self.tokenizer.step_windows(num_steps)
+        needed = [stop for _, stop in windows[start_step:] if stop <= num_tokens] or [num_tokens]
+        needed[-1] = num_tokens
         step = start_step
-        reported = 0
         codes = None
         for group in groups:
             codes = group if codes is None else torch.cat([codes, group], dim=1)
-            while step < num_steps and windows[step][1] <= codes.shape[1]:
+            while needed and codes.shape[1] >= needed[0]:
+                needed.pop(0)
                 step += 1
-                reported = codes.shape[1]
-                yield CodesStep(step, num_steps, reported, codes)
-        if codes is not None and reported < codes.shape[1]:
-            yield CodesStep(step, num_steps, codes.shape[1], codes)
+                yield CodesPreview(step, num_steps, codes.shape[1], codes)
 
-    def _take_answer(self, answer: Any, step: Any) -> bool:
+    def _take_answer(self, answer: Any, preview: DARPreview | CodesPreview) -> bool:
         """Do as the caller's callback says; True if it asks to stop."""
         if answer is None:
             return False
         if not isinstance(answer, dict):
             raise ValueError(f"callback_on_step_end must return a dictionary or None, got {type(answer).__name__}.")
-        if "latents" in answer and isinstance(step, DARPreview):
+        if "latents" in answer and isinstance(preview, DARPreview):
             latents = answer["latents"]
-            if not isinstance(latents, torch.Tensor) or latents.shape != step.latents.shape:
-                raise ValueError(f"latents returned by callback_on_step_end must have {tuple(step.latents.shape)}.")
-            step.latents = latents.to(step.latents)
-            if step.step == step.num_steps:
-                step.sample = step.latents / self.tokenizer.config.data_std
+            if not isinstance(latents, torch.Tensor) or latents.shape != preview.latents.shape:
+                raise ValueError(f"latents returned by callback_on_step_end must have {tuple(preview.latents.shape)}.")
+            preview.latents = latents.to(preview.latents)
+            if preview.step == preview.num_steps:
+                preview.sample = preview.latents / self.tokenizer.config.data_std
         return bool(answer.get("stop"))
 
-    def _output(self, step: DARPreview | CodesStep, output_type: str) -> DARPipelineOutput:
+    def _output(self, preview: DARPreview | CodesPreview, output_type: str) -> DARPipelineOutput:
         images: Any
-        if isinstance(step, CodesStep):
-            images = step.codes.clone()  # the stream goes on with its own
+        if isinstance(preview, CodesPreview):
+            images = preview.codes.clone()  # the stream goes on with its own
         elif output_type == "latent":
-            images = step.latents.clone()
+            images = preview.latents.clone()
         else:
-            if output_type != "pt":  # the device is waited for anyway
-                self.tokenizer.check_finite(step.sample)
-            images = self.image_processor.postprocess(step.sample, output_type)
-        return DARPipelineOutput(images, step.step, step.num_steps, step.num_tokens)
+            if output_type != "pt":  # what is not a tensor waits for the device anyway
+                self.tokenizer.check_finite(preview.sample)
+            images = self.image_processor.postprocess(preview.sample, output_type)
+        return DARPipelineOutput(images, preview.step, preview.num_steps, preview.num_tokens)
 
     # Arguments
 
@@ -601,15 +604,12 @@ class DARPipeline(DiffusionPipeline):
         images: Any,
         height: int | None = None,
         width: int | None = None,
-        batch_size: int | None = None,
-        repeats: int = 1,
     ) -> torch.Tensor:
         """Pixels ``(B, C, H, W)`` in [-1, 1] of images in the forms that calling the pipeline takes.
 
         Args:
             name: of the argument that they are, for messages.
             height, width: in pixels; default the size of arrays and tensors, and the tokenizer's for PIL images.
-            batch_size, repeats: repeat one image ``batch_size`` times, or one for each label ``repeats`` times.
         """
         images = image_list(name, images)
         channels = self.tokenizer.config.in_channels
@@ -632,34 +632,48 @@ class DARPipeline(DiffusionPipeline):
                     "resized."
                 )
             self.tokenizer.check_size(*size)
-        if len(pixels) * repeats == batch_size:
-            pixels = pixels.repeat_interleave(repeats, dim=0)
-        if batch_size is not None and len(pixels) not in (1, batch_size):
-            labels = batch_size // repeats
-            raise ValueError(f"got {len(pixels)} images for {labels} labels: give one image, or one for each.")
-        return pixels.to(self._execution_device, torch.float32).expand(batch_size or -1, -1, -1, -1)
+        return pixels.to(self._execution_device, torch.float32)
 
     def prepare_image_to_image(
-        self, pixels: torch.Tensor, noise: torch.Tensor, strength: float, num_inference_steps: int, num_tokens: int
+        self,
+        pixels: torch.Tensor,
+        noise: torch.Tensor,
+        strength: float,
+        num_inference_steps: int,
+        num_tokens: int,
+        repeats: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Codes of an image that are kept, the noisy sample to start from, and the step to start at."""
+        """Codes of images that are kept, the noisy sample to start from, and the step to start at."""
         codes = self.tokenizer.encode(pixels).codes
-        if strength * num_inference_steps < 1:  # nothing is generated anew: the reconstruction, from pure noise
-            return codes[:, :num_tokens], noise, 0
         start_step = _start_step(strength, num_inference_steps)
+        if start_step == 0 and strength < 1:  # nothing is generated anew: the reconstruction, from pure noise
+            return codes[:, :num_tokens], noise, 0
         kept, _ = self.tokenizer.step_windows(num_inference_steps)[start_step]
-        scheduler = FlowMatchAdamsBashforthScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps)
-        clean = pixels * self.tokenizer.config.data_std
-        noisy = scheduler.add_noise(clean, noise, float(scheduler.timesteps[start_step]))
+        scheduler = to_adams_bashforth(self.scheduler)
+        start = torch.tensor(start_step / num_inference_steps, dtype=torch.float64)
+        clean = _repeat(pixels * self.tokenizer.config.data_std, len(noise), repeats)
+        noisy = scheduler.add_noise(clean, noise, float(shift_time(start, scheduler.config.shift)))
         return codes[:, :kept], noisy, start_step
 
 
-def _callback_tensors(step: DARPreview | CodesStep, codes: torch.Tensor, noise: torch.Tensor) -> dict:
-    """What a callback may look at; undecoded, codes stand for the preview, and the state is still the noise."""
-    if isinstance(step, CodesStep):
-        return {"preview": codes, "codes": codes, "latents": noise}
-    return {"preview": step.sample, "codes": codes, "latents": step.latents}
+def _callback_tensors(preview: DARPreview | CodesPreview, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a callback may look at. Where nothing is decoded, codes stand for the preview and noise for the state."""
+    if isinstance(preview, CodesPreview):
+        return {"preview": preview.codes, "codes": preview.codes, "latents": noise}
+    return {"preview": preview.sample, "codes": preview.codes, "latents": preview.latents}
+
+
+def _check_count(images: torch.Tensor, batch_size: int, repeats: int) -> None:
+    labels = batch_size // repeats
+    if len(images) not in (1, labels, batch_size):
+        raise ValueError(f"got {len(images)} images for {labels} labels: give one image, or one for each.")
+
+
+def _repeat(tensor: torch.Tensor, batch_size: int, repeats: int) -> torch.Tensor:
+    """One row for the whole batch, or one per label ``repeats`` times."""
+    if len(tensor) * repeats == batch_size:
+        return tensor.repeat_interleave(repeats, dim=0)
+    return tensor.expand(batch_size, *tensor.shape[1:])
 
 
 def _check_components(tokenizer: Any, transformer: Any) -> None:
@@ -694,4 +708,7 @@ def _start_step(strength: float | None, num_steps: int) -> int:
     """First step of those that image-to-image generates anew; 0 without an image, and where strength leaves none."""
     if strength is None:
         return 0
-    return (num_steps - int(num_steps * strength)) % num_steps
+    regenerated = int(num_steps * strength)
+    if regenerated == 0:
+        return 0
+    return num_steps - regenerated

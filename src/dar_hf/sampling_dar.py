@@ -64,8 +64,8 @@ def apply_guidance(logits: torch.Tensor, scale: float | torch.Tensor) -> torch.T
 def sample_index(scores: torch.Tensor, generator: Generators = None) -> torch.Tensor:
     """Sample one index per row of unnormalised log-probabilities ``(B, V)``; ``(B,)`` long.
 
-    An exponential race instead of ``torch.multinomial``: no host sync, and with a list of generators row i uses only
-    the i-th, so an image does not depend on its neighbours in the batch.
+    An exponential race, as in ``torch.multinomial``; but with a list of generators row i uses only the i-th, so that
+    an image does not depend on its neighbours in the batch, and the host is not waited for.
     """
     shape = scores.shape
     if generator is None or isinstance(generator, torch.Generator):

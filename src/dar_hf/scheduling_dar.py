@@ -5,6 +5,7 @@ velocity ``x_1 - x_0``. Departures from the original code: none by default. ``va
 ``solver_order=1`` are ours.
 """
 
+import bisect
 import sys
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
             that is not a bool.
     """
 
-    order = 1
+    order = 1  # diffusers': calls of the model per step
     init_noise_sigma = 1.0  # the sample starts from noise as it is drawn
 
     @register_to_config
@@ -112,7 +113,9 @@ class FlowMatchAdamsBashforthScheduler(SchedulerMixin, ConfigMixin):
             value = float(+timestep)  # the sign refuses text, which float would read
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"timestep must be a number, got {type(timestep).__name__}.") from error
-        index = min(range(len(self._times) - 1), key=lambda i: abs(self._times[i] - value))
+        above = bisect.bisect_left(self._times, value, hi=len(self._times) - 1)
+        neighbours = range(max(above - 1, 0), min(above, len(self._times) - 2) + 1)
+        index = min(neighbours, key=lambda i: abs(self._times[i] - value))
         if not abs(self._times[index] - value) <= 1e-5:  # also catches NaN
             raise ValueError(f"timestep {value} is not on the grid of {self.num_inference_steps} steps.")
         return index

@@ -85,6 +85,7 @@ class DARPreview(BaseOutput):
         timestep: the shifted time at which the step began, in [0, 1).
         latents: ``(B, C, H, W)`` float32, the solver's noisy state after the step; a tensor put in its place before
             the stream goes on replaces it.
+        codes: ``(B, n)``, all codes that have arrived.
     """
 
     step: int
@@ -93,6 +94,7 @@ class DARPreview(BaseOutput):
     sample: torch.Tensor
     timestep: float
     latents: torch.Tensor
+    codes: torch.Tensor
 
 
 @dataclass
@@ -255,6 +257,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             nn.init.zeros_(layer.bias)
         if post_quant_std:
             nn.init.normal_(self.post_quant_proj.weight, std=post_quant_std)
+        if self.query_proj is None:
+            nn.init.trunc_normal_(self.query_embed.weight, std=0.02)  # as in the original code
         nn.init.normal_(self.token_embed.weight, std=0.02)  # positions must not drown the codes they are added to
 
     @property
@@ -280,9 +284,17 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         return start.clamp(max=config.num_tokens - config.tokens_per_group)
 
     def step_windows(self, num_inference_steps: int) -> list[tuple[int, int]]:
-        """Tokens [start, stop) that each of ``num_inference_steps`` steps is conditioned on."""
+        """Tokens [start, stop) that each of ``num_inference_steps`` steps is conditioned on.
+
+        Fewer steps than groups leave groups out.
+        """
         starts = self.group_start(torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps)
         return [(start, start + self.config.tokens_per_group) for start in starts.tolist()]
+
+    def window_ends(self) -> list[int]:
+        """Where windows end, for any number of steps: at each group's, and at that of u = 1."""
+        times = torch.arange(self.config.num_groups + 1, dtype=torch.float64) / self.config.num_groups
+        return sorted({start + self.config.tokens_per_group for start in self.group_start(times).tolist()})
 
     # Image to codes
 
@@ -325,23 +337,24 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         """l2-normalised float32 latents ``(B, N, codebook_dim)``."""
         num_tokens = self.config.num_tokens
         patches = self.patch_embed(pixel_values.to(self.dtype))
-        tables = self.tables.encoder(pixel_values.shape[2], pixel_values.shape[3], patches.device)
         patches = layer_norm(patches.flatten(2).transpose(1, 2))
         queries = self.query_embed(torch.arange(num_tokens, device=patches.device))
         if self.query_proj is not None:
             queries = self.query_proj(queries)
         queries = queries.to(patches.dtype).expand(len(patches), -1, -1)
         x = torch.cat([patches, queries], dim=1)
-        x = self._run_blocks(accelerated(self.encoder_blocks), x, tables)
+        attention_kwargs = self.tables.encoder(pixel_values.shape[2], pixel_values.shape[3], x.device)
+        # a faster copy where no gradients are asked for; in training the blocks themselves
+        x = self._run_blocks(accelerated(self.encoder_blocks), x, attention_kwargs)
         latents = self.quant_proj(layer_norm(x[:, -num_tokens:].float()))
         return F.normalize(latents, dim=-1)
 
-    def _run_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, attention: dict) -> torch.Tensor:
+    def _run_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, attention_kwargs: dict) -> torch.Tensor:
         for block in blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, attention)
+                x = self._gradient_checkpointing_func(block, x, attention_kwargs)
             else:
-                x = block(x, attention)
+                x = block(x, attention_kwargs)
         return x
 
     # Codes to conditions
@@ -374,35 +387,34 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 x = block(x, {"attention_mask": mask, "cache": (cache, index)})
         return layer_norm(x)
 
-    def _condition_stream(self, groups: Iterable[torch.Tensor], check_codes: bool) -> Iterator[torch.Tensor]:
-        """Conditions so far, each time a group is complete, however the codes arrive.
+    def _condition_stream(
+        self, groups: Iterable[torch.Tensor], check_codes: bool
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Codes and conditions so far, each time a group is complete, however the codes arrive.
 
         Codes are cut where groups end, so that the same arithmetic runs for one long sequence and for a slow stream.
         """
         config = self.config
         cache = CausalCache(len(self.causal_blocks))
-        starts = self.group_start(torch.arange(config.num_groups + 1, dtype=torch.float64) / config.num_groups)
-        ends = sorted({start + config.tokens_per_group for start in starts.tolist()})
-        pending: torch.Tensor | None = None
+        ends = self.window_ends()
+        codes: torch.Tensor | None = None
         conditions: torch.Tensor | None = None
-        for codes in groups:
-            self._check_codes(codes, values=check_codes)
-            if pending is not None and len(codes) != len(pending):
-                raise ValueError(f"pieces of one sequence differ in batch size: {len(pending)} and {len(codes)}.")
+        for group in groups:
+            self._check_codes(group, values=check_codes)
+            if codes is not None and len(group) != len(codes):
+                raise ValueError(f"pieces of one sequence differ in batch size: {len(codes)} and {len(group)}.")
             self._bring_in()
-            device = self.device  # looked up once: diffusers searches all modules for it
+            device = self.device  # looked up once per group: diffusers searches all modules for it
             if device.type != "meta":  # offloaded layer by layer
-                codes = codes.to(device)
-            pending = codes if pending is None else torch.cat([pending, codes], dim=1)
-            received = cache.length + pending.shape[1]
-            if received > config.num_tokens:
-                raise ValueError(f"a sequence has {config.num_tokens} codes, got {received}.")
-            while ends and received >= ends[0]:
-                size = ends.pop(0) - cache.length
-                new = self._condition(self.quantizer.embed(pending[:, :size].long()), cache)
-                pending = pending[:, size:]
+                group = group.to(device)
+            codes = group if codes is None else torch.cat([codes, group], dim=1)
+            if codes.shape[1] > config.num_tokens:
+                raise ValueError(f"a sequence has {config.num_tokens} codes, got {codes.shape[1]}.")
+            while ends and codes.shape[1] >= ends[0]:
+                complete = codes[:, cache.length : ends.pop(0)]
+                new = self._condition(self.quantizer.embed(complete.long()), cache)
                 conditions = new if conditions is None else torch.cat([conditions, new], dim=1)
-                yield conditions
+                yield codes, conditions
 
     # Conditions to image
 
@@ -548,7 +560,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     @torch.no_grad()
     def _denoise(
         self,
-        condition_stream: Iterable[torch.Tensor],
+        condition_stream: Iterable[tuple[torch.Tensor, torch.Tensor]],
         generator: torch.Generator | list[torch.Generator] | None,
         noise: torch.Tensor | None,
         size: tuple[int, int],
@@ -559,16 +571,16 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         windows = self.step_windows(num_steps)
         step = start_step
         denoiser = None
-        for conditions in condition_stream:
+        for codes, conditions in condition_stream:
             if denoiser is None:  # the first codes: only now are batch size and device known
-                denoiser = self._decoding_copy()
+                denoiser = self._denoiser_for_decoding()
                 sample = self._start_noise(noise, generator, (len(conditions), *size), conditions.device)
             while step < num_steps and windows[step][1] <= conditions.shape[1]:
                 start, stop = windows[step]
                 timestep = scheduler.timesteps[step]
                 time = timestep.to(sample.device).expand(1)  # one for all images
                 velocity, _ = self._velocity(sample, time, conditions[:, start:stop], denoiser=denoiser)
-                clean = scheduler.preview(velocity, timestep, sample)
+                clean = scheduler.preview(velocity, timestep, sample)  # before step, which moves the history on
                 noisy = scheduler.step(velocity, timestep, sample)[0]
                 step += 1
                 if step == num_steps or clean.device.type == "cpu":
@@ -580,6 +592,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                     sample=clean / self.config.data_std,
                     timestep=float(timestep),
                     latents=noisy,
+                    codes=codes,
                 )
                 yield preview
                 sample = preview.latents  # which the caller may have replaced
@@ -604,20 +617,21 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(f"noise for {len(noise)} images does not fit codes of {batch_size}.")
         return noise.to(device)
 
-    def _decoding_copy(self) -> Denoiser:
-        """The denoiser in `decode_dtype`."""
+    def _denoiser_for_decoding(self) -> Denoiser:
+        """The denoiser, or a faster copy of it in `decode_dtype`; without the REPA head where weights are cast."""
         if not is_plain(self.denoiser):
             return self.denoiser
         dtype = self.decode_dtype
         if dtype is None:
             dtype = fastest_dtype(self.dtype, self.device, self.config.diffusion_dim)
-        if dtype == self.dtype:
+        if dtype == self.dtype:  # not packed: products of this many rows gain nothing from it
             return accelerated(self.denoiser)
-        return accelerated(self.denoiser, dtype=dtype, pack=True, keep=True, without=["repa_head"])
+        on_cpu = self.device.type == "cpu"  # only there weights are packed, and worth keeping
+        return accelerated(self.denoiser, dtype=dtype, pack=True, keep=on_cpu, without=["repa_head"])
 
     @apply_forward_hook
     def _bring_in(self) -> None:
-        """Under model offloading, have this model moved to its device, where another one may be."""
+        """Does nothing; its hook does: under model offloading it moves this model in, and the other one out."""
 
     def check_finite(self, images: torch.Tensor) -> None:
         """Raises ValueError, which names the cause, for decoded images with NaN or infinity; waits for the device."""
@@ -648,8 +662,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             generator: source of both draws.
             quantize: False feeds the normalised latents on without quantizing (continuous warm-up); ``quantized``
                 still holds the nearest codes.
-            hide_group: ``(B,)`` bool, images whose step sees only the codes before its own group's (zeros in their
-                place); the first group is never hidden. Not in the paper: it makes groups share the work.
+            hide_group: ``(B,)`` bool, images whose own group's codes are replaced by zeros, so that the step must use
+                earlier groups; never the first group. Not in the paper: it makes groups share the work.
             output_repa: also return the features of the REPA head.
             return_dict: False gives a tuple, without the fields that are None.
 
@@ -668,8 +682,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 codes = self.quantizer.nearest(latents)
             quantized = self.quantizer.embed(codes)
         quantized_st = latents
-        if quantize:
-            quantized_st = latents + (quantized - latents).detach()  # gradients pass straight through
+        if quantize:  # straight through: the value of the code, the gradient of the latent
+            quantized_st = latents + (quantized - latents).detach()
 
         first_token = self.group_start(timesteps)
         window = first_token[:, None] + torch.arange(self.config.tokens_per_group, device=device)
@@ -693,7 +707,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             codes=codes,
             latents=latents,
             quantized=quantized,
-            token_mask=(positions <= window[:, -1:]).float(),
+            token_mask=(positions <= window[:, -1:]).float(),  # later codes take no part in this step: no loss
             timesteps=times,
             repa_features=repa_features,
         )
@@ -733,8 +747,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     def make_tables(self) -> None:
         """Make the rotary tables and masks for images of `image_size` on the model's device.
 
-        They are made when first needed; but ``torch.compile`` would compile code that made them once more, since they
-        are there then.
+        Otherwise the first forward pass makes them: ``torch.compile`` would trace that, find them made in the second
+        pass, and compile again.
         """
         height, width = self.image_size
         self.tables.encoder(height, width, self.device)
