@@ -20,22 +20,28 @@ from dar_hf.training.stopping import StoppedError
 from dar_hf.utils.commands import FAILURE, CommandError, check_output, command, ending_with
 from dar_hf.utils.options import current_names, read_options
 
-STAGES = {"tokenizer": TokenizerArguments, "ar": ARArguments}
+STAGES = {"tokenizer": (TokenizerArguments, TokenizerStage), "ar": (ARArguments, ARStage)}
 
 
 def parse(stage: str, argv: list[str]) -> TokenizerArguments | ARArguments:
-    """Arguments of a stage: defaults, then the preset's recipe, then the file, then the command line."""
-    first = HfArgumentParser(STAGES[stage], add_help=False)
+    """Arguments of a stage: defaults, then the preset's recipe, then the file, then the command line.
+
+    Parsed twice: once to learn the preset, whose recipe then becomes the defaults.
+    """
+    options_class, _ = STAGES[stage]
+    first = HfArgumentParser(options_class, add_help=False)
     first.add_argument("--config", default=None)
     first.set_defaults(preset=None)  # to tell whether the command line names one
     known, _ = first.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
-    from_file = read_options(known.config, STAGES[stage]) if known.config is not None else {}
-    preset = get_preset(known.preset or from_file.get("preset", STAGES[stage].preset))
+    from_file = {}
+    if known.config is not None:
+        from_file = read_options(known.config, options_class)
+    preset = get_preset(known.preset or from_file.get("preset", options_class.preset))
+    recipes = {"tokenizer": preset.tokenizer_recipe, "ar": preset.ar_recipe}
 
-    parser = HfArgumentParser(STAGES[stage], prog=f"train.py {stage}")
+    parser = HfArgumentParser(options_class, prog=f"train.py {stage}")
     parser.add_argument("--config", help="YAML file with options")
-    recipe = preset.tokenizer_recipe if stage == "tokenizer" else preset.ar_recipe
-    parser.set_defaults(**current_names(recipe, STAGES[stage]) | from_file)
+    parser.set_defaults(**current_names(recipes[stage], options_class) | from_file)
     return parser.parse_args_into_dataclasses(argv)[0]
 
 
@@ -51,14 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(stage_name, words[1:])
     check_output(args.output_dir)
     accelerator = make_accelerator(args)
-    stage_class = TokenizerStage if isinstance(args, TokenizerArguments) else ARStage
-    with accelerator.main_process_first():
+    _, stage_class = STAGES[stage_name]
+    # the main process claims the folder, and the others wait: what stops it must stop the run before anything slow
+    if accelerator.is_main_process:
         claim_output_dir(args, stage_class.saved_class)
-    if isinstance(args, TokenizerArguments):
-        stage = TokenizerStage.build(args)
-    else:
-        stage = ARStage.build(args, accelerator.device)
+    accelerator.wait_for_everyone()
+    stage = stage_class.build(args, accelerator.device)
     try:
+        # what goes wrong from here on is a failure (1) and no mistake in the options (2), other than a checkpoint that
+        # does not fit them; a run that is asked to end has an exit code of its own
         with ending_with(FAILURE, keep=(ResumeError, StoppedError)):
             train(stage, args, accelerator)
     except StoppedError as error:

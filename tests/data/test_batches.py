@@ -1,6 +1,8 @@
 """The order of samples and every sample's own randomness."""
 
+import errno
 import os
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -8,10 +10,13 @@ import torch
 from PIL import Image
 
 from dar_hf.data import (
+    BatchStream,
     DataError,
     GlobalBatchSampler,
     ImageSamples,
     ImageTransform,
+    SeedFor,
+    StreamedImages,
     bernoulli_mask,
     draw_seed,
     load_images,
@@ -113,12 +118,12 @@ def test_noise_depends_on_nothing_but_its_seed():
 
 
 def test_dropped_classes_depend_on_nothing_but_their_seed():
-    per_sample(lambda seeds: bernoulli_mask(seeds, 0.5))
+    per_sample(lambda seeds: bernoulli_mask(seeds, 0.5, SeedFor.CLASS_DROPOUT))
 
 
 def test_times_are_uniform():
     times = sample_times(SEEDS).double().sort().values
-    assert times.dtype == torch.float64 and times[0] >= 0 and times[-1] < 1
+    assert times.dtype == torch.float64 and times[0] >= 0 and times[-1] <= 1
     grid = (torch.arange(len(times)) + 0.5) / len(times)
     assert (times - grid).abs().max() < 1.63 / len(times) ** 0.5  # Kolmogorov-Smirnov, 1 %
 
@@ -132,12 +137,12 @@ def test_noise_is_standard_normal():
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
 def test_dropped_share(rate):
-    share = bernoulli_mask(SEEDS, rate).float().mean()
+    share = bernoulli_mask(SEEDS, rate, SeedFor.CLASS_DROPOUT).float().mean()
     assert abs(share - rate) < 0.02 and (0 < rate < 1 or share == rate)
 
 
 def test_draws_of_one_sample_are_unrelated():
-    times, drops = sample_times(SEEDS), bernoulli_mask(SEEDS, 0.5).float()
+    times, drops = sample_times(SEEDS), bernoulli_mask(SEEDS, 0.5, SeedFor.CLASS_DROPOUT).float()
     noise = normal_noise(SEEDS, (16,), torch.device("cpu"))[:, 0]
     assert torch.corrcoef(torch.stack([times, drops, noise])).fill_diagonal_(0).abs().max() < 0.06
 
@@ -161,8 +166,8 @@ def test_samples(tmp_path):
     source = load_images("digits")
     samples = digits()
     sample = samples[4, 99]
-    assert len(samples) == 6 and set(sample) == {"pixel_values", "index", "seed", "label"}
-    assert (sample["index"], sample["seed"], sample["label"]) == (4, 99, source[4]["label"])
+    assert len(samples) == 6 and set(sample) == {"pixel_values", "seed", "label"}
+    assert (sample["seed"], sample["label"]) == (99, source[4]["label"])
     assert torch.equal(sample["pixel_values"], ImageTransform((8, 8), 1)(source[4]["image"]))
 
 
@@ -188,7 +193,7 @@ def test_images_of_unknown_range_are_left_out_and_damaged_exif_blocks_are_not(tm
     names = [str(tmp_path / name) for name in ("0.tiff", "1.tiff", "2.png")]
     data = datasets.Dataset.from_dict({"image": names}).cast_column("image", datasets.Image())
     sample = ImageSamples(data, ImageTransform((8, 8), 1))[0, 0]
-    assert sample["index"] == 2 and sample["skipped"] == [0, 1]
+    assert sample["skipped"] == [0, 1]
     torch.testing.assert_close(sample["pixel_values"], torch.full((1, 8, 8), -0.6))
     assert "0.tiff" in caplog.text and "of 8 bits a channel" in caplog.text
 
@@ -230,7 +235,7 @@ def test_rows_without_an_image_are_left_out_and_named(caplog):
     data = datasets.Dataset.from_list(rows, features=load_images("digits").features)
     samples = ImageSamples(data, ImageTransform((8, 8), 1))
     sample = samples[1, 0]
-    assert sample["index"] == 3 and sample["skipped"] == [1, 2]
+    assert torch.equal(sample["pixel_values"], samples[3, 0]["pixel_values"]) and sample["skipped"] == [1, 2]
     assert "leaving out image 1, which cannot be read: the row holds no image" in caplog.text
     assert samples.readable() == [0, 3] and samples.readable(1) == [0]
 
@@ -243,17 +248,67 @@ def test_pipes_and_folders_are_no_images(tmp_path, caplog):
     assert caplog.text.count("this is no regular file") == 2
 
 
-def test_images_that_cannot_be_converted_are_left_out(caplog):
-    class Picky(ImageTransform):
-        def __call__(self, image, seed=0):
-            if seed == 7:
-                raise ValueError("no such image")
-            return super().__call__(image, seed)
+def test_images_that_cannot_be_converted_are_left_out(caplog, monkeypatch):
+    def refuse(image, channels):
+        raise ValueError("no such image")
 
-    samples = ImageSamples(load_images("digits").select(range(3)), Picky((8, 8), 1))
+    monkeypatch.setattr("dar_hf.data.batches.convert_channels", refuse)
+    samples = digits(3)
     with pytest.raises(DataError, match="none of the 3 images can be read"):
         samples[0, 7]
     assert caplog.text.count("no such image") == 3
+
+
+def image_file(folder):
+    Image.new("L", (8, 8), 51).save(folder / "x.png")
+    data = datasets.Dataset.from_dict({"image": [str(folder / "x.png")]})
+    return data.cast_column("image", datasets.Image())
+
+
+def test_a_fault_of_the_transform_is_not_blamed_on_the_image():
+    class Faulty(ImageTransform):
+        def __call__(self, image, seed=0):
+            raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        ImageSamples(load_images("digits").select(range(3)), Faulty((8, 8), 1))[0, 0]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_passing_fault_of_the_disk_leaves_no_image_out(tmp_path, monkeypatch, streamed):
+    def fail(*args, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    data = image_file(tmp_path)
+    if streamed:
+        batches = BatchStream(StreamedImages(data.to_iterable_dataset(), ImageTransform((8, 8), 1)), 1)
+        with monkeypatch.context() as patch, pytest.raises(DataError, match="Input/output error"):
+            patch.setattr("dar_hf.data.batches.open", fail, raising=False)
+            next(iter(batches))
+        return
+    samples = ImageSamples(data, ImageTransform((8, 8), 1))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr("dar_hf.data.batches.open", fail, raising=False)
+        samples[0, 0]
+    assert "skipped" not in samples[0, 0]
+
+
+def test_images_that_have_gone_are_left_out_of_a_stack(tmp_path, caplog):
+    data = datasets.concatenate_datasets([image_file(tmp_path), load_images("digits", label_column=None).select([0])])
+    samples = ImageSamples(data, ImageTransform((8, 8), 1))
+    (tmp_path / "x.png").unlink()
+    kept, pixels = samples.stack_readable([0, 1])
+    assert kept == [1] and torch.equal(pixels, samples.stack([1])) and "No such file" in caplog.text
+    assert samples.stack_readable([0])[0] == []
+
+
+def test_workers_share_the_memory(opened, monkeypatch):
+    samples = digits(memory_budget=4 * 64)
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: SimpleNamespace(num_workers=2))
+    for _ in range(2):
+        for index in range(6):
+            samples.image(index)
+    assert len(opened) == 2 + 2 * 4
 
 
 def test_workers_change_nothing():

@@ -88,4 +88,4 @@ def tiny_tokenizer(seed=0, **changes):
 
 
 def batch_of(stage, keys):
-    return collate([stage.samples[key] for key in keys])
+    return stage.prepare_batch(collate([stage.samples[key] for key in keys]))

@@ -83,6 +83,11 @@ def test_arguments_that_make_no_run_are_refused_by_name(name, value):
         LoopArguments(**{name: value})
 
 
+def test_whole_numbers_are_taken_where_fractions_are():
+    assert LoopArguments(max_grad_norm=1, learning_rate=1).max_grad_norm == 1
+    assert LoopArguments(max_grad_norm=math.inf).max_grad_norm == math.inf
+
+
 @pytest.mark.parametrize(
     "name, value",
     [

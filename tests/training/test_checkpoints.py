@@ -74,7 +74,7 @@ def test_find_checkpoint(tmp_path, monkeypatch):
 def test_find_checkpoint_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint to resume from in .*run"):
         find_checkpoint(tmp_path / "run", "latest")
-    with pytest.raises(ValueError, match="checkpoint-7 is no complete checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint-7 is no complete checkpoint \(there is no such folder\)"):
         find_checkpoint(tmp_path, "checkpoint-7")
 
 
@@ -134,6 +134,11 @@ def test_whichever_library_finds_the_disk_full_one_error_says_so(tmp_path, write
             WRITERS[writer](tmp_path / "file")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_fault_while_saving_is_no_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="^shapes differ"), saving("the model", tmp_path):
+        raise RuntimeError("shapes differ")
 
 
 def test_what_a_failed_save_left_goes_with_the_next_one(tmp_path, accelerator):

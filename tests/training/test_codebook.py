@@ -175,6 +175,18 @@ def test_codes_are_only_moved_after_the_full_time_unused():
     assert list(found) == [4]
 
 
+@pytest.mark.parametrize("options, watched", [((5, 0, 9), range(5)), ((2, 4, 9), range(9)), ((0, 0, 9), ())])
+def test_nothing_is_watched_that_nothing_is_made_of(options, watched):
+    """A keeper that is told of no other steps gives the same replacements."""
+    keeper, told = (CodebookKeeper(SIZE, *options, seed=0) for _ in range(2))
+    assert [step for step in range(15) if keeper.watches(step)] == list(watched)
+    codes = torch.zeros(2, 2, dtype=torch.long)
+    found = run(keeper, filter(keeper.watches, range(15)), codes)
+    everything = run(told, range(15), codes)
+    assert found.keys() == everything.keys()
+    assert all(torch.equal(found[step][1], everything[step][1]) for step in found)
+
+
 def test_nothing_to_do_without_recipe():
     assert run(CodebookKeeper(SIZE, 0, 0, 100, seed=0), range(20), torch.zeros(2, 2, dtype=torch.long)) == {}
 

@@ -67,6 +67,11 @@ def test_every_recipe_is_accepted(command, stage, preset):
     assert wanted and {name: getattr(args, name) for name in wanted} == wanted
 
 
+def test_each_stage_has_a_preset_by_default(command):
+    assert get_preset(command.parse("ar", []).preset).transformer
+    assert command.parse("tokenizer", []).preset == "v1"
+
+
 MISTAKES = {
     ("tokenizer", "--preset huge"): "unknown preset 'huge'; there are v1, B, L, XL, XXL, 3B, digits",
     ("tokenizer", "--image_column picture"): "no column 'picture' for the images; it has image, label",

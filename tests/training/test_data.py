@@ -178,6 +178,28 @@ def test_no_image_to_validate_on(tmp_path, caplog):
 # Splits and classes
 
 
+@pytest.mark.parametrize(
+    "train, validated",
+    [
+        ("train", "validation"),
+        ("validation", "test"),
+        ("val", "test"),
+        ("train+val[:50%]", "test"),
+        ("test+val", None),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_run_validates_on_its_training_images(tmp_path, train, validated, streaming):
+    names = {"train": 40, "val": 41, "test": 42}
+    write_images(tmp_path / "images", *[f"{name}/{i}.png" for name, count in names.items() for i in range(count)])
+    if streaming and ("[" in train or "+" in train):
+        pytest.skip("a stream takes a whole split")
+    options = {"dataset_name": str(tmp_path / "images"), "train_split": train, "streaming": streaming}
+    stage, _ = tokenizer_stage(tmp_path / "run", **OPTIONS | options, max_validation_samples=100)
+    expected = {"validation": 41, "test": 42, None: (41 + 42) // 20}[validated]
+    assert len(stage.validation) == expected
+
+
 def write_images(root, *names):
     for index, name in enumerate(names):
         path = root / name

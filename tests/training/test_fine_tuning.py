@@ -173,10 +173,10 @@ def test_sigterm_leaves_a_checkpoint_that_goes_on(tmp_path, checkpointing):
 
         stage.after_step = interrupt
         handler = signal.getsignal(signal.SIGTERM)
-        with pytest.raises(StoppedError, match="after step 3 of 6; checkpoint-3 is saved.*_checkpoint latest"):
+        with pytest.raises(StoppedError, match="after step 2 of 6; checkpoint-2 is saved.*_checkpoint latest"):
             train(stage, args, make_accelerator(args))
         assert signal.getsignal(signal.SIGTERM) is handler
-    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "checkpoint-3"
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "checkpoint-2"
     assert not (tmp_path / "run" / "config.json").exists()
     with fresh_process():
         again, args = tokenizer_stage(tmp_path / "run", **options, resume_from_checkpoint="latest")
@@ -190,7 +190,7 @@ def test_sigterm_in_the_last_step_lets_the_run_end(tmp_path):
     after_step = stage.after_step
 
     def interrupt(step, *rest):
-        if step == 0:
+        if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         after_step(step, *rest)
 

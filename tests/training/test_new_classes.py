@@ -92,6 +92,13 @@ def test_ids_and_names_follow_the_data(tmp_path, tokenizer, pipeline, count):
     assert "new_classes" in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_saved_names_stay_for_classes_that_the_data_do_not_name(tmp_path, tokenizer, pipeline):
+    data = images(tmp_path / "data", 3)
+    for source in (pipeline, f"{pipeline}/transformer"):
+        stage, _ = tuned(tmp_path / "run", tokenizer, source, dataset_name=data)
+        assert stage.id2label == {0: "c00", 1: "c01", 2: "c02"} | {label: str(label) for label in range(3, 10)}
+
+
 def test_a_run_with_new_classes_resumes_exactly(tmp_path, tokenizer, pipeline):
     data, weights = images(tmp_path / "data", 12), []
     for resume in (None, "checkpoint-2"):

@@ -26,7 +26,7 @@ from dar_hf.training.checkpoints import (
     plain_data_only,
 )
 from dar_hf.training.loop import TrainingLoop
-from dar_hf.training.resuming import ResumeError, check_same_run, choose_checkpoint
+from dar_hf.training.resuming import ResumeError, check_same_run, choose_checkpoint, resuming_from
 from dar_hf.utils.pictures import read_history
 
 from .helpers import fresh_process, tokenizer_stage
@@ -38,9 +38,9 @@ def run(folder, **changes):
     stage, args = tokenizer_stage(folder, checkpointing_steps=2, **changes)
     loop = TrainingLoop(stage, args, make_accelerator(args))
     if args.resume_from_checkpoint:
-        loop.resume()
+        loop.resume(args.resume_from_checkpoint)
     if not loop.finished:
-        loop.run()
+        loop.train_and_save()
     return loop
 
 
@@ -172,6 +172,18 @@ def test_a_checkpoint_that_says_nothing_of_its_data_is_resumed_with_a_warning(ca
         check_same_run("place", description, description | {"layout": "FSDP"})
 
 
+def test_the_version_of_transformers_may_change(caplog):
+    description = {"model": {"hidden_size": 4}, "data": {}, "layout": "copies", "max_train_steps": 4}
+    check_same_run("place", description | {"model": {"hidden_size": 4, "transformers_version": "4"}}, description)
+    with pytest.raises(ResumeError, match="model hidden_size was 8 and is now 4"):
+        check_same_run("place", description | {"model": {"hidden_size": 8}}, description)
+
+
+def test_faults_of_this_package_are_not_blamed_on_the_checkpoint():
+    with pytest.raises(KeyError), resuming_from("checkpoint-4"):
+        raise KeyError("name")
+
+
 # Complete
 
 
@@ -243,7 +255,7 @@ def test_damage_that_nobody_noted_is_found(folder, harm, caplog):
     loop = loop_for(folder, resume_from_checkpoint="checkpoint-6")
     message = r"checkpoint-6 is no complete checkpoint \(optimizer.bin is .*Complete in .*: checkpoint-4"
     with pytest.raises(ResumeError, match=message) as caught:
-        loop.resume()
+        loop.resume("checkpoint-6")
     assert "\n" not in str(caught.value)
     assert choose_checkpoint(loop.checkpoints, "latest").name == "checkpoint-4"
     assert "checkpoint-6 (optimizer.bin is" in caplog.text
@@ -273,7 +285,7 @@ def test_random_states_are_restored(folder):
     first, second = [], []
     for found in (first, second):
         loop = loop_for(folder, resume_from_checkpoint="checkpoint-4")
-        loop.resume()
+        loop.resume("checkpoint-4")
         found.append(drawn())
         drawn()
     assert first == second
@@ -292,7 +304,7 @@ def test_a_run_without_its_random_state_does_not_go_on(folder, harm):
         state = {"torch_manual_seed": torch.zeros(3), "random_state": (), "numpy_random_seed": ()}
         torch.save(state if harm == "wrong values" else {}, path)
     with pytest.raises(ResumeError, match="random.states"):
-        loop_for(folder, resume_from_checkpoint="checkpoint-6").resume()
+        loop_for(folder, resume_from_checkpoint="checkpoint-6").resume("checkpoint-6")
 
 
 def test_another_number_of_processes_is_said(folder, caplog):
@@ -353,11 +365,11 @@ def test_no_file_of_a_strangers_checkpoint_is_run(folder, tmp_path, file, writer
     loop = loop_for(folder, resume_from_checkpoint="checkpoint-6")
     if is_read:
         with pytest.raises(ResumeError, match="checkpoint-6 is no complete checkpoint") as caught:
-            loop.resume()
+            loop.resume("checkpoint-6")
         said = str(caught.value)
         assert "\n" not in said and "weights_only" not in said and len(said) < 600 and file in said
     else:
-        loop.resume()
+        loop.resume("checkpoint-6")
     assert not (tmp_path / "ran").exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
@@ -370,7 +382,7 @@ def test_no_file_of_a_strangers_checkpoint_with_right_checksums_is_run(folder, t
     record["saved"]["files"][file] = _signature(checkpoint / file)
     (checkpoint / STATE_FILE).write_text(json.dumps(record))
     with pytest.raises(ResumeError, match="cannot resume .*checkpoint-6: .*it wants to run or build.*mkdir") as caught:
-        loop_for(folder, resume_from_checkpoint="checkpoint-6").resume()
+        loop_for(folder, resume_from_checkpoint="checkpoint-6").resume("checkpoint-6")
     assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
 
 
@@ -421,12 +433,12 @@ def test_what_can_fail_comes_after_what_is_saved(tmp_path):
     stage.validate = lambda step: 1 / 0
     loop = TrainingLoop(stage, args, make_accelerator(args))
     with pytest.raises(ZeroDivisionError):
-        loop.run()
+        loop.train_and_save()
     assert checkpoints(tmp_path) == ["checkpoint-2"]
     saved = []
     loop = run(tmp_path, resume_from_checkpoint="latest")
     (tmp_path / "config.json").unlink()
     loop.background.join = lambda: saved.append((tmp_path / "config.json").is_file())
     loop.start_step = args.max_train_steps
-    loop.run()
+    loop.train_and_save()
     assert saved == [True]

@@ -98,7 +98,7 @@ def test_a_sharded_run_validates_and_saves_the_whole_copy(tmp_path, tokenizer):
     judged = []
     validate = stage.validate
     stage.validate = lambda step: judged.append(stage.model) or validate(step)
-    loop.run()
+    loop.train_and_save()
     assert judged == [loop.whole] and stage.model is trained and trained.training
     saved = DARPipeline.from_pretrained(tmp_path / "run").transformer
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), trained.parameters(), strict=True))

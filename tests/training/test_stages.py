@@ -259,6 +259,19 @@ def test_the_codebook_starts_from_the_latents_everywhere(tmp_path):
     assert all(line["loss/commitment"] == 0 for line in lines)
 
 
+def test_moved_codes_are_the_main_processs_in_weights_and_average(tmp_path, monkeypatch):
+    """Here another process than this one had other vectors."""
+    stage, args = tokenizer_stage(tmp_path, ema_decay=0.9)
+    loop = TrainingLoop(stage, args, make_accelerator(args))
+    monkeypatch.setattr("dar_hf.training.tokenizer_stage.broadcast", lambda tensor: torch.ones_like(tensor))
+    codebook = stage.model.quantizer.codebook.weight
+    with torch.no_grad():
+        stage._move_codes(torch.tensor([2, 5]), torch.zeros(2, codebook.shape[1]), loop.optimizer, loop.ema)
+    index = [p is codebook for p in stage.model.parameters()].index(True)
+    for table in (codebook, loop.ema.shadow_params[index]):
+        assert (table[[2, 5]] == 1).all() and not (table[3] == 1).any()
+
+
 def test_groups_are_hidden_at_their_rate(tmp_path, monkeypatch):
     stage, args = tokenizer_stage(tmp_path, group_dropout=0.5)
     hidden, forward = [], type(stage.model).forward
@@ -433,9 +446,9 @@ def test_overrides_that_make_no_transformer(tmp_path, tokenizer, item):
 
 
 def test_presets_without_the_part(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="'L' has no tokenizer"):
+    with pytest.raises(ValueError, match="'L' has no tokenizer; there are v1, digits, mnist"):
         tokenizer_stage(tmp_path, preset="L")
-    with pytest.raises(ValueError, match="'v1' has no language model"):
+    with pytest.raises(ValueError, match="'v1' has no language model; there are B, L, XL, XXL, 3B, digits, mnist"):
         ar_stage(tmp_path, tokenizer, preset="v1")
     with pytest.raises(ValueError, match="unknown preset 'M'; there are v1, B, L, XL, XXL, 3B, digits"):
         tokenizer_stage(tmp_path, preset="M")
@@ -475,6 +488,7 @@ def test_the_same_seed_makes_the_same_model(tmp_path, tokenizer, name):
 def test_descriptions_survive_json(tmp_path, tokenizer, name):
     description = stage_of(name, tmp_path, tokenizer)[0].describe()
     assert json.loads(json.dumps(description)).keys() == description.keys()
+    assert "transformers_version" not in description
 
 
 def image_bytes(value):

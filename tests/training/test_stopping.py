@@ -64,9 +64,9 @@ def test_a_run_that_is_asked_to_end_leaves_a_checkpoint(tmp_path, number, name, 
             send(number)
 
     stage.after_step = ask
-    with pytest.raises(StoppedError, match=f"stopped by {name} after step 4 .*checkpoint-4 is saved") as caught:
+    with pytest.raises(StoppedError, match=f"stopped by {name} after step 3 .*checkpoint-3 is saved") as caught:
         train(stage, args, make_accelerator(args))
     assert caught.value.signal_number == number
-    assert (tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").is_file()
-    assert [line["step"] for line in read_history(tmp_path / "history.jsonl")] == [1, 2, 3, 4]
+    assert (tmp_path / "checkpoints" / "checkpoint-3" / "trainer_state.json").is_file()
+    assert [line["step"] for line in read_history(tmp_path / "history.jsonl")] == [1, 2, 3]
     assert not (tmp_path / ".run.lock").exists()

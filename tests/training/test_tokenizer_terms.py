@@ -54,7 +54,7 @@ def reached(stage, name):
     for module in modules.values():
         module.zero_grad(set_to_none=True)
     (term,) = [term for term in stage.terms if term.name == name]
-    value = term.function(output, batch)
+    value = term.function(output, batch, 0)
     assert value.dtype == torch.float32 and value.ndim == 0 and value > 0
     value.backward()
     return {
@@ -122,7 +122,7 @@ def test_every_parameter_moves_and_the_judges_stand_still(tmp_path, judges):
     stage, args = full_stage(tmp_path, judges)
     networks = {"model": stage.model, "discriminator": stage.adversary.network}
     before = {k: [p.detach().clone() for p in network.parameters()] for k, network in networks.items()}
-    frozen = [p for network in stage._frozen[:2] for p in network.parameters()]
+    frozen = [p for name in ("lpips", "repa") for p in stage._judges[name].parameters()]
     copies = [p.clone() for p in frozen]
     run(stage, args, 2)
     for name, network in networks.items():
@@ -233,7 +233,7 @@ def test_lpips_of_the_jump_estimate(tmp_path, judges):
     stage, _ = full_stage(tmp_path, judges)
     batch = batch_of(stage, [(0, 1), (1, 2)])
     output = stage.forward(stage.model, batch, 0)
-    network = stage._frozen[0]
+    network = stage._judges["lpips"]
     with torch.no_grad():
         each = [network(output.pred_original_sample[i : i + 1], batch["pixel_values"][i : i + 1]) for i in range(2)]
         assert float(perceptual_sum(network, output, batch["pixel_values"])) == pytest.approx(
@@ -277,7 +277,7 @@ def test_the_teacher_takes_the_vision_part_of_clip(tmp_path):
     vision = TINY_VIT | {"intermediate_size": 16, "patch_size": 16}
     clip = CLIPModel(CLIPConfig(vision_config=vision, text_config={"num_hidden_layers": 1, "hidden_size": 16}))
     clip.save_pretrained(tmp_path)
-    teacher = load_teacher(str(tmp_path))
+    teacher = load_teacher(str(tmp_path), 16)
     assert teacher(torch.zeros(1, 3, 32, 32), (7, 7)).shape == (1, 49, 16)
 
 
@@ -286,7 +286,7 @@ def test_what_is_no_vision_transformer(tmp_path):
 
     ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="needs a vision transformer, got ResNetModel"):
-        load_teacher(str(tmp_path))
+        load_teacher(str(tmp_path), 16)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from PIL import Image
 from dar_hf.training import LoopArguments, make_accelerator, train
 from dar_hf.training.trackers import track_images
 
-from .helpers import tokenizer_stage
+from .helpers import fresh_process, tokenizer_stage
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "all"])
@@ -32,6 +32,20 @@ def test_tensorboard_has_figures_and_pictures(tmp_path):
     )
     shown = events.Images("validation/reconstructions")
     assert [event.step for event in shown] == [2, 4] and shown[0].width > 8
+
+
+def test_a_run_that_has_finished_opens_no_tracker(tmp_path, monkeypatch):
+    opened = []
+    for _ in range(2):
+        with fresh_process():
+            stage, args = tokenizer_stage(
+                tmp_path, max_train_steps=1, checkpointing_steps=1, resume_from_checkpoint="latest"
+            )
+            accelerator = make_accelerator(args)
+            args.report_to = "tensorboard"
+            monkeypatch.setattr(accelerator, "init_trackers", lambda *given, **options: opened.append(given))
+            train(stage, args, accelerator)
+    assert len(opened) == 1
 
 
 def test_each_tracker_is_given_what_it_takes():

@@ -5,13 +5,14 @@ crop, time, noise and class dropout follow. So the same images meet the same noi
 processes and accumulation steps, and a resumed run needs no more than its step to continue exactly.
 """
 
+import errno
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
-from typing import Any
 
 import datasets
 import torch
@@ -23,8 +24,18 @@ from .transforms import ImageTransform, convert_channels
 
 logger = logging.getLogger(__name__)
 
-# what pillow raises for damaged files, and what a missing one raises
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+UNREADABLE = ValueError  # what `open_image` and `convert_channels` raise for an image that cannot be read
+# what the system says of a file that will not be read the next time either
+OF_THE_FILE = (
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENXIO,
+)
 READ_AT_ONCE = 256  # images that are checked at a time
 MAX_THREADS = 16
 _MASK = (1 << 64) - 1
@@ -35,7 +46,10 @@ class DataError(RuntimeError):
 
 
 class SeedFor(IntEnum):
-    """What a seed is for: different purposes never share a generator."""
+    """What a seed is for: different purposes never share a generator.
+
+    Crop, flip and pixel noise have no entry: they are drawn from a sample's seed as it is.
+    """
 
     ORDER = 1
     SAMPLE = 2
@@ -124,8 +138,9 @@ class ImageSamples(torch.utils.data.Dataset):
     Args:
         dataset: columns "image" and perhaps "label".
         transform: image to tensor.
-        memory_budget: encoded images are kept decoded up to this many bytes, since small data sets are seen hundreds
-            of times and decoding them costs more than training on them.
+        memory_budget: decoded images are kept, up to this many bytes, since small data sets are seen hundreds of
+            times and decoding them costs more than training on them. The workers of a loader, each of which has a
+            copy of its own, share this amount.
     """
 
     def __init__(self, dataset: datasets.Dataset, transform: ImageTransform, memory_budget: int = 1 << 28):
@@ -133,6 +148,7 @@ class ImageSamples(torch.utils.data.Dataset):
         self.labels: list[int] = dataset["label"][:] if "label" in dataset.column_names else []
         self.transform = transform
         self._decoded: dict[int, Image.Image] = {}
+        self._decoded_size = 0  # bytes
         self._budget = memory_budget
         self._unreadable: set[int] = set()
 
@@ -145,27 +161,34 @@ class ImageSamples(torch.utils.data.Dataset):
             return self._decoded[index]
         image = open_image(self.dataset[index]["image"])
         size = image.width * image.height * len(image.getbands())
-        if size <= self._budget:
-            self._budget -= size
+        worker = torch.utils.data.get_worker_info()
+        budget = self._budget
+        if worker is not None:
+            budget //= worker.num_workers
+        if self._decoded_size + size <= budget:
+            self._decoded_size += size
             self._decoded[index] = image
         return image
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """``pixel_values (C, H, W)``, ``index``, ``seed`` and, where there are labels, ``label``.
+        """``pixel_values (C, H, W)``, ``seed`` and, where there are labels, ``label``.
 
         Unreadable images are replaced by the next one, and ``skipped`` lists them.
 
         Raises:
             DataError: if no image can be read.
+            OSError: for a fault of disk or network, which says nothing about the image.
         """
         index, seed = key
         skipped = []
-        while (pixels := self._attempt(index, lambda image: self.transform(image, seed))) is None:
+        image = self.readable_image(index)
+        while image is None:
             skipped.append(index)
             if len(skipped) == len(self):
                 raise DataError(f"none of the {len(self)} images can be read.")
             index = (index + 1) % len(self)
-        sample = {"pixel_values": pixels, "index": index, "seed": seed}
+            image = self.readable_image(index)
+        sample = {"pixel_values": self.transform(image, seed), "seed": seed}
         if self.labels:
             sample["label"] = self.labels[index]
         if skipped:
@@ -173,8 +196,15 @@ class ImageSamples(torch.utils.data.Dataset):
         return sample
 
     def readable_image(self, index: int) -> Image.Image | None:
-        """The image, upright and in the transform's channels, or None if it cannot be read."""
-        return self._attempt(index, lambda image: convert_channels(image, self.transform.channels))
+        """The image, upright and in the transform's channels; None, and once a warning, if it cannot be read."""
+        if index in self._unreadable:
+            return None
+        try:
+            return convert_channels(self.image(index), self.transform.channels)
+        except UNREADABLE as error:
+            self._unreadable.add(index)
+            warn_unreadable(self.name(index), error)
+            return None
 
     def readable(self, count: int | None = None) -> list[int]:
         """The first ``count`` images that can be read, or all of them; several threads read."""
@@ -187,17 +217,6 @@ class ImageSamples(torch.utils.data.Dataset):
                 if count is not None and len(found) >= count:
                     return found[:count]
         return found
-
-    def _attempt(self, index: int, make: Callable[[Image.Image], Any]) -> Any:
-        """What ``make`` makes of an image; None if it cannot be read, and the first time a warning says why."""
-        if index in self._unreadable:
-            return None
-        try:
-            return make(self.image(index))
-        except UNREADABLE as error:
-            self._unreadable.add(index)
-            warn_unreadable(self.name(index), error)
-            return None
 
     def name(self, index: int) -> str:
         """The number of an image in the data set and, where it has one, its file."""
@@ -218,25 +237,40 @@ class ImageSamples(torch.utils.data.Dataset):
                 raise ValueError(f"image {self.name(index)} cannot be read: {error}") from error
         return torch.stack(pixels)
 
+    def stack_readable(self, indices: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+        """The first variant of the images that can be read: which these are, and ``(n, C, H, W)``."""
+        images = {index: self.readable_image(index) for index in indices}
+        pixels = {index: self.transform.render(image, 0) for index, image in images.items() if image is not None}
+        if not pixels:
+            return [], torch.empty(0)
+        return list(pixels), torch.stack(list(pixels.values()))
+
 
 def open_image(source: dict) -> Image.Image:
     """A decoded image from the ``bytes`` or ``path`` of a data set's row; of an animated one the first frame.
 
     Raises:
         ValueError: if there is none, or it cannot be read.
-        OSError: for a path on the Hub or in an archive that cannot be opened.
+        OSError: for a fault of disk or network that says nothing about the image, and may pass.
     """
     if source is None or (source["bytes"] is None and not source["path"]):
         raise ValueError("the row holds no image.")
     path = source["path"]
     if source["bytes"] is not None:
         return read_image(source["bytes"])
-    if not is_local_path(path):  # streams name images on the Hub (hf://) and in archives (zip://)
-        with xopen(path, "rb") as file:
-            return read_image(file.read(), path)
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: this is no regular file.")  # reading a pipe would wait for ever
-    return read_image(path)
+    read = xopen  # streams name images on the Hub (hf://) and in archives (zip://)
+    if is_local_path(path):
+        read = open
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path}: this is no regular file.")  # reading a pipe would wait for ever
+    try:
+        with read(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        if error.errno is not None and error.errno not in OF_THE_FILE:
+            raise
+        raise ValueError(f"{path}: {error.strerror or error}.") from error
+    return read_image(content, path)
 
 
 def image_path(source: dict | None) -> str:
@@ -250,20 +284,21 @@ def warn_unreadable(name: str, error: BaseException) -> None:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples as one batch, with each one's time of the diffusion (``timesteps``).
-
-    ``skipped`` lists what was left out of any of them, where there is any.
-    """
+    """Samples as one batch; ``skipped`` lists what was left out of any of them, where there is any."""
     skipped = [index for sample in samples for index in sample.pop("skipped", [])]
     batch = torch.utils.data.default_collate(samples)
-    batch["timesteps"] = sample_times(batch["seed"])
     if skipped:
         batch["skipped"] = skipped
     return batch
 
 
+def ignore_interrupts(worker: int) -> None:
+    """For a loader's workers, which a Ctrl-C reaches, too: they end with the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def sample_times(seeds: torch.Tensor) -> torch.Tensor:
-    """One uniform time in [0, 1) for each sample's seed; ``(B,)`` float32."""
+    """One uniform time in [0, 1] for each sample's seed; ``(B,)`` float32, which can round up to 1."""
     return torch.tensor([random.Random(draw_seed(int(seed), SeedFor.TIME)).random() for seed in seeds])
 
 
@@ -276,7 +311,7 @@ def normal_noise(seeds: torch.Tensor, shape: Sequence[int], device: torch.device
     return noise
 
 
-def bernoulli_mask(seeds: torch.Tensor, rate: float, purpose: SeedFor = SeedFor.CLASS_DROPOUT) -> torch.Tensor:
-    """True with probability ``rate`` for each sample, drawn from its own seed: what is dropped; ``(B,)`` bool."""
+def bernoulli_mask(seeds: torch.Tensor, rate: float, purpose: SeedFor) -> torch.Tensor:
+    """True with probability ``rate`` for each sample, drawn from its own seed for this purpose; ``(B,)`` bool."""
     draws = [random.Random(draw_seed(int(seed), purpose)).random() for seed in seeds]
     return torch.tensor([draw < rate for draw in draws], dtype=torch.bool)

@@ -230,6 +230,19 @@ def available_splits(name: str, config_name: str | None = None) -> list[str]:
     return datasets.get_dataset_split_names(os.path.expanduser(name), config_name)
 
 
+def training_splits(name: str, train_split: str, config_name: str | None = None) -> list[str]:
+    """Names of the splits that ``train_split`` takes all or a part of, as `available_splits` has them."""
+    names = split_names(train_split)
+    files = None
+    if name != DIGITS:
+        files = local_files(name, config_name)
+    if files is not None:
+        return [files.known_split(part) for part in names]
+    if "all" in names:  # the word of `datasets` for every split
+        return available_splits(name, config_name)
+    return names
+
+
 def load_digits(split: str) -> datasets.Dataset:
     """scikit-learn's 1,797 real handwritten digits, 8x8 grey, as a `datasets.Dataset`.
 

@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 
 from .batches import ImageSamples
 from .classes import whole_number
-from .sources import available_splits, first_rows, load_images, stream_images
+from .sources import available_splits, first_rows, load_images, stream_images, training_splits
 from .streaming import StreamedImages
 from .transforms import ImageTransform
 
@@ -142,14 +142,17 @@ def _training_label(label: Any, feature: Any, classes: datasets.ClassLabel) -> i
 def load_validation(args: DataArguments, load: Callable[..., datasets.Dataset]) -> datasets.Dataset | None:
     """The split to validate on: the one named, or validation or test, where there is one that can be used.
 
+    A split that training takes images of is none.
+
     Args:
         load: gives the data set of a ``split``.
     """
     if args.validation_split:
         return load(split=args.validation_split)
     available = available_splits(args.dataset_name, args.dataset_config_name)
+    trained = training_splits(args.dataset_name, args.train_split, args.dataset_config_name)
     for split in ("validation", "test"):
-        if split in available:
+        if split in available and split not in trained:
             try:
                 return load(split=split)
             except ValueError as error:

@@ -15,11 +15,26 @@ import datasets
 import torch
 from datasets.distributed import split_dataset_by_node
 
-from .batches import UNREADABLE, DataError, SeedFor, collate, draw_seed, image_path, open_image, warn_unreadable
+from .batches import (
+    UNREADABLE,
+    DataError,
+    SeedFor,
+    collate,
+    convert_channels,
+    draw_seed,
+    ignore_interrupts,
+    image_path,
+    open_image,
+    warn_unreadable,
+)
 from .classes import whole_number
 from .transforms import ImageTransform
 
 MAX_UNREADABLE_IN_A_ROW = 1000
+
+
+class UnreadableError(ValueError):
+    """An image of a stream cannot be read."""
 
 
 class StreamedImages:
@@ -45,12 +60,18 @@ class StreamedImages:
         self.num_classes = num_classes
 
     def sample(self, row: dict, seed: int) -> dict:
-        """``pixel_values (C, H, W)``, ``index`` (a checksum of the image's name), ``seed`` and perhaps ``label``.
+        """``pixel_values (C, H, W)``, ``seed`` and perhaps ``label``.
 
         Raises:
+            UnreadableError: for an image that cannot be read.
             DataError: for a label outside the classes.
+            OSError: for a fault of disk or network, which says nothing about the image.
         """
-        sample = {"pixel_values": self.transform(open_image(row["image"]), seed), "index": _key(row), "seed": seed}
+        try:
+            image = convert_channels(open_image(row["image"]), self.transform.channels)
+        except UNREADABLE as error:
+            raise UnreadableError(str(error)) from error
+        sample = {"pixel_values": self.transform(image, seed), "seed": seed}
         if self.num_classes is not None:
             label = whole_number(row["label"])
             if label is None or not 0 <= label < self.num_classes:
@@ -96,7 +117,7 @@ class _Reader(torch.utils.data.IterableDataset):
         while True:
             try:
                 batch = collate([next(samples) for _ in range(self.batch_size)])
-            except DataError as error:  # out of a worker it would come with a traceback in its message
+            except (DataError, OSError) as error:  # out of a worker it would come with a traceback in its message
                 yield {"error": str(error)}
                 return
             yield {"batch": batch, "worker": worker, "state": dict(state)}
@@ -109,7 +130,7 @@ class _Reader(torch.utils.data.IterableDataset):
             seed = draw_seed(self.seed, SeedFor.SAMPLE, position * num_workers + worker)
             try:
                 sample = self.images.sample(row, seed)
-            except UNREADABLE as error:
+            except UnreadableError as error:
                 skipped.append(self._key_of_unreadable(row, state, worker))
                 warn_unreadable(image_path(row["image"]) or "without a name", error)
                 if len(skipped) > MAX_UNREADABLE_IN_A_ROW:
@@ -205,6 +226,7 @@ class BatchStream:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             generator=torch.Generator().manual_seed(self.reader.seed),  # leaves the global one alone
+            worker_init_fn=ignore_interrupts,
         )
         for item in loader:
             if item is None:

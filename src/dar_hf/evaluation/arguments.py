@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers.hf_argparser import HfArg
 
-from ..utils.options import check_texts
+from ..utils.options import expand_path, reject_empty_texts
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -59,7 +59,8 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if not self.pipeline:
             raise ValueError("pipeline is missing: a folder or a Hub id.")
-        check_texts(self)
+        self.output_dir = expand_path(self.output_dir)
+        reject_empty_texts(self)
         for name in ("num_images", "num_inference_steps", "batch_size", "shard_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -83,12 +83,20 @@ class LPIPSNetwork(nn.Module):
         return distance
 
 
-def load_lpips(source: str | None) -> LPIPSNetwork:
+def load_lpips(source: str | None, image_size: tuple[int, int] | None = None) -> LPIPSNetwork:
     """The network with weights from a converted file or a Hub repository (see `dar_hf.metrics.weights.find_weights`).
 
+    Args:
+        source: the file or repository.
+        image_size: (height, width) of the images to compare, where it is known.
+
     Raises:
-        ValueError: without weights or with others', saying how to get them.
+        ValueError: for images that are too small, and without weights or with others', saying how to get them.
     """
+    if image_size is not None and min(image_size) < MIN_SIZE:
+        raise ValueError(
+            f"LPIPS needs images of {MIN_SIZE} pixels or more, these are {image_size}: --perceptual_weight 0."
+        )
     if source is None:
         raise ValueError(f"LPIPS needs weights. {ADVICE}")
     network = LPIPSNetwork()

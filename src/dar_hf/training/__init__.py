@@ -4,7 +4,7 @@ Read `loop` first, then a stage:
 
 - `tokenizer_stage` with `losses`, `repa`, `adversary` and `codebook`; `ar_stage` with `losses` and `codes`;
 - what builds them: `arguments`, `models`, and `stage`, the interface between a stage and the loop;
-- what the loop calls: `batches`, `records`, `checkpoints`, `resuming`, `pushing`, `stopping`, `sharding`;
+- what the loop calls: `batches`, `records`, `trackers`, `checkpoints`, `resuming`, `pushing`, `stopping`, `sharding`;
 - around a run: `launcher`, `run_folder`, `folder_lock`, `fingerprint`; and `extraction`, of codes before stage 2.
 """
 

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from ..data import SeedFor, draw_seed
+from .arguments import TokenizerArguments
+
 NUM_NORM_GROUPS = 32
 MAX_WIDTH_FACTOR = 8
 
@@ -117,3 +120,21 @@ class Adversary:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def make_adversary(args: TokenizerArguments, image_size: tuple[int, int], in_channels: int) -> Adversary:
+    """The discriminator that ``args`` ask for, for images of this size.
+
+    Raises:
+        ValueError: if they are too small for its layers.
+    """
+    least = PatchDiscriminator.min_size(args.discriminator_layers)
+    if min(image_size) < least:
+        raise ValueError(
+            f"a discriminator of {args.discriminator_layers} layers needs images of {least} pixels or more, these "
+            f"are {image_size}: fewer --discriminator_layers, or --discriminator_weight 0."
+        )
+    torch.manual_seed(draw_seed(args.seed, SeedFor.DISCRIMINATOR))  # training sets the seed anew
+    network = PatchDiscriminator(in_channels, args.discriminator_layers, args.discriminator_width)
+    rate = args.discriminator_learning_rate or args.learning_rate
+    return Adversary(network, rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.max_grad_norm)

@@ -6,25 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
 from ..acceleration_dar import SHORT_SEQUENCE
-from ..data import ImageSamples, StreamedImages, bernoulli_mask, image_splits, normal_noise
+from ..data import ImageSamples, SeedFor, StreamedImages, bernoulli_mask, image_splits, normal_noise
 from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import DARPipeline
-from ..presets import get_preset, parse_options
+from ..presets import PRESETS, get_preset, parse_options
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
 from ..utils.fingerprint import weights_fingerprint
 from ..utils.loading import load
 from ..utils.pictures import image_grid
 from .arguments import ARArguments
-from .codes import ENCODE_BATCH, CodeSamples, code_splits, encode_all
+from .codes import ENCODE_BATCH, CodeSamples, code_splits, encode_all, in_batches
 from .fingerprint import data_fingerprint
 from .losses import LossTerm, cross_entropy_sum
-from .models import build_transformer, sizes_of
-from .stage import Stage, readable_batches
+from .models import build_transformer, class_names, sizes_of
+from .stage import Stage
 
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_SAMPLE_ROWS = 10
@@ -89,9 +90,7 @@ class ARStage(Stage):
         if args.cache_codes and isinstance(samples, ImageSamples):
             self.samples = encode_all(samples, tokenizer)
         self.validation = validation
-        self.terms = [
-            LossTerm("cross_entropy", 1.0, "tokens", lambda logits, batch: cross_entropy_sum(logits, batch["codes"]))
-        ]
+        self.terms = [LossTerm("cross_entropy", 1.0, "tokens", self._cross_entropy)]
         if args.guidance_scale is not None:
             scale = args.guidance_scale
             model.generation_config.guidance_scale = scale[0] if len(scale) == 1 else scale
@@ -106,7 +105,8 @@ class ARStage(Stage):
             ValueError: for an unknown preset, option, data set or column, a missing tokenizer, or data without labels.
         """
         if not get_preset(args.preset).transformer:
-            raise ValueError(f"preset {args.preset!r} has no language model; use B, L, XL, XXL, 3B or digits.")
+            names = ", ".join(name for name, preset in PRESETS.items() if preset.transformer)
+            raise ValueError(f"preset {args.preset!r} has no language model; there are {names}.")
         if not args.tokenizer:
             raise ValueError("stage 2 needs --tokenizer: the folder or Hub id of a trained tokenizer.")
         tokenizer = load(DARTokenizer, args.tokenizer, "tokenizer").to(device)
@@ -126,7 +126,11 @@ class ARStage(Stage):
         model = build_transformer(args, sizes, classes.names)
         if torch.device(device).type == "cpu" and model.config.num_image_tokens <= SHORT_SEQUENCE:
             model.set_attn_implementation("eager")  # for training only: it is not saved
-        return cls(model, tokenizer, samples, args, validation, dict(enumerate(classes.names)))
+        id2label = class_names(args, model.config.num_classes, classes.names)
+        return cls(model, tokenizer, samples, args, validation, id2label)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        self.tokenizer.to(accelerator.device)
 
     def parameter_groups(self) -> list[dict]:
         matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
@@ -140,12 +144,12 @@ class ARStage(Stage):
 
     def forward(self, model: nn.Module, batch: dict, step: int) -> torch.Tensor:
         if "codes" not in batch:
-            batch["codes"] = self._encode(batch["pixel_values"])
-        drop_class = bernoulli_mask(batch["seed"], self.model.config.class_dropout)
+            batch["codes"] = self.tokenizer.encode(batch["pixel_values"]).codes  # the loss term reads them there
+        drop_class = bernoulli_mask(batch["seed"], self.model.config.class_dropout, SeedFor.CLASS_DROPOUT)
         return self._logits(model, batch["codes"], batch["label"], drop_class)
 
-    def _encode(self, images: torch.Tensor) -> torch.Tensor:
-        return self.tokenizer.to(images.device).encode(images).codes
+    def _cross_entropy(self, logits: torch.Tensor, batch: dict, step: int) -> torch.Tensor:
+        return cross_entropy_sum(logits, batch["codes"])
 
     def _logits(
         self, model: nn.Module, codes: torch.Tensor, labels: torch.Tensor, drop_class: torch.Tensor
@@ -162,8 +166,11 @@ class ARStage(Stage):
         if self.validation is not None:
             total = 0.0
             count = 0
-            for indices in readable_batches(self.validation, self.args.max_validation_samples, ENCODE_BATCH):
-                codes = self._encode(self.validation.stack(indices).to(self.model.device))
+            for batch in in_batches(range(len(self.validation)), ENCODE_BATCH):
+                indices, images = self.validation.stack_readable(batch)
+                if not indices:
+                    continue
+                codes = self.tokenizer.encode(images.to(self.model.device)).codes
                 labels = torch.tensor([self.validation.labels[i] for i in indices], device=codes.device)
                 logits = self._logits(self.model, codes, labels, torch.zeros(len(codes), dtype=torch.bool))
                 total += float(cross_entropy_sum(logits, codes))
@@ -176,7 +183,7 @@ class ARStage(Stage):
         codes = torch.cat(list(self.model.stream_codes(labels, generator=generator)), dim=1)
         shape = (self.tokenizer.config.in_channels, *self.tokenizer.image_size)
         noise = normal_noise(torch.arange(len(labels)), shape, codes.device)
-        images = self.tokenizer.to(codes.device).decode(codes, noise=noise).sample
+        images = self.tokenizer.decode(codes, noise=noise).sample
         return metrics, {"samples": image_grid(images, SAMPLE_COLUMNS)}
 
     def save(self, folder: Path) -> None:
@@ -206,7 +213,9 @@ class ARStage(Stage):
     def describe(self) -> dict:
         adapters = {"lora_rank": self.args.lora_rank} if self.args.lora_rank else {}
         tokenizer = weights_fingerprint(self.tokenizer.state_dict())
-        return {**self.model.config.to_diff_dict(), "tokenizer": tokenizer, **adapters}
+        config = self.model.config.to_diff_dict()
+        config.pop("transformers_version", None)  # a run may be resumed with another one
+        return {**config, "tokenizer": tokenizer, **adapters}
 
     def describe_data(self) -> dict[str, str]:
         return self._data

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers.hf_argparser import HfArg
 
 from ..data.splits import DataArguments
-from ..utils.options import check_texts, renamed_option
+from ..utils.options import expand_path, reject_empty_texts, renamed_option
 
 
 @dataclass
@@ -58,7 +58,8 @@ class LoopArguments(DataArguments):
     push_steps: int = HfArg(default=0, help="also upload the model so far every N steps")
 
     def __post_init__(self):
-        check_texts(self)
+        self.output_dir = expand_path(self.output_dir)
+        reject_empty_texts(self)
         precision = str(self.mixed_precision).lower()
         if precision in ("false", "off"):  # YAML's reading of a bare no, and of its other spellings
             precision = "no"
@@ -67,8 +68,8 @@ class LoopArguments(DataArguments):
         sizes = ("max_train_samples", "max_validation_samples", "stream_block_size")
         _require(self, counts + sizes, lambda value: value >= 1, "be at least 1")
         _require(self, ("learning_rate", "max_grad_norm", "adam_epsilon"), lambda value: value > 0, "be positive")
-        numbers = [name for name, value in vars(self).items() if isinstance(value, float)]
-        numbers.remove("max_grad_norm")  # an infinite one clips nothing
+        # an infinite max_grad_norm clips nothing
+        numbers = [name for name, value in vars(self).items() if isinstance(value, float) and name != "max_grad_norm"]
         _require(self, numbers, math.isfinite, "be a finite number")
         shares = ("decay_fraction", "final_learning_rate_ratio")
         _require(self, shares, lambda value: 0 <= value <= 1, "lie in [0, 1]")
@@ -103,7 +104,7 @@ def _require(args: LoopArguments, names: Iterable[str], holds: Callable[[Any], b
 
 @dataclass
 class TokenizerArguments(LoopArguments):
-    """Options of stage 1. The defaults are the paper's plain recipe; small presets switch on what small data need."""
+    """Options of stage 1. By default all that is not flow matching or quantization is off; presets switch it on."""
 
     can_be_sharded: ClassVar[bool] = False
 
@@ -126,7 +127,9 @@ class TokenizerArguments(LoopArguments):
     unquantized_steps: int = renamed_option(
         "continuous_steps", default=0, help="first steps without quantizing; the codebook then starts from k-means"
     )
-    group_dropout: float = HfArg(default=0.0, help="share of images whose group of codes is hidden from them")
+    group_dropout: float = HfArg(
+        default=0.0, help="probability that a step gets zeros in place of its own group's codes"
+    )
     dead_code_interval: int = renamed_option(
         "revive_every", default=0, help="move codes that were unused for this many steps; 0 for never"
     )
@@ -156,6 +159,8 @@ class TokenizerArguments(LoopArguments):
 @dataclass
 class ARArguments(LoopArguments):
     """Options of stage 2."""
+
+    preset: str = HfArg(default="L", help="named size and recipe, see dar_hf.presets")  # v1 has no language model
 
     tokenizer: str = HfArg(default="", help="folder or Hub id of the trained tokenizer")
     codes: str | None = HfArg(default=None, help="train on the codes of extract_codes.py, a folder or Hub id")

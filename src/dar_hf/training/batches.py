@@ -1,6 +1,5 @@
 """Micro-batches of one process, cut out of a data set or read from a stream."""
 
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..data import BatchStream, DataError, GlobalBatchSampler, StreamedImages, collate
+from ..data.batches import ignore_interrupts
 from .arguments import LoopArguments
-from .checkpoints import read_position, resume_hint
+from .checkpoints import CheckpointError, read_position, resume_hint
 from .run_folder import CHECKPOINTS
 
-ON_HOST = ("seed", "index", "skipped")  # read one by one: on a GPU each would wait for the device
+ON_HOST = ("seed", "skipped")  # read one by one: on a GPU each would wait for the device
 
 
 class TrainingBatches:
@@ -52,11 +52,15 @@ class TrainingBatches:
         """Continue after ``step`` steps, from a stream's position in the checkpoint.
 
         Raises:
-            ValueError: if the checkpoint holds none, or one of another layout.
+            CheckpointError: if the checkpoint holds none, or one of another layout.
         """
         self.start_step = step
         if self.stream is not None:
-            self.stream.load_state_dict(read_position(checkpoint, self.layout["process_index"]))
+            position = read_position(checkpoint, self.layout["process_index"])
+            try:
+                self.stream.load_state_dict(position)
+            except (ValueError, KeyError, TypeError) as error:  # a file from anywhere may hold anything
+                raise CheckpointError(str(error)) from error
 
     def count_corrupt(self, batches: list[dict]) -> None:
         """Count distinct images that could not be read, of all processes; they call this together.
@@ -94,15 +98,9 @@ class TrainingBatches:
             pin_memory=self.pin_memory,
             # without its own generator the loader takes a number from the global one, which changes dropout on resume
             generator=torch.Generator().manual_seed(args.seed),
-            persistent_workers=args.dataloader_num_workers > 0,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_interrupts,
         )
         return iter(loader)
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """A Ctrl-C reaches the workers of a loader, too; they end with the run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

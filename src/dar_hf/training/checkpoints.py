@@ -34,22 +34,40 @@ RANDOM_FILE = "random_states_{}.pkl"  # accelerate's name; of each process
 SAVED = "saved"  # entry of the state file: how the checkpoint was saved
 # what every run reads of a checkpoint; next to it are an fp16 run's scaler and other layouts' shards
 READ_BY_ALL = (
-    *("*.safetensors", "pytorch_model.bin", "optimizer*.bin"),
-    *("random_states_*.pkl", "custom_checkpoint_*.pkl"),
+    "*.safetensors",
+    "pytorch_model.bin",
+    "optimizer*.bin",
+    "random_states_*.pkl",
+    "custom_checkpoint_*.pkl",
 )
+
+# in the errors of torch.save
+TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|write\(\): fd|Parent directory")
 
 # what torch's sharded checkpoints name in their table of contents
 _METADATA = "torch.distributed.checkpoint.metadata"
 SHARDED_CLASSES = {
-    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    *((_METADATA, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
     (_METADATA, "TensorProperties"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-    *(("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
-    *(("pathlib._local", name) for name in ("Path", "PosixPath", "WindowsPath")),  # since Python 3.13
+    ("pathlib", "Path"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib", "PureWindowsPath"),
+    # since Python 3.13
+    ("pathlib._local", "Path"),
+    ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"),
 }
 
 
@@ -70,6 +88,9 @@ def saving(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        # torch's writer knows no other type; a RuntimeError of anything else is a fault, not a full disk
+        if isinstance(error, RuntimeError) and not TORCH_WRITER.search(str(error)):
+            raise
         raise SaveError(f"{what} could not be saved: {str(error).rstrip('.')}. {resume_hint(folder)}") from error
 
 
@@ -213,9 +234,11 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     if name == "latest":
         return _newest_complete(folder)
     path = next((path for path in (Path(name), folder / name) if path.is_dir()), None)
-    damage = f"no {STATE_FILE} in it" if path is None else find_damage(path)
-    if path is not None and damage is None:
-        return path
+    damage: str | None = "there is no such folder"
+    if path is not None:
+        damage = find_damage(path)
+        if damage is None:
+            return path
     others = _all_checkpoints(folder)
     complete = [other.name for other in others if other != path and find_damage(other, thorough=False) is None]
     advice = f" Complete in {folder}: {', '.join(complete)}." if complete else ""
@@ -266,12 +289,15 @@ def read_position(checkpoint: Path, process_index: int) -> dict:
     """A process's place in its stream of images.
 
     Raises:
-        ValueError: if the checkpoint holds none for it.
+        CheckpointError: if the checkpoint holds none for it.
     """
     path = checkpoint / POSITION_FILE.format(process_index)
     if not path.is_file():
-        raise ValueError(f"{path.name} is missing: it was not saved by this many processes reading a stream")
-    return read_object(path)
+        raise CheckpointError(f"{path.name} is missing: it was not saved by this many processes reading a stream")
+    try:
+        return read_object(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error).rstrip(".")) from error
 
 
 # Loading

@@ -1,8 +1,8 @@
-"""What keeps a codebook in use on small data: a continuous warm-up, a k-means start, and revival of dead codes.
+"""What keeps a codebook in use on small data: unquantized steps, a k-means start, and dead codes that are moved.
 
 On large data the plain recipe fills the codebook and all of this is off. On small data the encoder collapses before
-the decoder has learned to look at the conditions; so the decoder first trains on continuous latents, the codebook then
-starts where those latents are, and codes nobody uses are moved to where images are.
+the decoder has learned to look at the conditions; so the decoder first trains on unquantized latents, the codebook
+then starts where those latents are, and dead codes, which nothing uses, are moved to where images are.
 """
 
 import torch
@@ -42,21 +42,23 @@ class CodebookKeeper:
     Args:
         codebook_size: number of codes.
         unquantized_steps: steps without quantizing at the start; the codebook then starts from k-means.
-        dead_code_interval: move codes that were unused for this many steps; 0 for never.
-        revive_until: step after which codes are left alone.
+        dead_code_interval: a code is dead, and moved, after this many steps without use; 0 for never.
+        last_step: number of steps after which codes are left alone.
         seed: seed of the run.
     """
 
-    def __init__(
-        self, codebook_size: int, unquantized_steps: int, dead_code_interval: int, revive_until: int, seed: int
-    ):
+    def __init__(self, codebook_size: int, unquantized_steps: int, dead_code_interval: int, last_step: int, seed: int):
         self.codebook_size = codebook_size
         self.unquantized_steps = unquantized_steps
         self.dead_code_interval = dead_code_interval
-        self.revive_until = revive_until
+        self.last_step = last_step
         self.seed = seed
         self.counts = torch.zeros(codebook_size, dtype=torch.long)
         self.latents = torch.empty(0)
+
+    def watches(self, step: int) -> bool:
+        """Whether anything will be made of what `observe` is told of this step."""
+        return step < self.unquantized_steps or (self.dead_code_interval > 0 and step < self.last_step)
 
     def observe(self, step: int, codes: torch.Tensor, latents: torch.Tensor) -> None:
         """Note codes ``(B, N)`` and latents ``(B, N, D)`` of a whole step, all processes in the stream's order."""
@@ -70,26 +72,20 @@ class CodebookKeeper:
 
     def replacements(self, step: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Codes to move after this step and their new unit vectors, ``(n,)`` and ``(n, D)``, or None."""
-        if len(self.latents) == 0:
-            return None
         generator = torch.Generator().manual_seed(draw_seed(self.seed, SeedFor.CODEBOOK, step))
-        points = self.latents
-        in_use = step + 1 - self.unquantized_steps  # steps since the codebook is used
-        if in_use == 0:
+        quantized_steps = step + 1 - self.unquantized_steps
+        if quantized_steps == 0:
+            points = self.latents
             self.latents = torch.empty(0)
             return torch.arange(self.codebook_size), spherical_kmeans(points, self.codebook_size, generator)
-        if (
-            not self.dead_code_interval
-            or in_use < 0
-            or step + 1 > self.revive_until
-            or in_use % self.dead_code_interval
-        ):
+        is_due = self.dead_code_interval > 0 and quantized_steps % self.dead_code_interval == 0
+        if quantized_steps < 0 or not is_due or step >= self.last_step:
             return None
         dead = (self.counts == 0).nonzero().flatten()
         self.counts.zero_()
         if len(dead) == 0:
             return None
-        return dead, points[torch.randint(len(points), (len(dead),), generator=generator)]
+        return dead, self.latents[torch.randint(len(self.latents), (len(dead),), generator=generator)]
 
     def state_dict(self) -> dict:
         return {"counts": self.counts, "latents": self.latents}

@@ -93,7 +93,7 @@ class CodeSamples(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         index, seed = key
         codes = self.codes[index][self.transform.variant(seed)]
-        return {"codes": codes, "label": self.labels[index], "index": index, "seed": seed}
+        return {"codes": codes, "label": self.labels[index], "seed": seed}
 
 
 def encode_all(samples: ImageSamples, tokenizer: DARTokenizer) -> CodeSamples:

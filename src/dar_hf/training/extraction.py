@@ -21,7 +21,7 @@ from ..hub.blocks import sign
 from ..tokenizer_dar import DARTokenizer
 from ..utils.files import read_object, write_json, write_text
 from ..utils.loading import load
-from ..utils.options import check_texts
+from ..utils.options import expand_path, reject_empty_texts
 from .codes import SHARDS, STAMP_FILE, encode_images, in_batches, make_stamp
 from .fingerprint import data_fingerprint
 
@@ -63,7 +63,8 @@ class ExtractArguments:
     hub_private_repo: bool = HfArg(default=False, help="create that repository as a private one")
 
     def __post_init__(self):
-        check_texts(self)
+        self.output_dir = expand_path(self.output_dir)
+        reject_empty_texts(self)
         for name in ("tokenizer", "dataset_name"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing.")

@@ -69,17 +69,21 @@ def train(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
 
 
 def _run(stage: Stage, args: LoopArguments, accelerator: Accelerator) -> None:
-    """The whole loop; when this returns, nothing but the accelerator holds the wrapped model."""
+    """Train, validate and save. A function of its own, so that the loop is gone when it returns.
+
+    With the loop goes the wrapped model, which must be gone before `end_processes` ends the communication.
+    """
     set_seed(args.seed + accelerator.process_index)  # dropout differs between processes; all else has its own seed
     loop = TrainingLoop(stage, args, accelerator)
     if args.resume_from_checkpoint:
-        loop.resume()
+        loop.resume(args.resume_from_checkpoint)
+    if loop.finished:
+        return
     if args.report_to:
         plain = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers("dar-hf", config=plain)
-    if not loop.finished:
-        with loop.stop_request.listening():
-            loop.run()
+    with loop.stop_request.listening():
+        loop.train_and_save()
 
 
 class TrainingLoop:
@@ -115,7 +119,8 @@ class TrainingLoop:
         for state in (self.ema, *stage.stateful):
             if state is not None:
                 accelerator.register_for_checkpointing(state)
-        self.description = describe_run(stage, args, accelerator, self.sharded)
+        self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        self.description = describe_run(stage, args, accelerator, self.sharded, self.images_per_step)
         self.records = RunRecords(args, self.description, accelerator)
         self.batches = TrainingBatches(stage.samples, args, accelerator)
         self.stop_request = StopRequest(accelerator)
@@ -123,15 +128,14 @@ class TrainingLoop:
         self.start_step = 0
         self.finished = False  # by an earlier run
 
-    def resume(self) -> None:
-        """Continue from the checkpoint the arguments name.
+    def resume(self, name: str) -> None:
+        """Continue from the checkpoint that ``name`` stands for, see `find_checkpoint`.
 
         "latest" starts a run where there is none, and notes that the run has ``finished`` where it has.
 
         Raises:
             ResumeError: if there is none, it is damaged, or it comes from another model, data set, batch or schedule.
         """
-        name = self.args.resume_from_checkpoint or "latest"
         if name == "latest":
             self.finished = has_finished(self.folder, self.description)
             if self.finished:
@@ -154,12 +158,12 @@ class TrainingLoop:
         self.records.resume(self.start_step)
         logger.info("resumed from %s", checkpoint)
 
-    def run(self) -> None:
-        """Train to the end and save the model."""
+    def train_and_save(self) -> None:
+        """Train to the end, save the model and validate it."""
         args = self.args
         self.records.begin()
         if self.start_step < args.max_train_steps:
-            self._train()
+            self._all_steps()
         # the model is saved before what can fail, or wait for a network
         self._save_model()
         self.background.join()
@@ -168,7 +172,7 @@ class TrainingLoop:
             self.records.write_final()
         self.accelerator.wait_for_everyone()
 
-    def _train(self) -> None:
+    def _all_steps(self) -> None:
         """All steps that are left, with a checkpoint of the last: a finished run can be made longer."""
         args = self.args
         batches = iter(self.batches)
@@ -185,14 +189,14 @@ class TrainingLoop:
         with progress:  # an error ends its line
             for step in range(self.start_step, args.max_train_steps):
                 started = time.perf_counter()
-                is_stopping = self.stop_request.is_made_anywhere()
                 line = self._step(step, [next(batches) for _ in range(args.gradient_accumulation_steps)])
+                is_stopping = self.stop_request.is_made_anywhere()
                 seconds += time.perf_counter() - started
                 done = step + 1
                 is_last = done == args.max_train_steps
                 progress.update()
                 if is_last or done % args.logging_steps == 0:
-                    images = (done - logged_step) * self.description["images_per_step"]
+                    images = (done - logged_step) * self.images_per_step
                     self._log(done, line, images / max(seconds, 1e-9))
                     progress.set_postfix(loss=f"{line['loss/total']:.3f}", refresh=False)
                     seconds = 0.0
@@ -217,6 +221,7 @@ class TrainingLoop:
         stage = self.stage
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.args.learning_rate_factor(step)
+        batches = [stage.prepare_batch(batch) for batch in batches]
         totals = self._step_totals(batches)
         if totals["skipped"]:
             self.batches.count_corrupt(batches)
@@ -227,16 +232,14 @@ class TrainingLoop:
             batch = to_device(batch, accelerator.device)
             with accelerator.accumulate(self.model):
                 output = stage.forward(self.model, batch, step)
-                values = [term.function(output, batch) / totals[term.per] for term in stage.terms]
+                values = [term.function(output, batch, step) / totals[term.per] for term in stage.terms]
                 loss = sum(term.weight * value for term, value in zip(stage.terms, values, strict=True))
                 sums += torch.stack([value.detach() for value in values])
-                if accelerator.sync_gradients:  # the last micro-batch
-                    losses = self._finite_losses(step, sums)
                 accelerator.backward(loss * scale)  # DeepSpeed's takes the optimizer's step, too
-                if accelerator.sync_gradients:
-                    norm = self._clip_gradients(step)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+        norm = self._clip_gradients()
+        losses = self._finite_losses(step, sums, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.step(self.parameters)
         stage.after_step(step, accelerator, self.optimizer, self.ema)
@@ -247,14 +250,19 @@ class TrainingLoop:
 
     def _step_totals(self, batches: list[dict]) -> dict[str, float]:
         """Denominators of the losses, and images left out: sums over the step's micro-batches of all processes."""
+        # in one sum with the images left out: each sum over the processes costs a round trip
         parts = [self.stage.loss_denominators(batch) | {"skipped": len(batch.get("skipped", []))} for batch in batches]
         names = sorted(parts[0])
         sums = torch.tensor([sum(part[name] for part in parts) for name in names], dtype=torch.float64)
         sums = self.accelerator.reduce(sums.to(self.accelerator.device, torch.float32), "sum")
         return dict(zip(names, sums.tolist(), strict=True))
 
-    def _finite_losses(self, step: int, sums: torch.Tensor) -> dict[str, float]:
-        """Loss terms of the step over all processes, before the optimizer uses their gradients."""
+    def _finite_losses(self, step: int, sums: torch.Tensor, norm: float) -> dict[str, float]:
+        """Loss terms of the step over all processes. It ends the run before the optimizer uses bad gradients.
+
+        Raises:
+            NonFiniteLossError: for a term that is not finite, or else for gradients that are not.
+        """
         terms = self.stage.terms
         values = self.accelerator.reduce(sums, "sum").tolist()
         losses = {"loss/total": 0.0}
@@ -266,19 +274,18 @@ class TrainingLoop:
             losses[f"loss/{term.name}"] = value
             if term.in_total:
                 losses["loss/total"] += term.weight * value
-        return losses
-
-    def _clip_gradients(self, step: int) -> float:
-        """Clip the gradients, and return the norm they had."""
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        norm = float(norm)
         # fp16 skips such steps; DeepSpeed calls such norms -1
         if self.accelerator.mixed_precision != "fp16" and not 0 <= norm < math.inf:
             hint = resume_hint(self.checkpoints)
             raise NonFiniteLossError(f"the gradient is not finite at step {step + 1} (norm {norm}). {hint}")
-        return norm
+        return losses
+
+    def _clip_gradients(self) -> float:
+        """Clip the gradients, and return the norm they had."""
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        return float(norm)
 
     # Between steps
 

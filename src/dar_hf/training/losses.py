@@ -24,7 +24,7 @@ class LossTerm:
         name: how it is logged.
         weight: factor in the total.
         per: what its sum is divided by, "images" or "tokens".
-        function: ``(model output, batch) -> sum`` over the micro-batch, a float32 scalar.
+        function: ``(model output, batch, step) -> sum`` over the micro-batch, a float32 scalar.
         in_total: False for the loss of another network than the stage's model, which the logged total leaves out.
     """
 
@@ -38,6 +38,7 @@ class LossTerm:
 def flow_matching_sum(output: DARTokenizerOutput, data_std: float) -> torch.Tensor:
     """Mean squared velocity error of every image, over ``data_std`` squared, summed over images."""
     error = (output.velocity.float() - output.target.float()).square()
+    # velocities are data_std times those of images that are not scaled, whose loss the original code takes
     return error.flatten(1).mean(dim=1).sum() / data_std**2
 
 

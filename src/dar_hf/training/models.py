@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from ..configuration_dar import DARConfig
 from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import names_by_id
-from ..presets import get_preset, parse_options
+from ..presets import PRESETS, get_preset, parse_options
 from ..tokenizer_dar import DARTokenizer
 from ..utils.files import read_object
 from ..utils.loading import LoadError, load
@@ -32,19 +32,22 @@ MAX_NAMED = 3  # classes that a warning names
 
 
 def build_tokenizer(args: TokenizerArguments) -> DARTokenizer:
-    """The tokenizer that ``args`` ask for: a new one with torch's own initial values, or a saved one.
+    """The tokenizer that ``args`` ask for: a new one with the recipe's start values, or a saved one.
 
     Raises:
         ValueError: for an unknown preset or option, or a saved tokenizer that is not there or does not fit.
     """
     options = get_preset(args.preset).tokenizer
-    if not options and args.preset != "v1":
-        raise ValueError(f"preset {args.preset!r} has no tokenizer; use v1 or digits.")
+    names = [name for name, preset in PRESETS.items() if preset.tokenizer_recipe]
+    if args.preset not in names:  # the options of v1 are empty: the tokenizer's defaults
+        raise ValueError(f"preset {args.preset!r} has no tokenizer; there are {', '.join(names)}.")
     set_seed(args.seed)
     overrides = parse_options(args.model_overrides)
     if args.init_from:
         return _saved_tokenizer(args.init_from, overrides)
-    return _make(DARTokenizer, options | overrides)
+    model = _make(DARTokenizer, options | overrides)
+    model.reset_parameters(args.gate_start, args.modulation_std, args.output_std, args.post_quant_std)
+    return model
 
 
 def _saved_tokenizer(source: str, overrides: dict[str, Any]) -> DARTokenizer:
@@ -149,7 +152,7 @@ def _saved_transformer(
             "To choose its table of classes anew, give --new_classes null, mean or fresh."
         )
     else:
-        _warn_of_other_names(source, place, config.num_classes, names)
+        _warn_of_other_names(source, config.num_classes, names)
     return model
 
 
@@ -180,9 +183,9 @@ def renew_classes(model: DARForCausalLM, num_classes: int, start: str, seed: int
     model.model.vocab_size = config.vocab_size
 
 
-def _warn_of_other_names(source: str, place: str, num_classes: int, names: list[str]) -> None:
+def _warn_of_other_names(source: str, num_classes: int, names: list[str]) -> None:
     """Warn of classes of the data set whose names differ from those whose embeddings they take over."""
-    saved = _saved_names(Path(place), num_classes)
+    saved = _saved_names(source, num_classes)
     other = [
         f"{label}: {saved[label]!r} is now {name!r}"
         for label, name in enumerate(names)
@@ -202,8 +205,22 @@ def _warn_of_other_names(source: str, place: str, num_classes: int, names: list[
         )
 
 
-def _saved_names(transformer: Path, num_classes: int) -> dict[int, str]:
-    """Class names of the pipeline to which a folder with a language model belongs, empty where there is none."""
+def class_names(args: ARArguments, num_classes: int, names: list[str]) -> dict[int, str]:
+    """Names of the model's classes by id: the data set's and, for classes that it lacks, those they were saved with.
+
+    Args:
+        num_classes: of the model.
+        names: of the data set's classes.
+    """
+    saved = {}
+    if args.init_from and not args.new_classes:
+        saved = _saved_names(args.init_from, num_classes)
+    return saved | dict(enumerate(names))
+
+
+def _saved_names(source: str, num_classes: int) -> dict[int, str]:
+    """Class names of the pipeline to which a saved language model belongs, empty where there is none."""
+    transformer = Path(_component(source, "transformer"))
     index = transformer.expanduser().resolve().parent / "model_index.json"
     if not index.is_file():
         return {}

@@ -54,12 +54,18 @@ class RepaTeacher(nn.Module):
         return F.adaptive_avg_pool2d(square, grid).flatten(2).transpose(1, 2)
 
 
-def load_teacher(source: str) -> RepaTeacher:
+def load_teacher(source: str, dim: int | None) -> RepaTeacher:
     """The frozen encoder from a folder or Hub id.
 
+    Args:
+        source: the folder or Hub id.
+        dim: width of the features that the tokenizer's REPA head gives; None where it has no head.
+
     Raises:
-        ValueError: if it is not there or no vision transformer; says how to get one.
+        ValueError: if it is not there, no vision transformer or of another width; says what to do.
     """
+    if dim is None:
+        raise ValueError("REPA needs a head: --model_overrides repa_layer=N (8 in v1), or --repa_weight 0.")
     try:
         encoder = AutoModel.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -68,7 +74,13 @@ def load_teacher(source: str) -> RepaTeacher:
             f"`hf download facebook/dinov2-base`, name a folder with --repa_model, or train without it: "
             f"--repa_weight 0. ({error})"
         ) from error
-    return RepaTeacher(encoder)
+    teacher = RepaTeacher(encoder)
+    if teacher.dim != dim:
+        raise ValueError(
+            f"{source} has features of width {teacher.dim}, the REPA head of {dim}: --model_overrides "
+            f"repa_dim={teacher.dim}."
+        )
+    return teacher
 
 
 def repa_sum(features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,9 @@ class ResumeError(ValueError):
     """There is no checkpoint to resume from, it is damaged, or it belongs to another run."""
 
 
-def describe_run(stage: Stage, args: LoopArguments, accelerator: Accelerator, is_sharded: bool) -> dict:
+def describe_run(
+    stage: Stage, args: LoopArguments, accelerator: Accelerator, is_sharded: bool, images_per_step: int
+) -> dict:
     """What makes the run the one it is; a resumed run must agree in all of it."""
     return {
         "stage": stage.name,
@@ -32,7 +34,7 @@ def describe_run(stage: Stage, args: LoopArguments, accelerator: Accelerator, is
         "layout": accelerator.distributed_type.value if is_sharded else "copies",
         "seed": args.seed,
         "num_samples": None if args.streaming else len(stage.samples),  # type: ignore[arg-type]
-        "images_per_step": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        "images_per_step": images_per_step,
         "data": stage.describe_data(),
         "max_train_steps": args.max_train_steps,
     }
@@ -81,12 +83,10 @@ def choose_checkpoint(folder: Path, name: str) -> Path:
 
 @contextmanager
 def resuming_from(checkpoint: Path) -> Iterator[None]:
-    """Inside, errors of reading the checkpoint end as a `ResumeError` that names it."""
+    """Inside, what is wrong with the checkpoint ends as a `ResumeError` that names it."""
     try:
         yield
-    except ResumeError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except CheckpointError as error:
         raise ResumeError(f"cannot resume {checkpoint}: {str(error).rstrip('.')}.") from error
 
 
@@ -101,6 +101,7 @@ def check_same_run(place: Path, found: dict, description: dict) -> None:
     Raises:
         ResumeError: naming what differs.
     """
+    found = _without_version(found)
     for name, value in description.items():
         if name in LATER and name not in found:
             if name == "data":
@@ -117,10 +118,18 @@ def check_same_run(place: Path, found: dict, description: dict) -> None:
     if now > before:
         logger.warning(
             "max_train_steps was %d and is now %d: what follows the length of the run (the learning rate's decay, "
-            "the revival of codes) follows the new one from here on",
+            "the moving of dead codes) follows the new one from here on",
             before,
             now,
         )
+
+
+def _without_version(description: dict) -> dict:
+    """What a run left, without the version of transformers, which earlier versions noted and which may change."""
+    model = description.get("model")
+    if not isinstance(model, dict):
+        return description
+    return description | {"model": {name: value for name, value in model.items() if name != "transformers_version"}}
 
 
 def _difference(name: str, old: Any, new: Any) -> str:

@@ -12,9 +12,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.state import is_initialized
-
 from ..data.sources import DIGITS
 from ..evaluation import read_report
 from ..evaluation.report import REPORT_FILE
@@ -38,7 +35,8 @@ COMPONENTS = ("tokenizer", "transformer", "scheduler")  # folders of a pipeline
 OWN_PICTURES = ("loss.png", "reconstructions.png", "samples.png")
 # what a run writes before it takes its name
 ASIDE = (
-    *(SAVING, PUSHING),
+    SAVING,
+    PUSHING,
     *(f"{name}.tmp" for name in (HISTORY, RECORD, CARD)),
     *(f".{name}.tmp" for name in OWN_PICTURES),
 )
@@ -48,7 +46,7 @@ WEIGHTS = re.compile(
 
 
 def claim_output_dir(args: LoopArguments, expected_class: str) -> Path:
-    """The output folder, if this run may write there; locked for this process, of several for the main one.
+    """The output folder, if this run may write there; locked for this process. Of several the main one calls this.
 
     Raises:
         FolderInUseError: if another run is writing there.
@@ -59,8 +57,6 @@ def claim_output_dir(args: LoopArguments, expected_class: str) -> Path:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file.")
-    if is_initialized() and not PartialState().is_main_process:
-        return folder
     _check_sources(args, folder)
     is_new = not folder.exists()
     try:

@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 
-from ..data import ImageSamples, StreamedImages
+from ..data import StreamedImages
 from .fingerprint import data_fingerprint
 from .losses import LossTerm
 
@@ -35,6 +35,15 @@ class Stage(ABC):
     terms: list[LossTerm]
     stateful: Sequence[Any] = ()
 
+    @classmethod
+    @abstractmethod
+    def build(cls, args: Any, device: torch.device | str = "cpu") -> "Stage":
+        """The stage from its arguments; ``device`` is where a frozen model encodes data before training.
+
+        Raises:
+            ValueError: for options that name what is not there, or does not fit.
+        """
+
     def prepare(self, accelerator: Accelerator) -> None:
         """Called once before training: move what is not the model to the device; nothing by default."""
         return None
@@ -43,9 +52,16 @@ class Stage(ABC):
     def parameter_groups(self) -> list[dict]:
         """Parameters with their peak learning rates, for AdamW."""
 
+    def prepare_batch(self, batch: dict) -> dict:
+        """Called once for each collated micro-batch, on the host; what else is random about it is drawn here."""
+        return batch
+
     @abstractmethod
     def loss_denominators(self, batch: dict) -> dict[str, float]:
-        """What a collated micro-batch adds to what losses are divided by, by name; on the host, before `forward`."""
+        """How many images and how many tokens the losses of this micro-batch are sums over, keyed as `LossTerm.per`.
+
+        It is called with what `prepare_batch` returns, on the host.
+        """
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: dict, step: int) -> Any:
@@ -74,9 +90,3 @@ class Stage(ABC):
     def describe_data(self) -> dict[str, str]:
         """What tells the training data from others; this, too, must agree."""
         return data_fingerprint(self.samples)
-
-
-def readable_batches(samples: ImageSamples, limit: int, size: int) -> list[list[int]]:
-    """Indices of the first ``limit`` images in batches; without those that cannot be read, which a warning names."""
-    indices = [index for index in range(min(len(samples), limit)) if samples.readable_image(index) is not None]
-    return [indices[start : start + size] for start in range(0, len(indices), size)]

@@ -18,23 +18,32 @@ from PIL import Image
 from torch import nn
 
 from ..acceleration_dar import SHORT_SEQUENCE
-from ..data import ImageSamples, SeedFor, StreamedImages, bernoulli_mask, draw_seed, image_splits, normal_noise
+from ..data import (
+    ImageSamples,
+    SeedFor,
+    StreamedImages,
+    bernoulli_mask,
+    image_splits,
+    normal_noise,
+    sample_times,
+)
 from ..layers_dar import NUM_REPA_ROWS, DARAttention
 from ..metrics import codebook_statistics, psnr
-from ..metrics.lpips import MIN_SIZE, load_lpips
+from ..metrics.lpips import load_lpips
 from ..tokenizer_dar import DARTokenizer, DARTokenizerOutput
 from ..utils.pictures import image_grid, interleave_rows
-from .adversary import Adversary, PatchDiscriminator, discriminator_sum, generator_sum
+from .adversary import Adversary, discriminator_sum, generator_sum, make_adversary
 from .arguments import TokenizerArguments
 from .codebook import CodebookKeeper
+from .codes import in_batches
 from .losses import LossTerm, codebook_sum, commitment_sum, flow_matching_sum, perceptual_sum
 from .models import build_tokenizer
 from .repa import load_teacher, repa_grid, repa_sum
-from .stage import Stage, readable_batches
+from .stage import Stage
 
 ENCODER_PARTS = ("patch_embed", "query_embed", "query_proj", "encoder_blocks", "quant_proj")
 VALIDATION_BATCH = 64
-STATISTICS_BATCHES = 100  # codebook metrics look back this many micro-batches at most, on the main process
+STATISTICS_BATCHES = 100
 NUM_SHOWN = 16  # validation images, each with its reconstruction
 
 
@@ -42,7 +51,7 @@ class TokenizerStage(Stage):
     """Trains a `DARTokenizer`.
 
     Args:
-        model: the tokenizer; a fresh one gets the recipe's start values by `start_fresh`.
+        model: the tokenizer.
         samples: training images.
         args: the recipe.
         validation: images for validation, or None.
@@ -62,12 +71,6 @@ class TokenizerStage(Stage):
         self.samples = samples
         self.args = args
         self.validation = validation
-        data_std = model.config.data_std
-        self.terms = [
-            LossTerm("flow", 1.0, "images", lambda output, batch: flow_matching_sum(output, data_std)),
-            LossTerm("codebook", args.vq_weight, "tokens", lambda output, batch: codebook_sum(output)),
-            LossTerm("commitment", args.commit_weight, "tokens", self._commitment),
-        ]
         self.keeper = CodebookKeeper(
             model.config.codebook_size,
             args.unquantized_steps,
@@ -76,109 +79,80 @@ class TokenizerStage(Stage):
             args.seed,
         )
         self.stateful: list[Any] = [self.keeper]
-        self._frozen: list[nn.Module] = []  # networks that judge the images, on the device of the model
+        self._judges: dict[str, nn.Module] = {}  # other networks, which see the images: on the model's device
         self._accelerator: Accelerator | None = None
-        self.adversary: Adversary | None = None
-        with torch.random.fork_rng(devices=[]):  # the model starts the same whatever judges it
-            self._add_perceptual()
-            self._add_repa()
-            self._add_adversary()
-        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # codes and latents of the step's micro-batches
+        # what the codebook's metrics look back on: at most N micro-batches, of the main process alone
         self._codes: deque[torch.Tensor] = deque(maxlen=STATISTICS_BATCHES)
-        self._quantize = True
-        self._judging = False
+        self.terms = [
+            LossTerm("flow", 1.0, "images", self._flow),
+            # it stays where nothing is quantized, so that DDP sees a gradient for every parameter
+            LossTerm("codebook", args.vq_weight, "tokens", self._codebook),
+            LossTerm("commitment", args.commit_weight, "tokens", self._commitment),
+        ]
+        if args.perceptual_weight:
+            self._judges["lpips"] = load_lpips(args.lpips_weights, model.image_size)
+            self.terms.append(LossTerm("perceptual", args.perceptual_weight, "images", self._perceptual))
+        if args.repa_weight:
+            repa_dim = None if model.config.repa_layer is None else model.config.repa_dim
+            self._judges["repa"] = load_teacher(args.repa_model, repa_dim)
+            self.terms.append(LossTerm("repa", args.repa_weight, "images", self._repa))
+        elif model.config.repa_layer is not None:
+            # no term uses it: DDP must not wait for its gradients
+            model.denoiser.repa_head.requires_grad_(False)
+        self.adversary: Adversary | None = None
+        if args.discriminator_weight:
+            self.adversary = make_adversary(args, model.image_size, model.config.in_channels)
+            self.stateful.append(self.adversary)
+            self._judges["discriminator"] = self.adversary.network
+            self.terms.append(LossTerm("adversarial", args.discriminator_weight, "images", self._adversarial))
+            self.terms.append(LossTerm("discriminator", 1.0, "images", self._discriminator, in_total=False))
 
     @classmethod
-    def build(cls, args: TokenizerArguments) -> "TokenizerStage":
-        """The stage from its arguments.
+    def build(cls, args: TokenizerArguments, device: torch.device | str = "cpu") -> "TokenizerStage":
+        """The stage from its arguments; nothing is encoded before training, so ``device`` changes nothing.
 
         Raises:
             ValueError: for an unknown preset, option, data set or column.
         """
         model = build_tokenizer(args)
         samples, validation, _ = image_splits(args, model.image_size, model.config.in_channels, with_labels=False)
-        stage = cls(model, samples, args, validation)
-        if not args.init_from:
-            stage.start_fresh()
-        return stage
+        return cls(model, samples, args, validation)
 
-    def _add_perceptual(self) -> None:
-        if not self.args.perceptual_weight:
-            return
-        if min(self.model.image_size) < MIN_SIZE:
-            raise ValueError(
-                f"LPIPS needs images of {MIN_SIZE} pixels or more, these are {self.model.image_size}: "
-                "--perceptual_weight 0."
-            )
-        network = load_lpips(self.args.lpips_weights)
-        self._frozen.append(network)
+    # The terms
 
-        def term(output: DARTokenizerOutput, batch: dict) -> torch.Tensor:
-            with self._autocast():
-                return perceptual_sum(network, output, batch["pixel_values"])
+    def _flow(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
+        return flow_matching_sum(output, self.model.config.data_std)
 
-        self.terms.append(LossTerm("perceptual", self.args.perceptual_weight, "images", term))
+    def _codebook(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
+        return codebook_sum(output)
 
-    def _add_repa(self) -> None:
-        config = self.model.config
-        if not self.args.repa_weight:
-            if config.repa_layer is not None:
-                # no term uses it: DDP must not wait for its gradients
-                self.model.denoiser.repa_head.requires_grad_(False)
-            return
-        if config.repa_layer is None:
-            raise ValueError("REPA needs a head: --model_overrides repa_layer=N (8 in v1), or --repa_weight 0.")
-        teacher = load_teacher(self.args.repa_model)
-        if teacher.dim != config.repa_dim:
-            raise ValueError(
-                f"{self.args.repa_model} has features of width {teacher.dim}, the REPA head of {config.repa_dim}: "
-                f"--model_overrides repa_dim={teacher.dim}."
-            )
-        self._frozen.append(teacher)
+    def _commitment(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
+        # nothing to commit to while nothing is quantized
+        return commitment_sum(output) * float(step >= self.args.unquantized_steps)
 
-        def term(output: DARTokenizerOutput, batch: dict) -> torch.Tensor:
-            images = batch["pixel_values"]
-            grid = repa_grid(images.shape[2], images.shape[3], config.diffusion_patch_size, NUM_REPA_ROWS)
-            with self._autocast():
-                targets = teacher(images, grid)
-            return repa_sum(output.repa_features, targets)
+    def _perceptual(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
+        with self._autocast():
+            return perceptual_sum(self._judges["lpips"], output, batch["pixel_values"])
 
-        self.terms.append(LossTerm("repa", self.args.repa_weight, "images", term))
+    def _repa(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
+        images = batch["pixel_values"]
+        grid = repa_grid(images.shape[2], images.shape[3], self.model.config.diffusion_patch_size, NUM_REPA_ROWS)
+        with self._autocast():
+            targets = self._judges["repa"](images, grid)
+        return repa_sum(output.repa_features, targets)
 
-    def _add_adversary(self) -> None:
-        args = self.args
-        if not args.discriminator_weight:
-            return
-        least = PatchDiscriminator.min_size(args.discriminator_layers)
-        if min(self.model.image_size) < least:
-            raise ValueError(
-                f"a discriminator of {args.discriminator_layers} layers needs images of {least} pixels or more, these "
-                f"are {self.model.image_size}: fewer --discriminator_layers, or --discriminator_weight 0."
-            )
-        torch.manual_seed(draw_seed(args.seed, SeedFor.DISCRIMINATOR))
-        network = PatchDiscriminator(
-            self.model.config.in_channels, args.discriminator_layers, args.discriminator_width
-        )
-        rate = args.discriminator_learning_rate or args.learning_rate
-        betas = (args.adam_beta1, args.adam_beta2)
-        self.adversary = Adversary(network, rate, betas, args.adam_epsilon, args.max_grad_norm)
-        self.stateful.append(self.adversary)
-        self._frozen.append(network)
+    def _adversarial(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
+        if step < self.args.discriminator_start:
+            return output.velocity.new_zeros(())
+        with self._autocast():
+            return generator_sum(self._judges["discriminator"], output.pred_original_sample)
 
-        def judged(output: DARTokenizerOutput, batch: dict) -> torch.Tensor:
-            if not self._judging:
-                return output.velocity.new_zeros(())
-            with self._autocast():
-                return generator_sum(network, output.pred_original_sample)
-
-        def learning(output: DARTokenizerOutput, batch: dict) -> torch.Tensor:
-            if not self._judging:
-                return output.velocity.new_zeros(())
-            with self._autocast():
-                return discriminator_sum(network, batch["pixel_values"], output.pred_original_sample)
-
-        self.terms.append(LossTerm("adversarial", args.discriminator_weight, "images", judged))
-        self.terms.append(LossTerm("discriminator", 1.0, "images", learning, in_total=False))
+    def _discriminator(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
+        if step < self.args.discriminator_start:
+            return output.velocity.new_zeros(())
+        with self._autocast():
+            return discriminator_sum(self._judges["discriminator"], batch["pixel_values"], output.pred_original_sample)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -189,24 +163,21 @@ class TokenizerStage(Stage):
         else:
             yield
 
+    # What the loop asks for
+
     def prepare(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         if accelerator.device.type == "cpu":
             use_unfused_attention(self.model)
         self.model.make_tables()
-        for network in self._frozen:
+        for network in self._judges.values():
             network.to(accelerator.device)
 
-    def start_fresh(self) -> None:
-        """Give a new model the recipe's start values."""
-        args = self.args
-        self.model.reset_parameters(args.gate_start, args.modulation_std, args.output_std, args.post_quant_std)
-
-    def _commitment(self, output: DARTokenizerOutput, batch: dict) -> torch.Tensor:
-        # nothing to commit to while latents pass on unquantized
-        return commitment_sum(output) * float(self._quantize)
-
     def parameter_groups(self) -> list[dict]:
+        """The encoder, and all else with the codebook, which trains at ``learning_rate``: the rate that is logged.
+
+        Weight decay, where there is any, falls on gates, norms and codebook, too.
+        """
         args = self.args
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         encoder = [parameter for name, parameter in trained.items() if name.split(".")[0] in ENCODER_PARTS]
@@ -215,6 +186,10 @@ class TokenizerStage(Stage):
         if rate is None:
             rate = args.learning_rate
         return [{"params": decoder, "lr": args.learning_rate}, {"params": encoder, "lr": rate}]
+
+    def prepare_batch(self, batch: dict) -> dict:
+        """With each image's time of the diffusion, from its own seed."""
+        return batch | {"timesteps": sample_times(batch["seed"])}
 
     def loss_denominators(self, batch: dict) -> dict[str, float]:
         starts = self.model.group_start(batch["timesteps"])
@@ -226,15 +201,13 @@ class TokenizerStage(Stage):
         hide_group = None
         if self.args.group_dropout:
             hide_group = bernoulli_mask(batch["seed"], self.args.group_dropout, SeedFor.GROUP_DROPOUT)
-        self._quantize = step >= self.args.unquantized_steps
-        self._judging = step >= self.args.discriminator_start
         if self.adversary is not None and self._accelerator is not None:
             self.adversary.note_scale(self._accelerator)
         output = model(
             images,
             timesteps=batch["timesteps"],
             noise=normal_noise(batch["seed"], images.shape[1:], images.device),
-            quantize=self._quantize,
+            quantize=step >= self.args.unquantized_steps,
             hide_group=hide_group,
             output_repa=self.args.repa_weight > 0,
         )
@@ -255,9 +228,9 @@ class TokenizerStage(Stage):
         seen = self._seen
         self._seen = []
         self._codes.extend(codes for codes, _ in seen)
-        if self.adversary is not None and self._judging:
+        if self.adversary is not None and step >= self.args.discriminator_start:
             self.adversary.step(accelerator, self.args.learning_rate_factor(step))
-        if not (self.args.unquantized_steps or self.args.dead_code_interval):
+        if not self.keeper.watches(step):
             return
         gathered = [[self._in_order(accelerator.gather(x), accelerator) for x in pair] for pair in seen]
         codes, latents = (torch.cat(parts) for parts in zip(*gathered, strict=True))
@@ -270,9 +243,8 @@ class TokenizerStage(Stage):
         """Put vectors into rows of the codebook and of its average, and forget the optimizer's momenta of them."""
         codebook = self.model.quantizer.codebook.weight
         rows = rows.to(codebook.device)
-        vectors = vectors.to(codebook)
+        vectors = broadcast(vectors.to(codebook))  # every process found the same; make sure of it
         codebook[rows] = vectors
-        broadcast(codebook.data)  # every process found the same; make sure of it
         state = optimizer.state.get(codebook, {})
         for name in ("exp_avg", "exp_avg_sq"):
             if name in state:
@@ -295,18 +267,20 @@ class TokenizerStage(Stage):
         codes: list[torch.Tensor] = []
         scores: list[torch.Tensor] = []
         shown: list[torch.Tensor] = []
-        batches = readable_batches(self.validation, self.args.max_validation_samples, VALIDATION_BATCH)
-        if not batches:
-            return {}, {}
-        for indices in batches:
-            images = self.validation.stack(indices).to(device)
+        for batch in in_batches(range(len(self.validation)), VALIDATION_BATCH):
+            indices, images = self.validation.stack_readable(batch)
+            if not indices:
+                continue
+            images = images.to(device)
             batch_codes = self.model.encode(images).codes
             noise = normal_noise(torch.tensor(indices), images.shape[1:], device)
             decoded = self.model.decode(batch_codes, noise=noise).sample
             codes.append(batch_codes)
             scores.append(psnr(decoded, images))
             shown = shown or [images[:NUM_SHOWN], decoded[:NUM_SHOWN]]
-        columns = min(NUM_SHOWN // 2, len(batches[0]))
+        if not codes:
+            return {}, {}
+        columns = min(NUM_SHOWN // 2, len(shown[0]))
         usage = codebook_statistics(torch.cat(codes), self.model.config.codebook_size)["usage"]
         metrics = {"psnr": float(torch.cat(scores).mean()), "codebook_usage": usage}
         return metrics, {"reconstructions": image_grid(interleave_rows(*shown, columns=columns), columns)}

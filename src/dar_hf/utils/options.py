@@ -62,15 +62,14 @@ def expand_path(path: str) -> str:
     return os.path.expanduser(path)
 
 
-def check_texts(options: Any) -> None:
-    """Put the home folder for ``~`` in a dataclass's ``output_dir``, and refuse what is given and empty.
+def reject_empty_texts(options: Any) -> None:
+    """Reject options of a dataclass that are given and empty.
 
     Empty texts come from variables of a shell that are not set, and must not count as options that are not given.
 
     Raises:
         ValueError: naming the option.
     """
-    options.output_dir = expand_path(options.output_dir)
     for part in fields(options):
         if part.default is None and getattr(options, part.name) == "":
             raise ValueError(f"{part.name} is empty: leave it out, or give it a value.")
