@@ -337,6 +337,21 @@ def test_validation_of_the_transformer(tmp_path, tokenizer):
     assert samples.tobytes() == again.tobytes()
 
 
+def test_samples_are_drawn_by_the_solver_that_is_saved(tmp_path, tokenizer, monkeypatch):
+    stage, _ = ar_stage(tmp_path, tokenizer, solver_order=1)
+    decode = stage.tokenizer.decode
+    orders = []
+
+    def watched(codes, **options):
+        orders.append(options["scheduler"].config.solver_order)
+        return decode(codes, **options)
+
+    monkeypatch.setattr(stage.tokenizer, "decode", watched)
+    stage.model.eval()
+    stage.validate(0)
+    assert orders == [1]
+
+
 def test_validation_leaves_the_random_generator_alone(tmp_path, tokenizer):
     for name in ("tokenizer", "ar"):
         stage, _ = stage_of(name, tmp_path, tokenizer)

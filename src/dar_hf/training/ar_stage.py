@@ -183,7 +183,7 @@ class ARStage(Stage):
         codes = torch.cat(list(self.model.stream_codes(labels, generator=generator)), dim=1)
         shape = (self.tokenizer.config.in_channels, *self.tokenizer.image_size)
         noise = normal_noise(torch.arange(len(labels)), shape, codes.device)
-        images = self.tokenizer.decode(codes, noise=noise).sample
+        images = self.tokenizer.decode(codes, noise=noise, scheduler=self._scheduler()).sample
         return metrics, {"samples": image_grid(images, SAMPLE_COLUMNS)}
 
     def save(self, folder: Path) -> None:
@@ -193,10 +193,12 @@ class ARStage(Stage):
         self._pipeline(model).save_pretrained(folder)
 
     def _pipeline(self, model: DARForCausalLM) -> DARPipeline:
-        scheduler = FlowMatchAdamsBashforthScheduler(
+        return DARPipeline(self.tokenizer, model, self._scheduler(), self.id2label)
+
+    def _scheduler(self) -> FlowMatchAdamsBashforthScheduler:
+        return FlowMatchAdamsBashforthScheduler(
             shift=self.tokenizer.config.time_shift, solver_order=self.args.solver_order
         )
-        return DARPipeline(self.tokenizer, model, scheduler, self.id2label)
 
     def _check(self, model: DARForCausalLM) -> None:
         """Reject now what saving would reject after the whole training.
