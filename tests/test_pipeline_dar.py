@@ -405,6 +405,20 @@ def test_groups_within_the_prefix_are_decoded_without_generating(tiny_pipeline, 
     assert [len(forwards) for _ in tiny_pipeline.stream(0, **options)] == expected
 
 
+@pytest.mark.parametrize(
+    "options, generated", [({"num_tokens": 15}, 12), ({"num_inference_steps": 2}, 12), ({"num_inference_steps": 1}, 4)]
+)
+def test_codes_that_complete_no_step_are_not_generated(tiny_pipeline, options, generated):
+    forwards = []
+    tiny_pipeline.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    expected = list(tiny_pipeline.stream(0, generator=seeded(), output_type="pt", **options))
+    assert len(forwards) == expected[-1].num_tokens == generated
+    assert tiny_pipeline.num_timesteps == len(expected)
+    forwards.clear()
+    codes = tiny_pipeline(0, generator=seeded(), output_type="codes", **options).images
+    assert len(forwards) == codes.shape[1] == options.get("num_tokens", 16)
+
+
 def test_progress_bar_counts_the_steps(tiny_pipeline, monkeypatch):
     totals, updates = [], []
 

@@ -147,6 +147,12 @@ def test_reconstruction_is_the_decoded_codes(tiny_pipeline, options, output_type
     assert isinstance(result, DARPipelineOutput) and result.previews is None and not forwards
 
 
+def test_previews_of_a_reconstruction_as_codes(tiny_pipeline):
+    result = tiny_pipeline.reconstruct(picture(), output_type="codes", previews=True)
+    assert [codes.shape for codes in result.previews] == [(1, 4), (1, 8), (1, 12), (1, 16)]
+    assert all(torch.equal(codes, result.images[:, : codes.shape[1]]) for codes in result.previews)
+
+
 def test_previews_of_a_reconstruction(tiny_pipeline):
     result = tiny_pipeline.reconstruct(picture(), generator=seeded(), output_type="pt", previews=True)
     codes = tiny_pipeline.tokenizer.encode(tensor_of(picture())).codes

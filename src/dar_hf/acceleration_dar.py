@@ -1,4 +1,4 @@
-"""What only buys speed: private copies of the models that compute the same faster. Nothing here changes a model.
+"""What only buys speed: private copies of the models, in the same or another dtype. Nothing here changes a model.
 
 `accelerated` gives a copy of a module that shares its parameters. On CPUs the copy's linear layers go through oneDNN.
 torch multiplies float32 matrices with MKL, which on AMD processors is half as fast, and a third with the few rows of a

@@ -312,7 +312,8 @@ class Float32Linear(KeepsFloat32, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(x.float(), self.weight.float(), bias)
 
 
 class VectorQuantizer(KeepsFloat32):

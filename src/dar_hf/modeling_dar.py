@@ -445,7 +445,8 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             group_size: codes per yield; default the configuration's. The last group may be shorter.
 
         Raises:
-            ValueError: for labels, codes or sampling options out of range, before anything is generated.
+            ValueError: for labels, codes or sampling options out of range, before anything is generated; and where
+                logits are not finite, which on GPUs is looked at after the last code only.
         """
         config = self.config
         if num_tokens is None:
@@ -558,7 +559,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     def _decoding(self, rows: int, num_tokens: int) -> Iterator[tuple[nn.Module, NextLogits]]:
         """The model that decodes, and the function that gives its next logits over a cache of its own."""
         if not self.compile_decoding:
-            # attention and its cache stay float32 on CPUs, where it is no faster in bf16
+            # attention and its cache are float32 on CPUs, where bf16 makes them no faster
             model = accelerated(self, pack=self.pack_weights, float32_outputs=("q_proj", "k_proj", "v_proj"))
             cache = Cache(layers=[FilledCacheLayer(num_tokens) for _ in self.model.layers])
             yield model, lambda inputs: _next_logits(model, inputs, cache)
@@ -581,7 +582,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         try:
             yield self, next_logits
         finally:
-            self._static_caches = {key: cache}  # only the latest: every batch size has one of its own
+            self._static_caches = {key: cache}  # only the latest: each batch size needs one, and they would add up
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy must not call the forward pass of the model that it was copied from

@@ -1,9 +1,9 @@
 """Class-conditional image generation with D-AR: language model and tokenizer, composed as two generators.
 
 `DARPipeline.stream` is the composition; calling the pipeline gives its last element, and `DARPipeline.reconstruct` is
-the same path over codes that exist already. Image-to-image follows the idea of the original code, which slices its
-schedule twice there, so that the steps it skips are skipped again; here the schedule is entered once, at the step
-that ``strength`` selects.
+the same path over codes that exist already. Image-to-image follows the idea of the original code but not its schedule:
+the original cuts the skipped steps off twice, and so runs fewer than ``strength`` asks for; here the schedule is
+entered at the step that ``strength`` selects.
 """
 
 import math
@@ -192,13 +192,14 @@ class DARPipeline(DiffusionPipeline):
                 tokenizer has groups leave groups out.
             num_tokens: generate only this many codes; the preview shows the last complete group.
             num_images_per_prompt: images per label.
-            prefix_codes: ``(B or 1, n)`` codes to start from; as with images, one row serves all, one for each label
-                all images of that label.
+            prefix_codes: codes to start from: ``(1, n)`` for all images, or one row for each label or each image.
+                Images given as ``image`` or ``layout_image`` follow the same rule.
             layout_image, layout_tokens: take the first ``layout_tokens`` codes of an image as the prefix.
-            image, strength: image-to-image: the share of the steps, in [0, 1], that is generated anew; below one step
-                the image's plain reconstruction from noise.
+            image, strength: image-to-image. ``strength``, in [0, 1], is the share of the denoising steps that is
+                generated anew, rounded down to whole steps; where none is left, the image is reconstructed.
             generator: randomness of noise and codes, one or one per image; the global one stays untouched.
-            latents: start noise ``(B, C, H, W)``. The generator then draws none, and so gives other codes.
+            latents: start noise ``(B, C, H, W)``. The generator then draws none, and so gives other codes. Not with
+                ``image``, which makes its own start.
             output_type: "pil", "np", "pt", "codes" (nothing is decoded) or "latent" (the solver's noisy state).
             return_dict: False gives a tuple ``(images,)``.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, tensors)`` after every step with
@@ -212,7 +213,8 @@ class DARPipeline(DiffusionPipeline):
         ``(B, C, H, W)`` of the model's size, in [0, 1], or in [-1, 1] if any value is negative.
 
         Raises:
-            ValueError: for arguments out of range or that exclude each other, before any model runs.
+            ValueError: for arguments out of range or that exclude each other, before any model runs; and later for
+                values that are not finite, and for wrong answers of the callback.
         """
         (output,) = self.stream(
             class_labels,
@@ -280,6 +282,7 @@ class DARPipeline(DiffusionPipeline):
             guidance_scale = self.transformer.generation_config.guidance_scale
         if callback_on_step_end_tensor_inputs is None:
             callback_on_step_end_tensor_inputs = self._callback_tensor_inputs
+        self._take_scheduler()
         self.check_inputs(
             num_inference_steps,
             num_tokens,
@@ -317,6 +320,9 @@ class DARPipeline(DiffusionPipeline):
                 pixels, noise, strength, num_inference_steps, num_tokens, num_images_per_prompt
             )
             prefix_codes = _repeat(codes, batch_size, num_images_per_prompt)
+        if output_type != "codes":  # codes that complete no step are not decoded, and not generated
+            kept_tokens = 0 if prefix_codes is None else prefix_codes.shape[1]
+            num_tokens = max(kept_tokens, *self._step_ends(num_inference_steps, num_tokens, start_step))
         self._guidance_scale = guidance_scale
         groups = self.transformer.stream_codes(
             labels,
@@ -374,11 +380,12 @@ class DARPipeline(DiffusionPipeline):
             num_inference_steps = self.tokenizer.config.num_inference_steps
         if num_tokens is None:
             num_tokens = self.tokenizer.config.num_tokens
+        self._take_scheduler()
         self.check_inputs(num_inference_steps, num_tokens, output_type)
         pixels = self.prepare_images("images", images, height, width)
         noise = self.prepare_latents(tuple(pixels.shape), generator, latents)
         codes = self.tokenizer.encode(pixels).codes[:, :num_tokens]
-        groups = (codes for _ in range(1))
+        groups = iter([codes])
         outputs = list(
             self._decode(groups, noise, num_inference_steps, codes.shape[1], output_type, previews=previews)
         )
@@ -405,11 +412,12 @@ class DARPipeline(DiffusionPipeline):
         previews: bool = True,
     ) -> Iterator[DARPipelineOutput]:
         """Decode groups of codes while they arrive, and yield the output of every step, or of the last."""
+        ends = self._step_ends(num_steps, num_tokens, start_step)
         self._interrupt = False
-        self._num_timesteps = num_steps - start_step
+        self._num_timesteps = max(len(ends), 1)  # codes alone may complete no step
         steps: Iterator[DARPreview] | Iterator[CodesPreview]
         if output_type == "codes":
-            steps = self._codes_previews(groups, num_steps, num_tokens, start_step)
+            steps = self._codes_previews(groups, num_steps, start_step, ends[:-1] + [num_tokens])
         else:
             # a preview or a callback is read between steps: only an undisturbed call can overlap
             overlap = not previews and callback is None and can_overlap(self.transformer, self.tokenizer)
@@ -462,21 +470,23 @@ class DARPipeline(DiffusionPipeline):
                 self.tokenizer.check_finite(preview.sample)
             yield self._output(preview, output_type)
 
+    def _step_ends(self, num_steps: int, num_tokens: int, start_step: int) -> list[int]:
+        """How many codes each of the steps needs that ``num_tokens`` codes complete."""
+        windows = self.tokenizer.step_windows(num_steps)[start_step:]
+        return [stop for _, stop in windows if stop <= num_tokens]
+
     def _codes_previews(
-        self, groups: Iterator[torch.Tensor], num_steps: int, num_tokens: int, start_step: int
+        self, groups: Iterator[torch.Tensor], num_steps: int, start_step: int, counts: list[int]
     ) -> Iterator[CodesPreview]:
-        """One preview per step that ``num_tokens`` codes complete; the last one comes with all codes."""
-        windows = self.tokenizer.step_windows(num_steps)
-        needed = [stop for _, stop in windows[start_step:] if stop <= num_tokens] or [num_tokens]
-        needed[-1] = num_tokens
+        """The first codes, as many as ``counts`` says for each step, as soon as they have arrived."""
         step = start_step
         codes = None
         for group in groups:
             codes = group if codes is None else torch.cat([codes, group], dim=1)
-            while needed and codes.shape[1] >= needed[0]:
-                needed.pop(0)
+            while counts and codes.shape[1] >= counts[0]:
+                count = counts.pop(0)
                 step += 1
-                yield CodesPreview(step, num_steps, codes.shape[1], codes)
+                yield CodesPreview(step, num_steps, count, codes[:, :count])
 
     def _take_answer(self, answer: Any, preview: DARPreview | CodesPreview) -> bool:
         """Do as the caller's callback says; True if it asks to stop."""
@@ -507,6 +517,12 @@ class DARPipeline(DiffusionPipeline):
 
     # Arguments
 
+    def _take_scheduler(self) -> None:
+        """Put our solver in the place of diffusers' Euler scheduler, where a user has set that."""
+        scheduler = to_adams_bashforth(self.scheduler)
+        if scheduler is not self.scheduler:
+            self.register_modules(scheduler=scheduler)
+
     def check_inputs(
         self,
         num_inference_steps: int,
@@ -529,11 +545,8 @@ class DARPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-        scheduler = to_adams_bashforth(self.scheduler)
-        if scheduler is not self.scheduler:  # a foreign one has replaced the constructor's
-            self.register_modules(scheduler=scheduler)
         _check_exclusive(prefix_codes=prefix_codes, layout_image=layout_image, image=image)
-        _check_exclusive(image=image, latents=latents)  # the noise of image-to-image is drawn
+        _check_exclusive(image=image, latents=latents)  # latents would be the state to start from, which it makes
         _check_together(image=image, strength=strength)
         _check_together(layout_image=layout_image, layout_tokens=layout_tokens)
 
@@ -577,6 +590,7 @@ class DARPipeline(DiffusionPipeline):
             raise ValueError("class_labels is empty: nothing to generate.")
         ids = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]
         config = self.transformer.config
+        # class_token_id checks the label; the model takes labels, not tokens
         return [config.class_token_id(label) - config.codebook_size for label in ids for _ in range(repeats)]
 
     def prepare_latents(
@@ -628,8 +642,8 @@ class DARPipeline(DiffusionPipeline):
             size = tuple(pixels.shape[2:])
             if (height or size[0], width or size[1]) != size:
                 raise ValueError(
-                    f"{name}: arrays and tensors must have {height}x{width} pixels, got {size}; only PIL images are "
-                    "resized."
+                    f"{name}: arrays and tensors must have {height or size[0]}x{width or size[1]} pixels, got {size}; "
+                    "only PIL images are resized."
                 )
             self.tokenizer.check_size(*size)
         return pixels.to(self._execution_device, torch.float32)
@@ -646,13 +660,12 @@ class DARPipeline(DiffusionPipeline):
         """Codes of images that are kept, the noisy sample to start from, and the step to start at."""
         codes = self.tokenizer.encode(pixels).codes
         start_step = _start_step(strength, num_inference_steps)
-        if start_step == 0 and strength < 1:  # nothing is generated anew: the reconstruction, from pure noise
+        if int(num_inference_steps * strength) == 0:  # nothing is generated anew: the reconstruction, from noise
             return codes[:, :num_tokens], noise, 0
         kept, _ = self.tokenizer.step_windows(num_inference_steps)[start_step]
-        scheduler = to_adams_bashforth(self.scheduler)
         start = torch.tensor(start_step / num_inference_steps, dtype=torch.float64)
         clean = _repeat(pixels * self.tokenizer.config.data_std, len(noise), repeats)
-        noisy = scheduler.add_noise(clean, noise, float(shift_time(start, scheduler.config.shift)))
+        noisy = self.scheduler.add_noise(clean, noise, float(shift_time(start, self.scheduler.config.shift)))
         return codes[:, :kept], noisy, start_step
 
 
@@ -670,14 +683,17 @@ def _check_count(images: torch.Tensor, batch_size: int, repeats: int) -> None:
 
 
 def _repeat(tensor: torch.Tensor, batch_size: int, repeats: int) -> torch.Tensor:
-    """One row for the whole batch, or one per label ``repeats`` times."""
+    """One row for the whole batch, one per label ``repeats`` times, or one per image as it is."""
     if len(tensor) * repeats == batch_size:
         return tensor.repeat_interleave(repeats, dim=0)
     return tensor.expand(batch_size, *tensor.shape[1:])
 
 
 def _check_components(tokenizer: Any, transformer: Any) -> None:
-    """Refuse what are no models of this package, or do not fit together; by methods, as adapters wrap models."""
+    """Refuse components of another kind, or that do not fit together.
+
+    They are known by a method, not by class, because adapters wrap models.
+    """
     for name, model, kind, method in (
         ("tokenizer", tokenizer, "DARTokenizer", "decode_stream"),
         ("transformer", transformer, "DARForCausalLM", "stream_codes"),
@@ -705,7 +721,7 @@ def _check_together(**arguments: Any) -> None:
 
 
 def _start_step(strength: float | None, num_steps: int) -> int:
-    """First step of those that image-to-image generates anew; 0 without an image, and where strength leaves none."""
+    """The step to start at. 0 also where strength leaves none to generate anew: all steps then run over kept codes."""
     if strength is None:
         return 0
     regenerated = int(num_steps * strength)

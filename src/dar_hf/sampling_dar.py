@@ -65,7 +65,8 @@ def sample_index(scores: torch.Tensor, generator: Generators = None) -> torch.Te
     """Sample one index per row of unnormalised log-probabilities ``(B, V)``; ``(B,)`` long.
 
     An exponential race, as in ``torch.multinomial``; but with a list of generators row i uses only the i-th, so that
-    an image does not depend on its neighbours in the batch, and the host is not waited for.
+    an image does not depend on its neighbours in the batch. Draws of generators on the CPU are copied to the device,
+    which waits for it.
     """
     shape = scores.shape
     if generator is None or isinstance(generator, torch.Generator):

@@ -7,7 +7,7 @@ the training pass that does all three. Its layers are in ``layers_dar.py``.
 
 What departs from the original code: attention keeps no map, the causal blocks keep a cache while codes stream in,
 and the quantizer, time, rotary positions and solver state are float32 whatever the dtype of the model. Values are the
-same.
+same, except where the denoiser decodes in bfloat16 (`DARTokenizer.decode_dtype`).
 """
 
 import copy
@@ -168,10 +168,11 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     _skip_layerwise_casting_patterns = ["norm", "quant", "time_embed"]  # they read the dtype of their weights
 
     decode_dtype: torch.dtype | None = None
-    """dtype in which `decode` runs the denoiser. None: the model's, but of width 512 or more bf16 for float32 models
-    where the hardware is faster with it, and float32 for models in half precision on CPUs that only emulate it; codes,
-    conditions, time, rotary positions and the solver stay as they are. A denoiser that something else intervenes in
-    (hooks, offloading, quantised or compiled parts) runs as it is, in the model's dtype."""
+    """dtype in which `decode` runs the denoiser. None: the model's dtype, with two exceptions for denoisers of width
+    512 or more: a float32 model decodes in bf16 where the hardware computes that natively, and a half-precision model
+    decodes in float32 on CPUs that only emulate bf16. Codes, conditions, time, rotary positions and the solver stay as
+    they are. A denoiser that something else intervenes in (hooks, offloading, quantised or compiled parts) runs as it
+    is."""
 
     @register_to_config
     def __init__(
@@ -388,28 +389,28 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         return layer_norm(x)
 
     def _condition_stream(
-        self, groups: Iterable[torch.Tensor], check_codes: bool
+        self, pieces: Iterable[torch.Tensor], check_codes: bool
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Codes and conditions so far, each time a group is complete, however the codes arrive.
 
-        Codes are cut where groups end, so that the same arithmetic runs for one long sequence and for a slow stream.
+        Pieces are cut where groups end, so that the same arithmetic runs for one long sequence and for a slow stream.
         """
         config = self.config
         cache = CausalCache(len(self.causal_blocks))
         ends = self.window_ends()
         codes: torch.Tensor | None = None
         conditions: torch.Tensor | None = None
-        for group in groups:
-            self._check_codes(group, values=check_codes)
-            if codes is not None and len(group) != len(codes):
-                raise ValueError(f"pieces of one sequence differ in batch size: {len(codes)} and {len(group)}.")
+        for piece in pieces:
+            self._check_codes(piece, values=check_codes)
+            if codes is not None and len(piece) != len(codes):
+                raise ValueError(f"pieces of one sequence differ in batch size: {len(codes)} and {len(piece)}.")
             self._bring_in()
-            device = self.device  # looked up once per group: diffusers searches all modules for it
-            if device.type != "meta":  # offloaded layer by layer
-                group = group.to(device)
-            codes = group if codes is None else torch.cat([codes, group], dim=1)
+            device = self.device  # looked up once per piece: diffusers searches all modules for it
+            if device.type != "meta":  # models offloaded layer by layer are there: their hooks move the inputs
+                piece = piece.to(device)
+            codes = piece if codes is None else torch.cat([codes, piece], dim=1)
             if codes.shape[1] > config.num_tokens:
-                raise ValueError(f"a sequence has {config.num_tokens} codes, got {codes.shape[1]}.")
+                raise ValueError(f"a sequence has at most {config.num_tokens} codes, got {codes.shape[1]}.")
             while ends and codes.shape[1] >= ends[0]:
                 complete = codes[:, cache.length : ends.pop(0)]
                 new = self._condition(self.quantizer.embed(complete.long()), cache)
@@ -578,7 +579,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             while step < num_steps and windows[step][1] <= conditions.shape[1]:
                 start, stop = windows[step]
                 timestep = scheduler.timesteps[step]
-                time = timestep.to(sample.device).expand(1)  # one for all images
+                # one for all images; filled where it is needed, since copying it there would wait for the device
+                time = torch.full((1,), float(timestep), dtype=torch.float32, device=sample.device)
                 velocity, _ = self._velocity(sample, time, conditions[:, start:stop], denoiser=denoiser)
                 clean = scheduler.preview(velocity, timestep, sample)  # before step, which moves the history on
                 noisy = scheduler.step(velocity, timestep, sample)[0]
@@ -779,7 +781,10 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         self.check_size(*images.shape[2:])
 
     def _check_codes(self, codes: torch.Tensor, values: bool = True) -> None:
-        """Raises ValueError for what are no codes; without ``values``, which are read from the device, by form."""
+        """Raises ValueError for what are not codes.
+
+        ``values=False`` checks type and number of axes only: reading the values would wait for the device.
+        """
         if not isinstance(codes, torch.Tensor) or codes.ndim != 2 or codes.dtype not in CODE_DTYPES:
             raise ValueError(f"codes must be integers of shape (batch, tokens), got {described(codes)}.")
         if not values:
