@@ -84,9 +84,10 @@ def test_stored_codes_are_those_computed_online(tmp_path, tokenizer, small_digit
         assert other == pytest.approx(one, rel=1e-6, abs=1e-6)
 
 
-def test_training_on_codes_alone(tmp_path, tokenizer, stored):
+def test_training_on_codes_alone(tmp_path, tokenizer, stored, caplog):
     stage, args = ar_stage(tmp_path, tokenizer, **SUBSET, crop="ten", codes=str(stored), dataset_name="")
     assert stage.validation is None and stage.id2label == {i: str(i) for i in range(10)}
+    assert "no split to validate on: images of stored codes cannot be held out" in caplog.text
     train(stage, args, make_accelerator(args))
     assert (tmp_path / "model_index.json").is_file() and (tmp_path / "README.md").is_file()
 
