@@ -53,6 +53,13 @@ def test_every_row_comes_once_an_epoch_in_another_order():
     assert len({seed for _, _, seed in seen}) == len(seen)
 
 
+@pytest.mark.parametrize("num_shards, num_workers, warns", [(3, 2, True), (4, 2, False), (1, 2, False), (3, 0, False)])
+def test_workers_that_read_unequally_are_named(caplog, num_shards, num_workers, warns):
+    with caplog.at_level(logging.WARNING):
+        stream(num_shards, num_workers=num_workers)
+    assert ("2 workers share 3 shards" in caplog.text) == warns
+
+
 def test_the_seed_decides():
     first, again, other = (rows(islice(iter(stream(seed=seed)), 8)) for seed in (1, 1, 2))
     assert first == again != other

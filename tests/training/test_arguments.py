@@ -6,7 +6,7 @@ import pytest
 
 from dar_hf.training import LoopArguments
 
-from .helpers import tokenizer_args
+from .helpers import ar_args, tokenizer_args
 
 # The schedule
 
@@ -104,3 +104,8 @@ def test_whole_numbers_are_taken_where_fractions_are():
 def test_arguments_of_the_tokenizer(tmp_path, name, value):
     with pytest.raises(ValueError, match=name):
         tokenizer_args(tmp_path, **{name: value})
+
+
+def test_stage_two_needs_labels(tmp_path):
+    with pytest.raises(ValueError, match="label_column is missing: stage 2 needs the classes"):
+        ar_args(tmp_path, "tokenizer", label_column="")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 
-from dar_hf.data import ImageTransform
+from dar_hf.data import DataError, ImageTransform
 from dar_hf.training import ARStage, make_accelerator, train
 from dar_hf.training import codes as codes_module
 from dar_hf.training.codes import load_codes, make_stamp
@@ -84,9 +84,10 @@ def test_stored_codes_are_those_computed_online(tmp_path, tokenizer, small_digit
         assert other == pytest.approx(one, rel=1e-6, abs=1e-6)
 
 
-def test_training_on_codes_alone(tmp_path, tokenizer, stored):
+def test_training_on_codes_alone(tmp_path, tokenizer, stored, caplog):
     stage, args = ar_stage(tmp_path, tokenizer, **SUBSET, crop="ten", codes=str(stored), dataset_name="")
     assert stage.validation is None and stage.id2label == {i: str(i) for i in range(10)}
+    assert "no split to validate on: images of stored codes cannot be held out" in caplog.text
     train(stage, args, make_accelerator(args))
     assert (tmp_path / "model_index.json").is_file() and (tmp_path / "README.md").is_file()
 
@@ -270,6 +271,21 @@ def test_nothing_that_can_be_read_finishes_no_set(tmp_path, tokenizer):
         Image.new("L", (8, 8)).save(path)
     extract_codes(args, Accelerator(cpu=True))
     assert json.loads((tmp_path / "codes" / "codes.json").read_text())["num_rows"] == 5
+
+
+def test_too_many_images_that_cannot_be_read_are_not_encoded_in_memory(tmp_path, tokenizer):
+    from PIL import Image
+
+    (tmp_path / "images" / "0").mkdir(parents=True)
+    for index in range(3):
+        Image.new("L", (8, 8)).save(tmp_path / "images" / "0" / f"{index}.png")
+    for index in (3, 4):
+        (tmp_path / "images" / "0" / f"{index}.png").write_bytes(b"junk")
+    options = SUBSET | {"dataset_name": str(tmp_path / "images"), "cache_codes": True}
+    stage, _ = ar_stage(tmp_path / "run", tokenizer, max_corrupt_images=2, **options)
+    assert len(stage.samples) == 3
+    with pytest.raises(DataError, match="2 images could not be read, more than max_corrupt_images=1"):
+        ar_stage(tmp_path / "run", tokenizer, max_corrupt_images=1, **options)
 
 
 def test_a_shard_without_any_image_that_can_be_read(tmp_path, tokenizer, caplog):

@@ -104,6 +104,16 @@ def test_a_finished_run_can_be_trained_longer(folder, caplog):
     assert checkpoints(folder) == ["checkpoint-6", "checkpoint-8"]
 
 
+@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.1, "adam_beta2": 0.99, "ema_decay": 0.5}])
+def test_a_resumed_run_has_its_own_options_of_the_optimizer_and_the_average(folder, changes):
+    options = {"resume_from_checkpoint": "latest", "max_train_steps": 8, **ADVERSARY, **changes}
+    loop = run(folder, **options)
+    groups = [*loop.optimizer.param_groups, *loop.stage.adversary.optimizer.param_groups]
+    assert [group["betas"] for group in groups] == [(0.9, changes.get("adam_beta2", 0.95))] * 3
+    assert [group["weight_decay"] for group in groups] == [changes.get("weight_decay", 0.0)] * 2 + [0.0]
+    assert loop.ema.decay == changes.get("ema_decay", 0.9)
+
+
 def test_a_run_cannot_be_made_shorter(folder):
     with pytest.raises(ResumeError, match="max_train_steps was 6 and is now 5. A run can be made longer"):
         run(folder, resume_from_checkpoint="latest", max_train_steps=5, **ADVERSARY)

@@ -55,7 +55,7 @@ def test_a_ctrl_c_that_torchrun_passes_on_is_the_same_one():
 @pytest.mark.parametrize("number, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_that_is_asked_to_end_leaves_a_checkpoint(tmp_path, number, name, workers):
-    stage, args = tokenizer_stage(tmp_path, max_train_steps=50, dataloader_num_workers=workers)
+    stage, args = tokenizer_stage(tmp_path, max_train_steps=50, dataloader_num_workers=workers, validation_steps=3)
     after_step = stage.after_step
 
     def ask(step, *arguments):

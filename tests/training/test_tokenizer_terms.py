@@ -122,7 +122,7 @@ def test_every_parameter_moves_and_the_judges_stand_still(tmp_path, judges):
     stage, args = full_stage(tmp_path, judges)
     networks = {"model": stage.model, "discriminator": stage.adversary.network}
     before = {k: [p.detach().clone() for p in network.parameters()] for k, network in networks.items()}
-    frozen = [p for name in ("lpips", "repa") for p in stage._judges[name].parameters()]
+    frozen = [p for name in ("lpips", "repa") for p in stage._loss_networks[name].parameters()]
     copies = [p.clone() for p in frozen]
     run(stage, args, 2)
     for name, network in networks.items():
@@ -233,7 +233,7 @@ def test_lpips_of_the_jump_estimate(tmp_path, judges):
     stage, _ = full_stage(tmp_path, judges)
     batch = batch_of(stage, [(0, 1), (1, 2)])
     output = stage.forward(stage.model, batch, 0)
-    network = stage._judges["lpips"]
+    network = stage._loss_networks["lpips"]
     with torch.no_grad():
         each = [network(output.pred_original_sample[i : i + 1], batch["pixel_values"][i : i + 1]) for i in range(2)]
         assert float(perceptual_sum(network, output, batch["pixel_values"])) == pytest.approx(

@@ -2,7 +2,8 @@
 
 Training is a function of (seed, step): each position of one global stream of samples has its own seed, from which its
 crop, time, noise and class dropout follow. So the same images meet the same noise however a batch is split over
-processes and accumulation steps, and a resumed run needs no more than its step to continue exactly.
+processes and accumulation steps, and a resumed run needs no more than its step to continue exactly; except the
+language model's dropout, which each process draws from its own generator; a checkpoint holds its state.
 """
 
 import errno

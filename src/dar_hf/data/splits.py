@@ -34,7 +34,11 @@ class DataArguments:
     validation_split: str | None = HfArg(default=None, help="split to validate on; default validation or test")
     image_column: str = HfArg(default="image", help="column with the images")
     label_column: str = HfArg(default="label", help="column with the classes")
-    max_train_samples: int | None = HfArg(default=None, help="train on N random images; of a stream the first N")
+    max_train_samples: int | None = HfArg(
+        default=None,
+        help="train on N random images; of a stream the first N (of each part, where several processes or workers "
+        "read parts of it)",
+    )
     max_validation_samples: int = HfArg(default=256, help="validate on at most N images")
     crop: str = HfArg(default="center", help="center, random or ten")
     flip: bool = HfArg(default=False, help="mirror half of the images")

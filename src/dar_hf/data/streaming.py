@@ -6,6 +6,7 @@ they come does not allow.
 """
 
 import copy
+import logging
 import zlib
 from collections.abc import Iterator
 from itertools import islice
@@ -29,6 +30,8 @@ from .batches import (
 )
 from .classes import whole_number
 from .transforms import ImageTransform
+
+logger = logging.getLogger(__name__)
 
 MAX_UNREADABLE_IN_A_ROW = 1000
 
@@ -208,7 +211,15 @@ class BatchStream:
         pin_memory: bool = False,
     ):
         self.reader = _Reader(images, batch_size, num_processes, process_index, seed)
-        self.num_workers = min(num_workers, self.reader.dataset.num_shards)
+        num_shards = self.reader.dataset.num_shards
+        self.num_workers = min(num_workers, num_shards)
+        if self.num_workers and num_shards % self.num_workers:
+            logger.warning(
+                "%d workers share %d shards: images of workers with fewer shards are seen more often. "
+                "--dataloader_num_workers should divide the number of shards of a process.",
+                self.num_workers,
+                num_shards,
+            )
         self.pin_memory = pin_memory
         self.layout = {
             "num_processes": num_processes,

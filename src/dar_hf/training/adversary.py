@@ -103,10 +103,13 @@ class Adversary:
         self._scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
 
     def step(self, accelerator: Accelerator, rate_factor: float) -> None:
-        """Take the gradients of a whole step, of all processes, and update; non-finite ones (fp16) are left out."""
+        """Take the gradients of a whole step, of all processes, and update.
+
+        An update with non-finite gradients is skipped, in any precision.
+        """
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         for gradient in gradients:
-            # each process's losses are multiplied by the number of processes, see the loop
+            # the loop has multiplied the losses by the number of processes, so the mean is their sum
             gradient.copy_(accelerator.reduce(gradient, "mean") / self._scale)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
         if torch.isfinite(norm):
@@ -119,7 +122,10 @@ class Adversary:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
+        options = {name: value for name, value in self.optimizer.param_groups[0].items() if name != "params"}
         self.optimizer.load_state_dict(state["optimizer"])
+        # the checkpoint brings its run's options, too; those of this run count
+        self.optimizer.param_groups[0].update(options)
 
 
 def make_adversary(args: TokenizerArguments, image_size: tuple[int, int], in_channels: int) -> Adversary:

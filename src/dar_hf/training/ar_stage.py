@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from ..acceleration_dar import SHORT_SEQUENCE
-from ..data import ImageSamples, SeedFor, StreamedImages, bernoulli_mask, image_splits, normal_noise
+from ..data import DataError, ImageSamples, SeedFor, StreamedImages, bernoulli_mask, image_splits, normal_noise
 from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import DARPipeline
 from ..presets import PRESETS, get_preset, parse_options
@@ -89,6 +89,12 @@ class ARStage(Stage):
         self._data = data_fingerprint(samples)  # of the images: their codes may differ between machines
         if args.cache_codes and isinstance(samples, ImageSamples):
             self.samples = encode_all(samples, tokenizer)
+            num_corrupt = len(samples) - len(self.samples)
+            if num_corrupt > args.max_corrupt_images:
+                raise DataError(
+                    f"{num_corrupt} images could not be read, more than max_corrupt_images={args.max_corrupt_images}; "
+                    "the warnings above name them."
+                )
         self.validation = validation
         self.terms = [LossTerm("cross_entropy", 1.0, "tokens", self._cross_entropy)]
         if args.guidance_scale is not None:
@@ -103,6 +109,7 @@ class ARStage(Stage):
 
         Raises:
             ValueError: for an unknown preset, option, data set or column, a missing tokenizer, or data without labels.
+            DataError: if too many of the images to be encoded now cannot be read.
         """
         if not get_preset(args.preset).transformer:
             names = ", ".join(name for name, preset in PRESETS.items() if preset.transformer)

@@ -110,7 +110,7 @@ class TokenizerArguments(LoopArguments):
 
     encoder_learning_rate: float | None = HfArg(default=None, help="peak rate of the encoder; default learning_rate")
     vq_weight: float = HfArg(default=1.0, help="weight of the codebook loss")
-    commit_weight: float = HfArg(default=1.0, help="weight of the commitment loss (its own 0.25 comes on top)")
+    commit_weight: float = HfArg(default=1.0, help="weight of the commitment loss, which has a factor 0.25 of its own")
     perceptual_weight: float = HfArg(default=0.0, help="weight of LPIPS between the image and its jump estimate")
     lpips_weights: str | None = HfArg(default=None, help="converted weights of LPIPS: file, folder or Hub id")
     repa_weight: float = HfArg(default=0.0, help="weight of REPA: the denoiser learns repa_model's features")
@@ -128,10 +128,12 @@ class TokenizerArguments(LoopArguments):
         "continuous_steps", default=0, help="first steps without quantizing; the codebook then starts from k-means"
     )
     group_dropout: float = HfArg(
-        default=0.0, help="probability that a step gets zeros in place of its own group's codes"
+        default=0.0, help="probability that an image is denoised with zeros in place of its own group's codes"
     )
     dead_code_interval: int = renamed_option(
-        "revive_every", default=0, help="move codes that were unused for this many steps; 0 for never"
+        "revive_every",
+        default=0,
+        help="every N steps, the codes that none of these N steps used are moved; 0 for never",
     )
     revive_until: float = HfArg(default=0.8, help="share of the run after which dead codes are left alone")
 
@@ -176,6 +178,8 @@ class ARArguments(LoopArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.label_column:
+            raise ValueError("label_column is missing: stage 2 needs the classes.")
         if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):
             raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
         if not all(0 <= scale < math.inf for scale in self.guidance_scale or []):

@@ -42,23 +42,23 @@ class CodebookKeeper:
     Args:
         codebook_size: number of codes.
         unquantized_steps: steps without quantizing at the start; the codebook then starts from k-means.
-        dead_code_interval: a code is dead, and moved, after this many steps without use; 0 for never.
-        last_step: number of steps after which codes are left alone.
+        dead_code_interval: every N steps, the codes that none of these N steps used are moved; 0 for never.
+        stop_step: no code is moved from this step on.
         seed: seed of the run.
     """
 
-    def __init__(self, codebook_size: int, unquantized_steps: int, dead_code_interval: int, last_step: int, seed: int):
+    def __init__(self, codebook_size: int, unquantized_steps: int, dead_code_interval: int, stop_step: int, seed: int):
         self.codebook_size = codebook_size
         self.unquantized_steps = unquantized_steps
         self.dead_code_interval = dead_code_interval
-        self.last_step = last_step
+        self.stop_step = stop_step
         self.seed = seed
         self.counts = torch.zeros(codebook_size, dtype=torch.long)
         self.latents = torch.empty(0)
 
     def watches(self, step: int) -> bool:
         """Whether anything will be made of what `observe` is told of this step."""
-        return step < self.unquantized_steps or (self.dead_code_interval > 0 and step < self.last_step)
+        return step < self.unquantized_steps or (self.dead_code_interval > 0 and step < self.stop_step)
 
     def observe(self, step: int, codes: torch.Tensor, latents: torch.Tensor) -> None:
         """Note codes ``(B, N)`` and latents ``(B, N, D)`` of a whole step, all processes in the stream's order."""
@@ -79,7 +79,7 @@ class CodebookKeeper:
             self.latents = torch.empty(0)
             return torch.arange(self.codebook_size), spherical_kmeans(points, self.codebook_size, generator)
         is_due = self.dead_code_interval > 0 and quantized_steps % self.dead_code_interval == 0
-        if quantized_steps < 0 or not is_due or step >= self.last_step:
+        if quantized_steps < 0 or not is_due or step >= self.stop_step:
             return None
         dead = (self.counts == 0).nonzero().flatten()
         self.counts.zero_()

@@ -5,6 +5,7 @@ and size the codes are of. `dar_hf.training` reads no set whose stamp does not f
 """
 
 import glob
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from ..data.splits import DataArguments, load_validation, random_subset, validat
 from ..tokenizer_dar import DARTokenizer
 from ..utils.files import read_object
 from ..utils.fingerprint import weights_fingerprint
+
+logger = logging.getLogger(__name__)
 
 STAMP_FILE = "codes.json"
 SHARDS = "train-*.parquet"
@@ -160,6 +163,8 @@ def code_splits(
     if args.dataset_name:
         load_split = partial(load_images, **args.source(with_labels=True), class_names=classes.names)
         validation = load_validation(args, load_split)
+    if validation is None:
+        logger.warning("no split to validate on: images of stored codes cannot be held out")
     dataset = random_subset(dataset, args.max_train_samples, args.seed)
     samples = CodeSamples(_StoredCodes(dataset), dataset["label"][:], transform)
     return samples, validation_samples(validation, size, channels, args), classes

@@ -1,8 +1,9 @@
 """The training loop that both stages share, on accelerate.
 
 One step takes ``gradient_accumulation_steps`` micro-batches on every process. Losses are summed and divided by what
-the whole step holds, so the layout of the batch changes nothing but speed. See `dar_hf.data.batches` for why a run is
-a function of its seed and step.
+the whole step holds, so the layout of the batch changes nothing but rounding, except the language model's dropout,
+which each process draws from its own generator; a checkpoint holds its state. See `dar_hf.data.batches` for why all
+else is a function of the run's seed and step.
 """
 
 import copy
@@ -149,8 +150,13 @@ class TrainingLoop:
             state = read_state(checkpoint)
             check_same_run(checkpoint, state, self.description)
             self.batches.resume(state["step"], checkpoint)
+            options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
             load_checkpoint(self.accelerator, checkpoint)
+        # the checkpoint brings its run's options, too; those of this run count
+        for group, of_this_run in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(of_this_run)
         if self.ema is not None:
+            self.ema.decay = self.args.ema_decay
             if [p.shape for p in self.ema.shadow_params] != [p.shape for p in self.parameters]:
                 raise ResumeError("cannot resume: the checkpoint's averaged weights are of another model.")
             self.ema.to(self.accelerator.device)  # accelerate restores custom states on the CPU
@@ -206,10 +212,10 @@ class TrainingLoop:
                     self._save_checkpoint(done)
                 if is_last:
                     break
+                if is_stopping:  # a validation may take longer than a scheduler waits
+                    self._stop(done, is_saved)
                 if args.validation_steps and done % args.validation_steps == 0:
                     self._validate(done)
-                if is_stopping:
-                    self._stop(done, is_saved)
                 if args.push_steps and done % args.push_steps == 0:
                     self._push_so_far(done)
 
@@ -225,7 +231,8 @@ class TrainingLoop:
         totals = self._step_totals(batches)
         if totals["skipped"]:
             self.batches.count_corrupt(batches)
-        # backward averages over processes and accumulation steps; the losses are divided by totals already
+        # the losses are divided by the totals of the whole step; backward divides by processes and accumulation steps
+        # once more, which this undoes
         scale = accelerator.num_processes * self.args.gradient_accumulation_steps
         sums = torch.zeros(len(stage.terms), device=accelerator.device)
         for batch in batches:
@@ -235,7 +242,8 @@ class TrainingLoop:
                 values = [term.function(output, batch, step) / totals[term.per] for term in stage.terms]
                 loss = sum(term.weight * value for term, value in zip(stage.terms, values, strict=True))
                 sums += torch.stack([value.detach() for value in values])
-                accelerator.backward(loss * scale)  # DeepSpeed's takes the optimizer's step, too
+                # DeepSpeed's takes the optimizer's step, too; clipping and `step` below then do nothing
+                accelerator.backward(loss * scale)
         norm = self._clip_gradients()
         losses = self._finite_losses(step, sums, norm)
         self.optimizer.step()

@@ -38,7 +38,8 @@ class LossTerm:
 def flow_matching_sum(output: DARTokenizerOutput, data_std: float) -> torch.Tensor:
     """Mean squared velocity error of every image, over ``data_std`` squared, summed over images."""
     error = (output.velocity.float() - output.target.float()).square()
-    # velocities are data_std times those of images that are not scaled, whose loss the original code takes
+    # the velocity is data_std * image - noise; dividing by data_std**2 gives the loss of image - noise / data_std, as
+    # in the original code
     return error.flatten(1).mean(dim=1).sum() / data_std**2
 
 

@@ -45,12 +45,18 @@ class Stage(ABC):
         """
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Called once before training: move what is not the model to the device; nothing by default."""
+        """Called once before training, with the model on its device.
+
+        Bring the rest there, and set up what depends on the device.
+        """
         return None
 
     @abstractmethod
     def parameter_groups(self) -> list[dict]:
-        """Parameters with their peak learning rates, for AdamW."""
+        """AdamW's parameter groups.
+
+        ``lr`` is a group's peak rate (default ``args.learning_rate``), and that of the first group is logged.
+        """
 
     def prepare_batch(self, batch: dict) -> dict:
         """Called once for each collated micro-batch, on the host; what else is random about it is drawn here."""
@@ -72,7 +78,7 @@ class Stage(ABC):
         return None
 
     def statistics(self) -> dict[str, float]:
-        """Further metrics for the log, about the steps since the last call."""
+        """Further metrics for the log, about recent steps."""
         return {}
 
     @abstractmethod

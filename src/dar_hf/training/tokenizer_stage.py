@@ -79,23 +79,24 @@ class TokenizerStage(Stage):
             args.seed,
         )
         self.stateful: list[Any] = [self.keeper]
-        self._judges: dict[str, nn.Module] = {}  # other networks, which see the images: on the model's device
+        self._loss_networks: dict[str, nn.Module] = {}  # networks of the loss terms, moved to the device by `prepare`
         self._accelerator: Accelerator | None = None
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # codes and latents of the step's micro-batches
         # what the codebook's metrics look back on: at most N micro-batches, of the main process alone
         self._codes: deque[torch.Tensor] = deque(maxlen=STATISTICS_BATCHES)
         self.terms = [
             LossTerm("flow", 1.0, "images", self._flow),
-            # it stays where nothing is quantized, so that DDP sees a gradient for every parameter
+            # also in the unquantized steps, though k-means then replaces the codebook: DDP waits for a gradient of
+            # every parameter
             LossTerm("codebook", args.vq_weight, "tokens", self._codebook),
             LossTerm("commitment", args.commit_weight, "tokens", self._commitment),
         ]
         if args.perceptual_weight:
-            self._judges["lpips"] = load_lpips(args.lpips_weights, model.image_size)
+            self._loss_networks["lpips"] = load_lpips(args.lpips_weights, model.image_size)
             self.terms.append(LossTerm("perceptual", args.perceptual_weight, "images", self._perceptual))
         if args.repa_weight:
             repa_dim = None if model.config.repa_layer is None else model.config.repa_dim
-            self._judges["repa"] = load_teacher(args.repa_model, repa_dim)
+            self._loss_networks["repa"] = load_teacher(args.repa_model, repa_dim)
             self.terms.append(LossTerm("repa", args.repa_weight, "images", self._repa))
         elif model.config.repa_layer is not None:
             # no term uses it: DDP must not wait for its gradients
@@ -104,7 +105,7 @@ class TokenizerStage(Stage):
         if args.discriminator_weight:
             self.adversary = make_adversary(args, model.image_size, model.config.in_channels)
             self.stateful.append(self.adversary)
-            self._judges["discriminator"] = self.adversary.network
+            self._loss_networks["discriminator"] = self.adversary.network
             self.terms.append(LossTerm("adversarial", args.discriminator_weight, "images", self._adversarial))
             self.terms.append(LossTerm("discriminator", 1.0, "images", self._discriminator, in_total=False))
 
@@ -133,30 +134,31 @@ class TokenizerStage(Stage):
 
     def _perceptual(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
         with self._autocast():
-            return perceptual_sum(self._judges["lpips"], output, batch["pixel_values"])
+            return perceptual_sum(self._loss_networks["lpips"], output, batch["pixel_values"])
 
     def _repa(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
         images = batch["pixel_values"]
         grid = repa_grid(images.shape[2], images.shape[3], self.model.config.diffusion_patch_size, NUM_REPA_ROWS)
         with self._autocast():
-            targets = self._judges["repa"](images, grid)
+            targets = self._loss_networks["repa"](images, grid)
         return repa_sum(output.repa_features, targets)
 
     def _adversarial(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
         if step < self.args.discriminator_start:
             return output.velocity.new_zeros(())
         with self._autocast():
-            return generator_sum(self._judges["discriminator"], output.pred_original_sample)
+            return generator_sum(self._loss_networks["discriminator"], output.pred_original_sample)
 
     def _discriminator(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
         if step < self.args.discriminator_start:
             return output.velocity.new_zeros(())
         with self._autocast():
-            return discriminator_sum(self._judges["discriminator"], batch["pixel_values"], output.pred_original_sample)
+            network = self._loss_networks["discriminator"]
+            return discriminator_sum(network, batch["pixel_values"], output.pred_original_sample)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
-        """bf16 for the networks that judge, where the run has it; not fp16, whose range their gradients leave."""
+        """bf16 for the loss networks, where the run has it; not fp16, whose range their gradients leave."""
         if self._accelerator is not None and self._accelerator.mixed_precision == "bf16":
             with self._accelerator.autocast():
                 yield
@@ -170,7 +172,7 @@ class TokenizerStage(Stage):
         if accelerator.device.type == "cpu":
             use_unfused_attention(self.model)
         self.model.make_tables()
-        for network in self._judges.values():
+        for network in self._loss_networks.values():
             network.to(accelerator.device)
 
     def parameter_groups(self) -> list[dict]:
@@ -215,9 +217,10 @@ class TokenizerStage(Stage):
         return output
 
     def _in_order(self, gathered: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-        """What processes hold, in the order of the data: they read streams turn by turn, other data in batches.
+        """Gathered rows in the order of the data.
 
-        A stream whose shards are dealt out to the processes has no order that is independent of their number.
+        Of a stream, process p holds rows p, p + P, p + 2P, ..., so they are interleaved; of other data each process
+        holds consecutive rows.
         """
         if not self.args.streaming:
             return gathered
