@@ -116,7 +116,7 @@ class PlainTokenizer:
         # the queries have no position: they are not rotated
         unrotated = torch.ones_like(table[:1]).expand(config.num_tokens, -1, -1)
         self.encoder_table = torch.cat([table, unrotated]).to(device)
-        self.encoder_mask = causal_mask(config.num_tokens, num_open=len(table)).to(device)
+        self.encoder_mask = causal_mask(config.num_tokens, num_prefix=len(table)).to(device)
         self.causal_mask = causal_mask(config.num_tokens).to(device)
         patch = config.diffusion_patch_size
         self.rows = height // patch
