@@ -1,18 +1,16 @@
 """How images are read: what is refused, what must not spoil an image, and that every way of reading gives the same."""
 
-import importlib.util
 import io
 import random
 import struct
-import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from PIL import Image, TiffImagePlugin
+from scripts import load_script
 
 from dar_hf import images_dar
 from dar_hf.data import ImageTransform, center_crop, convert_channels, random_crop, read_image, ten_crop, to_tensor
@@ -370,13 +368,7 @@ SOURCES = {
 @pytest.fixture(scope="module")
 def read_upload():
     pytest.importorskip("gradio")
-    path = Path(__file__).parents[1] / "examples" / "app.py"
-    spec = importlib.util.spec_from_file_location("dar_app_images", path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "dar_app_images", module)
-        spec.loader.exec_module(module)
-        yield module.read_upload
+    return load_script("examples/app.py").read_upload
 
 
 @pytest.mark.parametrize("name", SOURCES)

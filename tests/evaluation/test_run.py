@@ -1,7 +1,6 @@
 """Both evaluations from start to report: figures are right, and do not depend on how the work was done."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import load_script
 
 from dar_hf.data import SeedFor, draw_seed, normal_noise
 from dar_hf.evaluation import base, evaluate_generation, evaluate_reconstruction, read_report
@@ -545,9 +545,7 @@ def test_the_command_with_one_and_two_processes(generation, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["generation", "--pipeline", "x"], ["measure"], []])
 def test_the_command_says_what_is_wrong_in_one_line(arguments, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("measure_command", EXAMPLES / "measure.py")
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
+    command = load_script("examples/measure.py")
     monkeypatch.setattr(sys, "argv", ["measure.py", *arguments])
     with pytest.raises(SystemExit) as ended:
         command.main()

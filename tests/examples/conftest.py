@@ -1,11 +1,11 @@
 """Commands run in the tests' own process."""
 
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -39,9 +39,4 @@ def refusal(capsys):
 def app():
     """The page's module."""
     pytest.importorskip("gradio")
-    spec = importlib.util.spec_from_file_location("dar_app", EXAMPLES / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dar_app"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["dar_app"]
+    return load_script("examples/app.py")

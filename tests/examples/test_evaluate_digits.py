@@ -1,6 +1,5 @@
 """The evaluation of pipelines of digits, on another set than scikit-learn's."""
 
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from scripts import load_script
 
 from dar_hf import DARPipeline, FlowMatchAdamsBashforthScheduler
 from dar_hf.evaluation import read_report
@@ -18,10 +18,7 @@ COMMAND = Path(__file__).parents[2] / "examples" / "evaluate_digits.py"
 
 @pytest.fixture(scope="module")
 def command():
-    spec = importlib.util.spec_from_file_location("evaluate_digits", COMMAND)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/evaluate_digits.py")
 
 
 @pytest.fixture

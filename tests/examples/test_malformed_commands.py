@@ -21,6 +21,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scripts import load_script
 
 import dar_hf.__main__
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
@@ -467,11 +468,7 @@ def mains():
     for path in (*EXAMPLES.glob("*.py"), BENCHMARKS / "speed.py"):
         if path.stem == "app" and importlib.util.find_spec("gradio") is None:
             continue
-        spec = importlib.util.spec_from_file_location(f"malformed_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up there
-        spec.loader.exec_module(module)
-        found[path.stem] = module.main
+        found[path.stem] = load_script(path).main
     sys.path.remove(str(BENCHMARKS))
     return found
 

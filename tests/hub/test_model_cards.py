@@ -1,11 +1,11 @@
 """The cards in model_cards/ are what their script writes."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from scripts import load_script
 
 import dar_hf
 
@@ -14,10 +14,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "model_cards"
 
 @pytest.fixture(scope="module")
 def script():
-    specification = importlib.util.spec_from_file_location("make_cards", FOLDER / "make.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script("model_cards/make.py")
 
 
 @pytest.fixture(scope="module")

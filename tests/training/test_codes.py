@@ -1,6 +1,5 @@
 """Stored codes: those computed online, stamped, in shards, continued, pushed, and refused where they do not fit."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -11,6 +10,7 @@ import datasets
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from scripts import load_script
 
 from dar_hf.data import DataError, ImageTransform
 from dar_hf.training import ARStage, make_accelerator, train
@@ -335,11 +335,7 @@ def test_the_stamp_names_what_codes_depend_on():
 
 @pytest.fixture
 def command():
-    path = Path(__file__).parents[2] / "examples" / "extract_codes.py"
-    spec = importlib.util.spec_from_file_location("extract_command", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/extract_codes.py")
 
 
 def test_mistakes_end_with_one_line(tmp_path, command, monkeypatch, capsys):

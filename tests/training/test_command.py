@@ -1,25 +1,20 @@
 """The command of training: presets, files of options and the command line, and what mistakes look like."""
 
-import importlib.util
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
 from PIL import Image
+from scripts import load_script
 
 from dar_hf.presets import get_preset
 
 
 @pytest.fixture
 def command():
-    path = Path(__file__).parents[2] / "examples" / "train.py"
-    spec = importlib.util.spec_from_file_location("train_command", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/train.py")
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_path, command):
