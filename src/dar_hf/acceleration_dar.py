@@ -208,8 +208,13 @@ def _state(weight: nn.Parameter) -> tuple[int, int, torch.Tensor]:
     of packing.
     """
     version = 0 if weight.is_inference() else weight._version
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    return weight.data_ptr(), version, weight.detach().view(integers).sum(dim=-1)
+    bits = weight.detach()
+    size = bits.element_size()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    # where rows divide into 64-bit integers these are summed: fewer of them, and as fast as memory is read
+    if bits.is_contiguous() and bits.shape[-1] * size % 8 == 0 and bits.storage_offset() * size % 8 == 0:
+        integers = torch.int64
+    return weight.data_ptr(), version, bits.view(integers).sum(dim=-1)
 
 
 def fast_attention(

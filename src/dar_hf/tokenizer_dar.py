@@ -374,8 +374,16 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             raise ValueError(f"{cache.length} + {codes.shape[1]} codes are more than {self.config.num_tokens}.")
         return self._condition(self.quantizer.embed(codes.long()), cache)
 
-    def _condition(self, quantized: torch.Tensor, cache: CausalCache | None = None) -> torch.Tensor:
-        """Conditions of code vectors ``(B, n, codebook_dim)`` that follow those in the cache."""
+    def _condition(
+        self,
+        quantized: torch.Tensor,
+        cache: CausalCache | None = None,
+        blocks: nn.ModuleList | None = None,
+    ) -> torch.Tensor:
+        """Conditions of code vectors ``(B, n, codebook_dim)`` that follow those in the cache.
+
+        By a copy of the causal blocks where one is given.
+        """
         start = 0 if cache is None else cache.length
         stop = start + quantized.shape[1]
         x = self.post_quant_proj(quantized.to(self.post_quant_proj.weight.dtype))
@@ -384,7 +392,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         if cache is None:
             x = self._run_blocks(self.causal_blocks, x, {"attention_mask": mask})
         else:
-            for index, block in enumerate(self.causal_blocks):
+            for index, block in enumerate(self.causal_blocks if blocks is None else blocks):
                 x = block(x, {"attention_mask": mask, "cache": (cache, index)})
         return layer_norm(x)
 
@@ -400,6 +408,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         ends = self.window_ends()
         codes: torch.Tensor | None = None
         conditions: torch.Tensor | None = None
+        blocks: nn.ModuleList | None = None
         for piece in pieces:
             self._check_codes(piece, values=check_codes)
             if codes is not None and len(piece) != len(codes):
@@ -411,9 +420,11 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             codes = piece if codes is None else torch.cat([codes, piece], dim=1)
             if codes.shape[1] > config.num_tokens:
                 raise ValueError(f"a sequence has at most {config.num_tokens} codes, got {codes.shape[1]}.")
+            if blocks is None:
+                blocks = accelerated(self.causal_blocks)
             while ends and codes.shape[1] >= ends[0]:
                 complete = codes[:, cache.length : ends.pop(0)]
-                new = self._condition(self.quantizer.embed(complete.long()), cache)
+                new = self._condition(self.quantizer.embed(complete.long()), cache, blocks)
                 conditions = new if conditions is None else torch.cat([conditions, new], dim=1)
                 yield codes, conditions
 
