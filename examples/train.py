@@ -18,6 +18,7 @@ from dar_hf.training.resuming import ResumeError
 from dar_hf.training.run_folder import claim_output_dir
 from dar_hf.training.stopping import StoppedError
 from dar_hf.utils.commands import FAILURE, CommandError, check_output, command, ending_with
+from dar_hf.utils.memory import keep_freed_memory
 from dar_hf.utils.options import current_names, read_options
 
 STAGES = {"tokenizer": (TokenizerArguments, TokenizerStage), "ar": (ARArguments, ARStage)}
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(stage_name, words[1:])
     check_output(args.output_dir)
     accelerator = make_accelerator(args)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     _, stage_class = STAGES[stage_name]
     # the main process claims the folder, and the others wait: what stops it must stop the run before anything slow
     if accelerator.is_main_process:

@@ -196,7 +196,7 @@ def test_pixels_of_a_patch_are_in_channel_row_column_order(tiny_tokenizer):
 
 def test_queries_see_patches_and_earlier_queries_only(tiny_tokenizer):
     images = random_images(tiny_tokenizer)
-    block = tiny_tokenizer.encoder_blocks[1]
+    block = tiny_tokenizer.encoder_blocks[0]  # of the last one only the queries are computed
 
     def run():
         outputs = []

@@ -62,6 +62,38 @@ def test_forward_holds_what_the_losses_need(tiny_tokenizer):
     assert torch.allclose(output.latents.norm(dim=-1), torch.ones(3, 16), atol=1e-5)
 
 
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_several_times_of_an_image_give_what_it_gives_once_for_each(tiny_tokenizer, is_hidden):
+    images, noise = random_images(tiny_tokenizer, 2), torch.randn(6, 3, 8, 8, generator=seeded())
+    times = torch.tensor([[0.05, 0.4, 0.9], [0.9, 0.95, 0.1]])
+    hide = torch.tensor([True, True, False, False, True, True]) if is_hidden else None
+    together = tiny_tokenizer(images, timesteps=times, noise=noise, hide_group=hide)
+    repeated = images.repeat_interleave(3, dim=0)
+    apart = tiny_tokenizer(repeated, timesteps=times.flatten(), noise=noise, hide_group=hide)
+    for name in ("velocity", "target", "pred_original_sample", "timesteps"):
+        assert torch.allclose(together[name], apart[name], atol=1e-5), name
+    assert torch.equal(together.codes, apart.codes[::3])
+    assert torch.equal(together.token_mask, apart.token_mask.unflatten(0, (2, 3)).sum(dim=1))
+
+    def gradients(output):
+        tiny_tokenizer.zero_grad()
+        (output.velocity - output.target).square().mean().backward()
+        return {name: p.grad.clone() for name, p in tiny_tokenizer.named_parameters() if p.grad is not None}
+
+    of_repeated = gradients(apart)
+    for name, gradient in gradients(together).items():
+        assert torch.allclose(gradient, of_repeated[name], atol=1e-5), name
+
+
+def test_times_and_noise_of_other_shapes_are_refused(tiny_tokenizer):
+    images = random_images(tiny_tokenizer, 2)
+    for times in (torch.rand(3), torch.rand(3, 2), torch.rand(2, 0), torch.rand(2, 2, 2), torch.rand(())):
+        with pytest.raises(ValueError, match="timesteps"):
+            tiny_tokenizer(images, timesteps=times)
+    with pytest.raises(ValueError, match="noise"):
+        tiny_tokenizer(images, timesteps=torch.rand(2, 2), noise=torch.randn_like(images))
+
+
 def test_a_hidden_group_is_seen_by_nobody(tiny_tokenizer):
     images, noise = random_images(tiny_tokenizer, 3), torch.randn(3, 3, 8, 8, generator=seeded())
     given = dict(timesteps=torch.tensor([0.05, 0.4, 0.4]), noise=noise)  # groups 0, 2, 2

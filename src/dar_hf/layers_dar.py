@@ -154,8 +154,12 @@ class DARAttnProcessor:
         query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, heads))
         key = attn.norm_k(attn.to_k(context).unflatten(-1, heads))
         value = attn.to_v(context).unflatten(-1, heads)
+        # queries may be those of the last positions only
+        num_queries = query.shape[1]
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., -num_queries:, :]
         if rotary is not None:
-            query = apply_rotary(query, rotary)
+            query = apply_rotary(query, rotary[-num_queries:])
         if rotary is not None and rotate_keys:
             key = apply_rotary(key, rotary)
         query, key = query.to(value.dtype), key.to(value.dtype)  # autocast norms in float32
@@ -217,8 +221,15 @@ class GatedBlock(nn.Module):
         self.gate1 = nn.Parameter(torch.zeros(dim))
         self.gate2 = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: torch.Tensor, attention_kwargs: dict) -> torch.Tensor:
-        x = torch.addcmul(x, self.gate1, self.attn(self.norm1(x), **attention_kwargs))
+    def forward(self, x: torch.Tensor, attention_kwargs: dict, num_outputs: int | None = None) -> torch.Tensor:
+        """All positions of ``x (B, L, dim)``, or the last ``num_outputs``, which still attend to all of them."""
+        normed = self.norm1(x)
+        queries = normed
+        if num_outputs is not None:
+            x = x[:, -num_outputs:]
+            queries = normed[:, -num_outputs:]
+        attended = self.attn(queries, encoder_hidden_states=normed, **attention_kwargs)
+        x = torch.addcmul(x, self.gate1, attended)
         return torch.addcmul(x, self.gate2, self.mlp(self.norm2(x)))
 
 

@@ -102,12 +102,14 @@ class DARTokenizerOutput(BaseOutput):
     """Everything the losses of stage 1 need, float32.
 
     Attributes:
-        velocity, target: predicted and true velocity, ``(B, C, H, W)``, in units of ``data_std`` times the image.
-        pred_original_sample: jump estimate of the clean image, ``(B, C, H, W)``, in the range of images.
+        velocity, target: predicted and true velocity, ``(B * R, C, H, W)`` with R times for each image, in units of
+            ``data_std`` times the image.
+        pred_original_sample: jump estimate of the clean image, ``(B * R, C, H, W)``, in the range of images.
         codes: ``(B, N)``; latents, quantized: ``(B, N, codebook_dim)``, both l2-normalised.
-        token_mask: ``(B, N)``, 1.0 up to the last token of the image's group, 0.0 after it.
-        timesteps: ``(B,)`` shifted times.
-        repa_features: ``(B, tokens, repa_dim)``, where asked for.
+        token_mask: ``(B, N)``, at how many of the image's times the token takes part: the tokens up to the end of that
+            time's group do, so with one time this is 1.0 up to there and 0.0 after it.
+        timesteps: ``(B * R,)`` shifted times.
+        repa_features: ``(B * R, tokens, repa_dim)``, where asked for.
     """
 
     # every field but the first has a default, so that accelerate can rebuild the output from a dictionary
@@ -346,16 +348,20 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         x = torch.cat([patches, queries], dim=1)
         attention_kwargs = self.tables.encoder(pixel_values.shape[2], pixel_values.shape[3], x.device)
         # a faster copy where no gradients are asked for; in training the blocks themselves
-        x = self._run_blocks(accelerated(self.encoder_blocks), x, attention_kwargs)
+        x = self._run_blocks(accelerated(self.encoder_blocks), x, attention_kwargs, num_outputs=num_tokens)
         latents = self.quant_proj(layer_norm(x[:, -num_tokens:].float()))
         return F.normalize(latents, dim=-1)
 
-    def _run_blocks(self, blocks: nn.ModuleList, x: torch.Tensor, attention_kwargs: dict) -> torch.Tensor:
-        for block in blocks:
+    def _run_blocks(
+        self, blocks: nn.ModuleList, x: torch.Tensor, attention_kwargs: dict, num_outputs: int | None = None
+    ) -> torch.Tensor:
+        """The blocks one after the other; of the last one the last ``num_outputs`` positions, where they are given."""
+        for index, block in enumerate(blocks):
+            outputs = num_outputs if index == len(blocks) - 1 else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, attention_kwargs)
+                x = self._gradient_checkpointing_func(block, x, attention_kwargs, outputs)
             else:
-                x = block(x, attention_kwargs)
+                x = block(x, attention_kwargs, outputs)
         return x
 
     # Codes to conditions
@@ -665,18 +671,21 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         output_repa: bool = False,
         return_dict: bool = True,
     ) -> DARTokenizerOutput | tuple:
-        """One training pass: encode, quantize, and denoise each image at one random time under its group's codes.
+        """One training pass: encode, quantize, and denoise each image at random times under those times' groups.
+
+        What is predicted has a row for each time, ``B * R`` with R times for each image, one image after the other.
+        The paper has one; with more, an image is encoded and its conditions are computed once for all of them.
 
         Args:
             pixel_values: ``(B, C, H, W)`` in [-1, 1].
-            timesteps: *unshifted* uniform times ``(B,)`` in [0, 1], which pick the shifted time and the group; drawn
-                where missing.
-            noise: ``(B, C, H, W)``; drawn where missing.
+            timesteps: *unshifted* uniform times ``(B,)`` or ``(B, R)`` in [0, 1], which pick the shifted time and the
+                group; one for each image is drawn where they are missing.
+            noise: ``(B * R, C, H, W)``; drawn where missing.
             generator: source of both draws.
             quantize: False feeds the normalised latents on without quantizing (continuous warm-up); ``quantized``
                 still holds the nearest codes.
-            hide_group: ``(B,)`` bool, images whose own group's codes are replaced by zeros, so that the step must use
-                earlier groups; never the first group. Not in the paper: it makes groups share the work.
+            hide_group: ``(B * R,)`` bool, times at which the own group's codes are replaced by zeros, so that the step
+                must use earlier groups; never the first group. Not in the paper: it makes groups share the work.
             output_repa: also return the features of the REPA head.
             return_dict: False gives a tuple, without the fields that are None.
 
@@ -685,6 +694,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 model without that head.
         """
         timesteps, noise = self._training_inputs(pixel_values, timesteps, noise, generator)
+        times_per_image = len(timesteps) // len(pixel_values)
         device = pixel_values.device
         if output_repa and self.config.repa_layer is None:
             raise ValueError("this tokenizer has no REPA head: repa_layer is None in its configuration.")
@@ -701,18 +711,23 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         first_token = self.group_start(timesteps)
         window = first_token[:, None] + torch.arange(self.config.tokens_per_group, device=device)
         if hide_group is not None:
-            quantized_st = quantized_st.masked_fill(self._hidden(hide_group, window)[..., None], 0.0)
-        conditions = self._condition(quantized_st).take_along_dim(window[..., None], dim=1)
+            hidden = self._hidden(hide_group, window)[..., None]
+            quantized_st = quantized_st.repeat_interleave(times_per_image, dim=0).masked_fill(hidden, 0.0)
+        conditions = self._condition(quantized_st)
+        # one row for each image, or with hidden groups one for each time
+        row = torch.arange(len(window), device=device) // (len(window) // len(conditions))
+        conditions = conditions[row[:, None], window]
 
         times = shift_time(timesteps.float(), self.config.time_shift)
         t = times[:, None, None, None]
-        clean = pixel_values.float() * self.config.data_std
+        clean = pixel_values.float().repeat_interleave(times_per_image, dim=0) * self.config.data_std
         noise = noise.float()
         noisy = t * clean + (1 - t) * noise
         velocity, repa_features = self._velocity(noisy, times, conditions, output_repa)
         velocity = velocity.float()
 
-        positions = torch.arange(self.config.num_tokens, device=device)
+        # later codes take no part in this step: no loss
+        takes_part = torch.arange(self.config.num_tokens, device=device) <= window[:, -1:]
         output = DARTokenizerOutput(
             velocity=velocity,
             target=clean - noise,
@@ -720,7 +735,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             codes=codes,
             latents=latents,
             quantized=quantized,
-            token_mask=(positions <= window[:, -1:]).float(),  # later codes take no part in this step: no loss
+            token_mask=takes_part.float().unflatten(0, (-1, times_per_image)).sum(dim=1),
             timesteps=times,
             repa_features=repa_features,
         )
@@ -733,22 +748,25 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         noise: torch.Tensor | None,
         generator: torch.Generator | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Times and noise of `forward`, checked; drawn where they are missing."""
+        """Times ``(B * R,)`` and noise of `forward`, checked; drawn where they are missing."""
         self._check_images(pixel_values)
         check_generators(generator, None)
         if timesteps is None:
             timesteps = rand_tensor(len(pixel_values), generator, pixel_values.device)
-        check_tensor("timesteps", timesteps, (len(pixel_values),))
+        if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 2 and timesteps.shape[1] > 0:
+            check_tensor("timesteps", timesteps, (len(pixel_values), "times"))
+        else:
+            check_tensor("timesteps", timesteps, (len(pixel_values),))
         check_times("timesteps", timesteps)
+        timesteps = timesteps.flatten()
+        size = (len(timesteps), *pixel_values.shape[1:])
         if noise is None:
-            noise = randn_tensor(
-                pixel_values.shape, generator=generator, device=pixel_values.device, dtype=torch.float32
-            )
-        check_tensor("noise", noise, tuple(pixel_values.shape))
+            noise = randn_tensor(size, generator=generator, device=pixel_values.device, dtype=torch.float32)
+        check_tensor("noise", noise, size)
         return timesteps, noise
 
     def _hidden(self, hide_group: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-        """``(B, N)`` bool, True at the codes of an image's own group where that is hidden; the first never is."""
+        """``(B * R, N)`` bool, True at the codes of a time's own group where that is hidden; the first never is."""
         batch_size = len(window)
         is_bool = isinstance(hide_group, torch.Tensor) and hide_group.dtype == torch.bool
         if not is_bool or hide_group.shape != (batch_size,):

@@ -111,6 +111,7 @@ def per_sample(function):
 
 def test_times_depend_on_nothing_but_their_seed():
     per_sample(sample_times)
+    per_sample(lambda seeds: sample_times(seeds, 3))
 
 
 def test_noise_depends_on_nothing_but_its_seed():
@@ -121,8 +122,12 @@ def test_dropped_classes_depend_on_nothing_but_their_seed():
     per_sample(lambda seeds: bernoulli_mask(seeds, 0.5, SeedFor.CLASS_DROPOUT))
 
 
-def test_times_are_uniform():
-    times = sample_times(SEEDS).double().sort().values
+@pytest.mark.parametrize("count", [1, 4])
+def test_times_are_uniform(count):
+    times = sample_times(SEEDS, count)
+    assert times.shape == (len(SEEDS), count)
+    assert (times.mul(count).floor().clamp(max=count - 1) == torch.arange(count)).all()  # one in each stratum
+    times = times.double().flatten().sort().values
     assert times.dtype == torch.float64 and times[0] >= 0 and times[-1] <= 1
     grid = (torch.arange(len(times)) + 0.5) / len(times)
     assert (times - grid).abs().max() < 1.63 / len(times) ** 0.5  # Kolmogorov-Smirnov, 1 %
@@ -142,7 +147,7 @@ def test_dropped_share(rate):
 
 
 def test_draws_of_one_sample_are_unrelated():
-    times, drops = sample_times(SEEDS), bernoulli_mask(SEEDS, 0.5, SeedFor.CLASS_DROPOUT).float()
+    times, drops = sample_times(SEEDS)[:, 0], bernoulli_mask(SEEDS, 0.5, SeedFor.CLASS_DROPOUT).float()
     noise = normal_noise(SEEDS, (16,), torch.device("cpu"))[:, 0]
     assert torch.corrcoef(torch.stack([times, drops, noise])).fill_diagonal_(0).abs().max() < 0.06
 

@@ -156,11 +156,22 @@ def test_accumulation_changes_nothing(tmp_path, tokenizer, name, batch, accumula
             assert split[key] == pytest.approx(whole[key], abs=1e-4, rel=1e-4), key
 
 
-def test_tokens_are_counted_up_to_each_images_group(tmp_path):
-    stage, _ = tokenizer_stage(tmp_path)
+@pytest.mark.parametrize("times", [1, 3])
+def test_tokens_are_counted_up_to_each_images_group(tmp_path, times):
+    stage, _ = tokenizer_stage(tmp_path, times_per_image=times)
     batch = batch_of(stage, [(index, 1000 + index) for index in range(8)])
     output = stage.forward(stage.model, batch, 0)
-    assert stage.loss_denominators(batch) == {"images": 8.0, "tokens": float(output.token_mask.sum())}
+    assert stage.loss_denominators(batch) == {"images": 8.0 * times, "tokens": float(output.token_mask.sum())}
+
+
+def test_several_times_for_each_image_do_not_depend_on_the_layout_of_the_batch(tmp_path):
+    def losses(batch, accumulation):
+        options = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation, "adam_epsilon": 1e-6}
+        stage, args = tokenizer_stage(tmp_path, times_per_image=2, group_dropout=0.5, **options)
+        _, lines = run_steps(stage, args, 3)
+        return [line["loss/total"] for line in lines]
+
+    assert losses(2, 4) == pytest.approx(losses(8, 1), rel=1e-4)
 
 
 def test_codes_are_counted(tmp_path, tokenizer):

@@ -118,6 +118,20 @@ def test_every_term_is_logged_and_the_total_is_the_tokenizers(tmp_path, judges):
     assert line["loss/total"] == pytest.approx(total, rel=1e-5)
 
 
+def test_every_term_compares_each_time_with_its_own_image(tmp_path, judges):
+    stage, _ = full_stage(tmp_path, judges, times_per_image=2)
+    batch = batch_of(stage, [(index, 100 + index) for index in range(4)])
+    output = stage.forward(stage.model, batch, 0)
+    again = {name: value.repeat_interleave(2, dim=0) for name, value in batch.items()}
+    for term in stage.terms:
+        if term.per == "images":
+            together = term.function(output, batch, 0)
+            stage.args.times_per_image = 1
+            apart = term.function(output, again, 0)
+            stage.args.times_per_image = 2
+            assert together.item() == pytest.approx(apart.item()) and together > 0, term.name
+
+
 def test_every_parameter_moves_and_the_judges_stand_still(tmp_path, judges):
     stage, args = full_stage(tmp_path, judges)
     networks = {"model": stage.model, "discriminator": stage.adversary.network}

@@ -298,9 +298,16 @@ def ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def sample_times(seeds: torch.Tensor) -> torch.Tensor:
-    """One uniform time in [0, 1] for each sample's seed; ``(B,)`` float32, which can round up to 1."""
-    return torch.tensor([random.Random(draw_seed(int(seed), SeedFor.TIME)).random() for seed in seeds])
+def sample_times(seeds: torch.Tensor, count: int = 1) -> torch.Tensor:
+    """Uniform times ``(B, count)`` in [0, 1] from each sample's seed, float32, which can round up to 1.
+
+    A sample's times are stratified: time i is uniform in [i / count, (i + 1) / count].
+    """
+    rows = []
+    for seed in seeds.tolist():
+        rng = random.Random(draw_seed(seed, SeedFor.TIME))
+        rows.append([(stratum + rng.random()) / count for stratum in range(count)])
+    return torch.tensor(rows)
 
 
 def normal_noise(seeds: torch.Tensor, shape: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -120,6 +120,9 @@ class TokenizerArguments(LoopArguments):
     discriminator_layers: int = HfArg(default=3, help="convolutions of stride 2 of the discriminator")
     discriminator_width: int = HfArg(default=128, help="channels after the discriminator's first layer")
     discriminator_learning_rate: float | None = HfArg(default=None, help="its peak rate; default learning_rate")
+    times_per_image: int = HfArg(
+        default=1, help="times at which each image of a step is denoised, spread evenly; it is encoded once for all"
+    )
     gate_start: float = HfArg(default=0.0, help="initial value of the block gates")
     modulation_std: float = HfArg(default=0.0, help="initial standard deviation of the denoiser's adaLN layers")
     output_std: float = HfArg(default=0.0, help="initial standard deviation of the denoiser's output layer")
@@ -147,6 +150,7 @@ class TokenizerArguments(LoopArguments):
             raise ValueError(
                 "unquantized_steps would replace the codebook that --init_from brings: pass --unquantized_steps 0."
             )
+        _require(self, ("times_per_image",), lambda value: value >= 1, "be at least 1")
         _require(self, ("group_dropout",), lambda value: 0 <= value < 1, "lie in [0, 1)")
         _require(self, ("revive_until",), lambda value: 0 <= value <= 1, "lie in [0, 1]")
         weights = [name for name in vars(self) if name.endswith("_weight")]

@@ -134,14 +134,14 @@ class TokenizerStage(Stage):
 
     def _perceptual(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
         with self._autocast():
-            return perceptual_sum(self._loss_networks["lpips"], output, batch["pixel_values"])
+            return perceptual_sum(self._loss_networks["lpips"], output, self._for_each_time(batch["pixel_values"]))
 
     def _repa(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
         images = batch["pixel_values"]
         grid = repa_grid(images.shape[2], images.shape[3], self.model.config.diffusion_patch_size, NUM_REPA_ROWS)
         with self._autocast():
             targets = self._loss_networks["repa"](images, grid)
-        return repa_sum(output.repa_features, targets)
+        return repa_sum(output.repa_features, self._for_each_time(targets))
 
     def _adversarial(self, output: DARTokenizerOutput, batch: dict, step: int) -> torch.Tensor:
         if step < self.args.discriminator_start:
@@ -154,7 +154,12 @@ class TokenizerStage(Stage):
             return output.velocity.new_zeros(())
         with self._autocast():
             network = self._loss_networks["discriminator"]
-            return discriminator_sum(network, batch["pixel_values"], output.pred_original_sample)
+            images = self._for_each_time(batch["pixel_values"])
+            return discriminator_sum(network, images, output.pred_original_sample)
+
+    def _for_each_time(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of a batch's images, each as often as its image is denoised in a step."""
+        return rows.repeat_interleave(self.args.times_per_image, dim=0)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -190,25 +195,27 @@ class TokenizerStage(Stage):
         return [{"params": decoder, "lr": args.learning_rate}, {"params": encoder, "lr": rate}]
 
     def prepare_batch(self, batch: dict) -> dict:
-        """With each image's time of the diffusion, from its own seed."""
-        return batch | {"timesteps": sample_times(batch["seed"])}
+        """With each image's times of the diffusion, from its own seed."""
+        return batch | {"timesteps": sample_times(batch["seed"], self.args.times_per_image)}
 
     def loss_denominators(self, batch: dict) -> dict[str, float]:
         starts = self.model.group_start(batch["timesteps"])
         tokens = (starts + self.model.config.tokens_per_group).sum()
-        return {"images": float(len(starts)), "tokens": float(tokens)}
+        return {"images": float(starts.numel()), "tokens": float(tokens)}
 
     def forward(self, model: nn.Module, batch: dict, step: int) -> DARTokenizerOutput:
         images = batch["pixel_values"]
         hide_group = None
         if self.args.group_dropout:
             hide_group = bernoulli_mask(batch["seed"], self.args.group_dropout, SeedFor.GROUP_DROPOUT)
+            hide_group = self._for_each_time(hide_group)
         if self.adversary is not None and self._accelerator is not None:
             self.adversary.note_scale(self._accelerator)
+        noise_size = (self.args.times_per_image, *images.shape[1:])
         output = model(
             images,
             timesteps=batch["timesteps"],
-            noise=normal_noise(batch["seed"], images.shape[1:], images.device),
+            noise=normal_noise(batch["seed"], noise_size, images.device).flatten(0, 1),
             quantize=step >= self.args.unquantized_steps,
             hide_group=hide_group,
             output_repa=self.args.repa_weight > 0,
