@@ -30,6 +30,7 @@ from dar_hf.evaluation import versions
 from dar_hf.presets import PAPER_SIZES, get_preset
 from dar_hf.utils.commands import check_output, command, device_option, path_option, positive_option, writing
 from dar_hf.utils.files import write_json
+from dar_hf.utils.memory import keep_freed_memory
 
 PARTS = ["memory", "tokenizer", "model", "image", "training"]
 OPTIONAL_PARTS = ["int8"]  # needs torchao
@@ -351,10 +352,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         results["image"] = [row for size in args.preset for row in end_to_end_rows(args, size, tokenizer)]
         print("\n".join(format_row(row, "s", 1) for row in results["image"]), flush=True)
     if "training" in args.parts:
-        sizes = [("digits", 64)]
+        sizes = [("digits", 64), ("mnist", 64)]
         if args.device.type == "cuda":
             sizes += [("v1", 16), ("L", 16)]
-        results["training"] = [row for size, batch in sizes for row in training_rows(args, size, batch)]
+        else:
+            keep_freed_memory()  # as the training commands do
+        results["training"] = [row for size, batch in sizes for row in training_rows(args, limits, size, batch)]
     if args.json:
         with writing(args.json):
             write_json(args.json, results)

@@ -6,17 +6,27 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from timing import format_row, seconds
+from torch.utils.flop_counter import FlopCounterMode
 
 from dar_hf import DARConfig, DARForCausalLM, DARTokenizer
-from dar_hf.acceleration_dar import has_fast_bf16
+from dar_hf.acceleration_dar import SHORT_SEQUENCE, has_fast_bf16
 from dar_hf.presets import get_preset
+from dar_hf.training.tokenizer_stage import use_unfused_attention
+
+VARIANTS = {
+    "plain": "",
+    "ours": "",
+    "float32": ", float32",
+    "compiled": ", compiled",
+}
 
 
-def training_rows(args: argparse.Namespace, size: str, batch_size: int) -> list[dict]:
+def training_rows(args: argparse.Namespace, limits: dict[str, float], size: str, batch_size: int) -> list[dict]:
     """Forward, backward and optimizer step of the size's models: with bf16 (where it is fast) and fused AdamW, as the
     commands train, against float32 with torch's default AdamW.
 
     Both take the same model and random data: no images are read, no weights averaged, no perceptual losses computed.
+    The float32 row is against the machine's limit: the operations of its matrix products, at the speed of a large one.
     """
     preset = get_preset(size)
     rows = []
@@ -33,25 +43,49 @@ def training_rows(args: argparse.Namespace, size: str, batch_size: int) -> list[
         stages.append(("model", lambda: DARForCausalLM(DARConfig(**options)), language_model_loss))
     for stage, build, loss in stages:
         times = {}
-        for variant in ("plain", "ours", "compiled"):
+        for variant in VARIANTS:
             torch.manual_seed(0)
             model = build().to(args.device).train()
-            if stage == "model" and model.config.num_image_tokens <= 128 and args.device.type == "cpu":
-                model.set_attn_implementation("eager")  # as the command does
+            if variant != "plain":
+                prepare(model)
+            if variant == "float32":
+                operations = count_operations(model, loss, batch_size)
             times[variant] = seconds(training_step(model, loss, batch_size, variant), args.repeats, args.device)
-        for variant, suffix in (("ours", ""), ("compiled", ", compiled")):
+        for variant, suffix in VARIANTS.items():
+            if variant == "plain":
+                continue
             row = {"what": f"train {stage}, {size}, batch {batch_size}{suffix}", "ours": times[variant]}
             row |= {"plain": times["plain"], "images/s": batch_size / times[variant]}
+            if variant == "float32":
+                row["limit"] = operations / limits["float32"]
             rows.append(row)
             print(format_row(row, "ms", 1e3), flush=True)
     return rows
+
+
+def prepare(model: torch.nn.Module) -> None:
+    """What the commands do to a model on a CPU before they train it."""
+    if model.device.type != "cpu":
+        return
+    if isinstance(model, DARTokenizer):
+        use_unfused_attention(model)
+        model.make_tables()
+    elif model.config.num_image_tokens <= SHORT_SEQUENCE:
+        model.set_attn_implementation("eager")
+
+
+def count_operations(model: torch.nn.Module, loss: Callable, batch_size: int) -> int:
+    """Floating-point operations of the matrix products of one pass forward and back."""
+    with FlopCounterMode(display=False) as counter:
+        loss(model, batch_size, model.device).backward()
+    return counter.get_total_flops()
 
 
 def training_step(model: torch.nn.Module, loss: Callable, batch_size: int, variant: str) -> Callable[[], None]:
     fused = None if variant == "plain" else True
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
     device = next(model.parameters()).device
-    bf16 = variant != "plain" and has_fast_bf16(device)
+    bf16 = variant in ("ours", "compiled") and has_fast_bf16(device)
     if variant == "compiled":
         model.compile()
 

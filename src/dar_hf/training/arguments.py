@@ -27,6 +27,9 @@ class LoopArguments(DataArguments):
     train_batch_size: int = HfArg(default=64, help="images per process and forward pass")
     gradient_accumulation_steps: int = HfArg(default=1, help="forward passes per optimizer step")
     learning_rate: float = HfArg(default=1e-3, help="peak learning rate")
+    muon_learning_rate: float | None = HfArg(
+        default=None, help="train the matrices of the blocks (stage 1: behind the codes) by Muon, at this peak rate"
+    )
     warmup_steps: int = HfArg(default=0, help="steps of linear warm-up")
     decay_fraction: float = HfArg(default=0.0, help="last share of the run over which the rate falls linearly")
     final_learning_rate_ratio: float = HfArg(default=0.0, help="rate at the very end, as a share of the peak")
@@ -67,7 +70,8 @@ class LoopArguments(DataArguments):
         counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
         sizes = ("max_train_samples", "max_validation_samples", "stream_block_size")
         _require(self, counts + sizes, lambda value: value >= 1, "be at least 1")
-        _require(self, ("learning_rate", "max_grad_norm", "adam_epsilon"), lambda value: value > 0, "be positive")
+        rates = ("learning_rate", "muon_learning_rate")
+        _require(self, (*rates, "max_grad_norm", "adam_epsilon"), lambda value: value > 0, "be positive")
         # an infinite max_grad_norm clips nothing
         numbers = [name for name, value in vars(self).items() if isinstance(value, float) and name != "max_grad_norm"]
         _require(self, numbers, math.isfinite, "be a finite number")

@@ -46,6 +46,9 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         raise ValueError(f"report_to: the package of {args.report_to} is not installed.")
     if args.mixed_precision == "auto":
         accelerator.print(f"mixed precision: {precision} ({precision_reason(precision)})")
+    if accelerator.mixed_precision == "fp16" and args.muon_learning_rate is not None:
+        # the scaler leaves it to AdamW's fused step to pass over infinite gradients
+        raise ValueError("Muon is not supported in fp16: give --mixed_precision bf16 or no.")
     check_layout(args, accelerator.distributed_type, accelerator.is_fsdp2)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         configure_deepspeed(args, accelerator)
@@ -159,6 +162,8 @@ def check_layout(args: LoopArguments, kind: DistributedType, is_fsdp2: bool) -> 
         raise ValueError(
             "stage 1 changes its codebook between steps: train it with DDP; FSDP, DeepSpeed are for stage 2."
         )
+    if args.muon_learning_rate is not None:
+        raise ValueError("Muon needs whole matrices, which sharded models do not have: use AdamW, or DDP.")
     if args.ema_decay:
         raise ValueError("averaged weights are not kept of sharded models: set ema_decay to 0, or use DDP.")
 

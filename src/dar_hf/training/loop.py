@@ -28,6 +28,7 @@ from .batches import TrainingBatches, to_device
 from .checkpoints import has_checkpoints, load_checkpoint, read_state, resume_hint, save_checkpoint, saving
 from .folder_lock import lock_folder, unlock_folder
 from .launcher import end_processes
+from .muon import MuonAdamW
 from .pushing import claim_repository, push_finished, push_in_background
 from .records import RunRecords
 from .resuming import ResumeError, check_same_run, choose_checkpoint, describe_run, has_finished, resuming_from
@@ -105,7 +106,10 @@ class TrainingLoop:
         self.whole = copy.deepcopy(stage.model) if self.sharded and accelerator.is_main_process else None
         stage.model.to(accelerator.device)
         stage.prepare(accelerator)
-        optimizer = torch.optim.AdamW(
+        optimizer_class = torch.optim.AdamW
+        if args.muon_learning_rate is not None:
+            optimizer_class = MuonAdamW
+        optimizer = optimizer_class(
             stage.parameter_groups(),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),

@@ -38,6 +38,7 @@ from .codebook import CodebookKeeper
 from .codes import in_batches
 from .losses import LossTerm, codebook_sum, commitment_sum, flow_matching_sum, perceptual_sum
 from .models import build_tokenizer
+from .muon import is_matrix_of_a_block
 from .repa import load_teacher, repa_grid, repa_sum
 from .stage import Stage
 
@@ -183,16 +184,29 @@ class TokenizerStage(Stage):
     def parameter_groups(self) -> list[dict]:
         """The encoder, and all else with the codebook, which trains at ``learning_rate``: the rate that is logged.
 
-        Weight decay, where there is any, falls on gates, norms and codebook, too.
+        With Muon, the matrices of the blocks behind the codes are a third group. Weight decay, where there is any,
+        falls on gates, norms and codebook, too.
         """
         args = self.args
-        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        encoder = [parameter for name, parameter in trained.items() if name.split(".")[0] in ENCODER_PARTS]
-        decoder = [parameter for name, parameter in trained.items() if name.split(".")[0] not in ENCODER_PARTS]
+        encoder: list[nn.Parameter] = []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if name.split(".")[0] in ENCODER_PARTS:
+                encoder.append(parameter)
+            elif args.muon_learning_rate is not None and is_matrix_of_a_block(name, parameter):
+                matrices.append(parameter)
+            else:
+                others.append(parameter)
         rate = args.encoder_learning_rate
         if rate is None:
             rate = args.learning_rate
-        return [{"params": decoder, "lr": args.learning_rate}, {"params": encoder, "lr": rate}]
+        groups: list[dict] = [{"params": others, "lr": args.learning_rate}, {"params": encoder, "lr": rate}]
+        if matrices:
+            groups.append({"params": matrices, "lr": args.muon_learning_rate, "muon": True})
+        return groups
 
     def prepare_batch(self, batch: dict) -> dict:
         """With each image's times of the diffusion, from its own seed."""
