@@ -12,9 +12,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import dar_hf
 
 LOAD = """
-import sys, torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import gc, sys
 import dar_hf
+
+needless = {"datasets", "evaluate", "gradio", "matplotlib", "pandas", "pyarrow", "sklearn"} & sys.modules.keys()
+assert not needless, f"import dar_hf takes longer than it must: it imports {needless}"
+assert gc.isenabled() and gc.get_freeze_count() > 100_000  # of what torch, transformers and diffusers made
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 folder = sys.argv[1]
 pipeline = dar_hf.DARPipeline.from_pretrained(folder)
