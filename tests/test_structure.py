@@ -26,7 +26,8 @@ def imports(path: Path, top_level_only: bool) -> set[str]:
     folder = path.relative_to(PACKAGE).parent.parts
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
-    for node in tree.body if top_level_only else ast.walk(tree):
+    at_import = [inner for node in tree.body for inner in getattr(node, "body", []) if isinstance(node, ast.With)]
+    for node in [*tree.body, *at_import] if top_level_only else ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
             continue
         base = folder[: len(folder) - node.level + 1]
