@@ -100,13 +100,17 @@ def test_vectors_are_refused():
         MuonAdamW([{"params": [random_parameter(8)], "muon": True}])
 
 
-def test_the_tokenizers_blocks_behind_the_codes_are_trained_by_muon(tmp_path):
-    stage, args = tokenizer_stage(tmp_path, muon_learning_rate=0.01)
-    others, encoder, matrices = grouped(stage)
-    assert all(name.startswith(("causal_blocks.", "denoiser.blocks.")) for name in matrices[0])
-    assert matrices[1]["lr"] == 0.01 and "denoiser.blocks.0.mlp.0.weight" in matrices[0]
-    assert {"quantizer.codebook.weight", "token_embed.weight", "denoiser.proj_in.weight"} <= others[0]
-    assert others[0] | encoder[0] | matrices[0] == {name for name, _ in stage.model.named_parameters()}
+def test_the_tokenizers_blocks_are_trained_by_muon(tmp_path):
+    rates = {"learning_rate": 1e-2, "encoder_learning_rate": 1e-3, "muon_learning_rate": 0.02}
+    stage, args = tokenizer_stage(tmp_path, **rates)
+    decoder, encoder, of_decoder, of_encoder = grouped(stage)
+    assert [group["lr"] for _, group in (decoder, encoder, of_decoder, of_encoder)] == [1e-2, 1e-3, 0.02, 0.002]
+    assert all(name.startswith(("causal_blocks.", "denoiser.blocks.")) for name in of_decoder[0])
+    assert all(name.startswith("encoder_blocks.") for name in of_encoder[0])
+    assert {"denoiser.blocks.0.mlp.0.weight", "encoder_blocks.0.attn.to_q.weight"} <= of_decoder[0] | of_encoder[0]
+    assert {"quantizer.codebook.weight", "token_embed.weight", "denoiser.proj_in.weight"} <= decoder[0]
+    names = [name for group in (decoder, encoder, of_decoder, of_encoder) for name in group[0]]
+    assert sorted(names) == sorted(name for name, _ in stage.model.named_parameters())
     before = {name: p.detach().clone() for name, p in stage.model.named_parameters()}
     run_steps(stage, args, 3)
     assert not [name for name, p in stage.model.named_parameters() if torch.equal(p, before[name])]

@@ -25,7 +25,7 @@ from .codes import ENCODE_BATCH, CodeSamples, code_splits, encode_all, in_batche
 from .fingerprint import data_fingerprint
 from .losses import LossTerm, cross_entropy_sum
 from .models import build_transformer, class_names, sizes_of
-from .muon import is_matrix_of_a_block
+from .muon import matrices_of_blocks
 from .stage import Stage
 
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -141,24 +141,15 @@ class ARStage(Stage):
         self.tokenizer.to(accelerator.device)
 
     def parameter_groups(self) -> list[dict]:
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        groups: list[dict] = []
         rate = self.args.muon_learning_rate
-        of_blocks: list[nn.Parameter] = []
-        matrices: list[nn.Parameter] = []
-        vectors: list[nn.Parameter] = []
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if rate is not None and is_matrix_of_a_block(name, parameter):
-                of_blocks.append(parameter)
-            elif parameter.ndim > 1:
-                matrices.append(parameter)
-            else:
-                vectors.append(parameter)
-        groups: list[dict] = [
-            {"params": matrices},
-            {"params": vectors, "weight_decay": 0.0},
-            {"params": of_blocks, "lr": rate, "muon": True},
-        ]
+        if rate is not None:
+            of_blocks, trained = matrices_of_blocks(trained)
+            groups = [{"params": list(of_blocks.values()), "lr": rate, "muon": True}]
+        matrices = [p for p in trained.values() if p.ndim > 1]
+        vectors = [p for p in trained.values() if p.ndim <= 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}, *groups]
         return [group for group in groups if group["params"]]  # adapters are matrices only
 
     def loss_denominators(self, batch: dict) -> dict[str, float]:

@@ -28,7 +28,7 @@ class LoopArguments(DataArguments):
     gradient_accumulation_steps: int = HfArg(default=1, help="forward passes per optimizer step")
     learning_rate: float = HfArg(default=1e-3, help="peak learning rate")
     muon_learning_rate: float | None = HfArg(
-        default=None, help="train the matrices of the blocks (stage 1: behind the codes) by Muon, at this peak rate"
+        default=None, help="train the matrices of the blocks by Muon, at this peak rate; default AdamW for all"
     )
     warmup_steps: int = HfArg(default=0, help="steps of linear warm-up")
     decay_fraction: float = HfArg(default=0.0, help="last share of the run over which the rate falls linearly")

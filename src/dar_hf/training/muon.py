@@ -68,12 +68,17 @@ class MuonAdamW(torch.optim.AdamW):
         return state["momentum_buffer"]
 
 
-def is_matrix_of_a_block(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a model's parameter is a weight matrix of one of its transformer blocks, which Muon is made for.
+Parameters = dict[str, torch.nn.Parameter]
 
-    Embeddings, the codebook, input and output layers are not.
+
+def matrices_of_blocks(parameters: Parameters) -> tuple[Parameters, Parameters]:
+    """The weight matrices of a model's transformer blocks, which Muon is made for, and all other parameters.
+
+    Embeddings, the codebook, input and output layers are among the others.
     """
-    return parameter.ndim == 2 and ("blocks." in name or "layers." in name)
+    matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and ("blocks." in name or "layers." in name)}
+    others = {name: p for name, p in parameters.items() if name not in matrices}
+    return matrices, others
 
 
 def _of_one_shape(parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

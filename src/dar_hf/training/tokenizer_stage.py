@@ -38,7 +38,7 @@ from .codebook import CodebookKeeper
 from .codes import in_batches
 from .losses import LossTerm, codebook_sum, commitment_sum, flow_matching_sum, perceptual_sum
 from .models import build_tokenizer
-from .muon import is_matrix_of_a_block
+from .muon import matrices_of_blocks
 from .repa import load_teacher, repa_grid, repa_sum
 from .stage import Stage
 
@@ -182,31 +182,29 @@ class TokenizerStage(Stage):
             network.to(accelerator.device)
 
     def parameter_groups(self) -> list[dict]:
-        """The encoder, and all else with the codebook, which trains at ``learning_rate``: the rate that is logged.
+        """All but the encoder, which trains at ``learning_rate``, the rate that is logged; then the encoder.
 
-        With Muon, the matrices of the blocks behind the codes are a third group. Weight decay, where there is any,
-        falls on gates, norms and codebook, too.
+        With Muon, the matrices of their blocks are two more groups, the encoder's at the share of Muon's rate that
+        its own rate is of ``learning_rate``. Weight decay, where there is any, falls on gates, norms and codebook,
+        too.
         """
         args = self.args
-        encoder: list[nn.Parameter] = []
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if name.split(".")[0] in ENCODER_PARTS:
-                encoder.append(parameter)
-            elif args.muon_learning_rate is not None and is_matrix_of_a_block(name, parameter):
-                matrices.append(parameter)
-            else:
-                others.append(parameter)
-        rate = args.encoder_learning_rate
-        if rate is None:
-            rate = args.learning_rate
-        groups: list[dict] = [{"params": others, "lr": args.learning_rate}, {"params": encoder, "lr": rate}]
-        if matrices:
-            groups.append({"params": matrices, "lr": args.muon_learning_rate, "muon": True})
-        return groups
+        encoder_rate = args.encoder_learning_rate
+        if encoder_rate is None:
+            encoder_rate = args.learning_rate
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        encoder = {name: trained[name] for name in trained if name.split(".")[0] in ENCODER_PARTS}
+        decoder = {name: trained[name] for name in trained if name not in encoder}
+        groups: list[dict] = []
+        matrices: list[dict] = []
+        for part, rate in ((decoder, args.learning_rate), (encoder, encoder_rate)):
+            others = part
+            if args.muon_learning_rate is not None:
+                of_blocks, others = matrices_of_blocks(part)
+                muon_rate = args.muon_learning_rate * rate / args.learning_rate
+                matrices.append({"params": list(of_blocks.values()), "lr": muon_rate, "muon": True})
+            groups.append({"params": list(others.values()), "lr": rate})
+        return groups + matrices
 
     def prepare_batch(self, batch: dict) -> dict:
         """With each image's times of the diffusion, from its own seed."""
