@@ -39,6 +39,7 @@ class RunRecords:
         self.accelerator = accelerator
         self.folder = Path(args.output_dir)
         self.history: list[dict] = []
+        self._plotted: tuple[Path, int] | None = None  # where curves were drawn last, and of how many lines
         self.pictures: set[str] = set()  # of this run: an earlier one's may still lie in the folder
 
     @property
@@ -103,7 +104,10 @@ class RunRecords:
             shutil.copy(self.folder / name, folder)
 
     def _plot(self, folder: Path) -> None:
-        plot_history({self.description["stage"]: self.history}, folder / "loss.png")
+        state = (folder, len(self.history))
+        if state != self._plotted:  # drawing takes a second
+            plot_history({self.description["stage"]: self.history}, folder / "loss.png")
+            self._plotted = state
 
     def _saving(self, what: str) -> Any:
         return saving(what, self.folder / CHECKPOINTS)
