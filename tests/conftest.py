@@ -1,5 +1,6 @@
 """Tiny models with random weights: every part takes part in the result, and everything runs in milliseconds."""
 
+import gc
 import io
 import tarfile
 
@@ -50,6 +51,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     if hasattr(config, "workerinput"):  # of equally many tests, the long ones first: no process is to wait at the end
         items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+def pytest_collection_finish():
+    """Training collects garbage at its end: quick only if it need not look at every library and test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

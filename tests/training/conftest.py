@@ -1,7 +1,13 @@
+import functools
 import os
 
 import datasets
 import pytest
+from PIL import Image
+
+from dar_hf.data import sources
+from dar_hf.training import records
+from dar_hf.utils.pictures import plot_history
 
 from .commands import start_fork_server
 from .helpers import fresh_process, tiny_tokenizer
@@ -13,6 +19,22 @@ def alone(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     with fresh_process():
         yield
+
+
+digits = functools.cache(sources.load_digits)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """What takes longer than training a tiny model: the digits are made once, and the curves are a blank image."""
+    monkeypatch.setattr(sources, "load_digits", digits)
+    monkeypatch.setattr(records, "plot_history", lambda histories, path: Image.new("L", (8, 8)).save(path))
+
+
+@pytest.fixture
+def curves(quick, monkeypatch):
+    """The curves are drawn."""
+    monkeypatch.setattr(records, "plot_history", plot_history)
 
 
 @pytest.fixture(scope="session")
