@@ -1,5 +1,6 @@
 """Tiny models with random weights: every part takes part in the result, and everything runs in milliseconds."""
 
+import functools
 import gc
 import io
 import tarfile
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
+from dar_hf.data import sources
 
 TOKENIZER = {
     "sample_size": 8,
@@ -59,7 +61,16 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture
+digits = functools.cache(sources.load_digits)
+
+
+@pytest.fixture(autouse=True)
+def shared_digits(monkeypatch):
+    """The digits are made once in a process: nobody changes them, and making them takes longer than most tests."""
+    monkeypatch.setattr(sources, "load_digits", digits)
+
+
+@pytest.fixture(scope="session")
 def make_tokenizer():
     """A function that builds a tiny tokenizer, with other options where given."""
 
@@ -83,7 +94,7 @@ def make_tokenizer():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_transformer():
     """A function that builds a tiny language model, with other options where given."""
 
@@ -113,12 +124,23 @@ def tiny_transformer(make_transformer):
     return make_transformer()
 
 
+@pytest.fixture(scope="session")
+def make_pipeline(make_tokenizer, make_transformer):
+    """A function that builds a pipeline of a tiny tokenizer and a tiny language model, or of those given."""
+
+    def make(tokenizer=None, transformer=None) -> DARPipeline:
+        labels = {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark", 3: "ray", 4: "cock"}
+        parts = (tokenizer or make_tokenizer(), transformer or make_transformer())
+        pipeline = DARPipeline(*parts, FlowMatchAdamsBashforthScheduler(), id2label=labels)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
 @pytest.fixture
-def tiny_pipeline(tiny_tokenizer, tiny_transformer):
-    labels = {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark", 3: "ray", 4: "cock"}
-    pipeline = DARPipeline(tiny_tokenizer, tiny_transformer, FlowMatchAdamsBashforthScheduler(), id2label=labels)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def tiny_pipeline(make_pipeline, tiny_tokenizer, tiny_transformer):
+    return make_pipeline(tiny_tokenizer, tiny_transformer)
 
 
 @pytest.fixture(scope="session")

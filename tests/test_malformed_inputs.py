@@ -352,9 +352,10 @@ def api_cases():
 API = list(unique(api_cases()))
 
 
-@pytest.fixture
-def parts(tiny_pipeline, make_tokenizer):
-    pipe = tiny_pipeline
+@pytest.fixture(scope="module")
+def parts(make_pipeline, make_tokenizer):
+    """One pipeline for all calls: what is refused changes nothing."""
+    pipe = make_pipeline()
     return SimpleNamespace(
         pipe=pipe, tokenizer=pipe.tokenizer, transformer=pipe.transformer, make_tokenizer=make_tokenizer
     )

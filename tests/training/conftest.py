@@ -1,11 +1,9 @@
-import functools
 import os
 
 import datasets
 import pytest
 from PIL import Image
 
-from dar_hf.data import sources
 from dar_hf.training import records
 from dar_hf.utils.pictures import plot_history
 
@@ -21,19 +19,15 @@ def alone(tmp_path_factory, monkeypatch):
         yield
 
 
-digits = functools.cache(sources.load_digits)
-
-
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """What takes longer than training a tiny model: the digits are made once, and the curves are a blank image."""
-    monkeypatch.setattr(sources, "load_digits", digits)
+def blank_curves(monkeypatch):
+    """A run's curves are a blank image: drawing them takes longer than training a tiny model."""
     monkeypatch.setattr(records, "plot_history", lambda histories, path: Image.new("L", (8, 8)).save(path))
 
 
 @pytest.fixture
-def curves(quick, monkeypatch):
-    """The curves are drawn."""
+def curves(blank_curves, monkeypatch):
+    """A run's curves are drawn."""
     monkeypatch.setattr(records, "plot_history", plot_history)
 
 
