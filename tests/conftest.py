@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config, items):
         if "slow" in item.keywords and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     if hasattr(config, "workerinput"):  # of equally many tests, the long ones first: no process is to wait at the end
-        items.sort(key=lambda item: "slow" not in item.keywords)
+        items.sort(key=lambda item: not {"slow", "end_to_end"} & {mark.name for mark in item.iter_markers()})
 
 
 def pytest_collection_finish():
