@@ -8,6 +8,7 @@ import pytest
 import torch
 from malformed_helpers import HUGE, INF, NAN, THING, check, short, unique
 from pipeline_helpers import picture, seeded
+from tiny_models import make_pipeline, make_tokenizer, make_transformer
 
 from dar_hf import DARConfig, DARPipeline, FlowMatchAdamsBashforthScheduler
 from dar_hf.data import ImageTransform, convert_channels
@@ -353,9 +354,9 @@ API = list(unique(api_cases()))
 
 
 @pytest.fixture(scope="module")
-def parts(make_pipeline, make_tokenizer):
+def parts():
     """One pipeline for all calls: what is refused changes nothing."""
-    pipe = make_pipeline()
+    pipe = make_pipeline(make_tokenizer(), make_transformer())
     return SimpleNamespace(
         pipe=pipe, tokenizer=pipe.tokenizer, transformer=pipe.transformer, make_tokenizer=make_tokenizer
     )
