@@ -124,6 +124,7 @@ def test_push_to_hub_says_in_one_line_what_is_wrong(hub, tmp_path, tiny_tokenize
     tiny_tokenizer.save_pretrained(tmp_path)
     with monkeypatch.context() as logged_out:
         logged_out.delenv("HF_TOKEN")
+        logged_out.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
         said = last_line()
     assert "401" in said and "hf auth login" in said
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
