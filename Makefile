@@ -8,7 +8,7 @@ DEMO_TOKENIZER_OPTIONS ?=
 DEMO_AR_OPTIONS ?=
 BENCH_OPTIONS ?=
 
-.PHONY: install demo test test-fast test-versions check bench clean
+.PHONY: install demo test test-all test-versions check bench clean
 
 install: $(VENV)/.installed
 
@@ -26,12 +26,14 @@ demo: install
 		--overwrite_output_dir $(DEMO_AR_OPTIONS)
 	$(BIN)/python examples/evaluate_digits.py --pipeline $(OUT)/pipeline --output_dir $(OUT)
 
-# one process per core: small models gain nothing from threads
-test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup
+# one process per core: small models gain nothing from threads. test: what is quick, and one end-to-end run
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup
 
-test-fast: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup -m "not slow"
+test: install
+	$(PYTEST) -m "not slow"
+
+test-all: install
+	$(PYTEST)
 
 # a few tests with the newest releases that setup.py allows, and with its lower bounds
 test-versions: install

@@ -1,47 +1,20 @@
-"""Tiny models with random weights: every part takes part in the result, and everything runs in milliseconds."""
+"""Fixtures of all tests.
 
+Libraries are imported inside: pytest-xdist's main process, which only hands out the tests, need not wait for them.
+"""
+
+import functools
+import gc
 import io
 import tarfile
 
-import datasets
 import pytest
-import torch
-from PIL import Image
-from torch import nn
-
-from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
-
-TOKENIZER = {
-    "sample_size": 8,
-    "encoder_patch_size": 2,
-    "encoder_dim": 64,
-    "num_encoder_layers": 2,
-    "decoder_dim": 64,
-    "num_decoder_layers": 2,
-    "codebook_size": 32,
-    "num_tokens": 16,
-    "num_groups": 4,
-    "diffusion_dim": 64,
-    "diffusion_patch_size": 2,
-    "diffusion_depth": 2,
-    "attention_head_dim": 32,
-    "repa_layer": None,
-    "max_num_tokens": 16,
-}
-TRANSFORMER = {
-    "codebook_size": 32,
-    "num_classes": 5,
-    "num_image_tokens": 16,
-    "tokens_per_group": 4,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads its groups afterwards
 def pytest_collection_modifyitems(config, items):
+    import torch
+
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -49,51 +22,43 @@ def pytest_collection_modifyitems(config, items):
         if "slow" in item.keywords and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     if hasattr(config, "workerinput"):  # of equally many tests, the long ones first: no process is to wait at the end
-        items.sort(key=lambda item: "slow" not in item.keywords)
+        items.sort(key=lambda item: not {"slow", "end_to_end"} & {mark.name for mark in item.iter_markers()})
 
 
-@pytest.fixture
+def pytest_collection_finish():
+    """Training collects garbage at its end: quick only if it need not look at every library and test."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """`load_digits`, which makes the digits once in a process."""
+    from dar_hf.data import sources
+
+    return functools.cache(sources.load_digits)
+
+
+@pytest.fixture(autouse=True)
+def shared_digits(digits, monkeypatch):
+    """Making the digits anew takes longer than most tests, and nobody changes them."""
+    monkeypatch.setattr("dar_hf.data.sources.load_digits", digits)
+
+
+@pytest.fixture(scope="session")
 def make_tokenizer():
     """A function that builds a tiny tokenizer, with other options where given."""
+    from tiny_models import make_tokenizer
 
-    def make(**options) -> DARTokenizer:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = DARTokenizer(**TOKENIZER | options)
-            model.reset_parameters(gate=1.0, modulation_std=0.1, output_std=0.1, post_quant_std=0.35)
-            # nothing at a start value that hides a part: norms are not the identity, biases are not zero
-            for module in model.modules():
-                if isinstance(module, nn.LayerNorm):
-                    nn.init.normal_(module.weight, mean=1.0, std=0.2)
-                    nn.init.normal_(module.bias, std=0.2)
-            for name, parameter in model.named_parameters():
-                if name.endswith((".gate1", ".gate2")):
-                    nn.init.normal_(parameter, mean=1.0, std=0.2)
-                elif name.endswith(("modulation.bias", "proj_out.bias")):
-                    nn.init.normal_(parameter, std=0.1)
-        return model.eval()
-
-    return make
+    return make_tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_transformer():
     """A function that builds a tiny language model, with other options where given."""
+    from tiny_models import make_transformer
 
-    def make(**options) -> DARForCausalLM:
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            model = DARForCausalLM(DARConfig(**TRANSFORMER | options))
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    nn.init.normal_(parameter, mean=1.0, std=0.2)
-                elif "embed_tokens" in name:
-                    nn.init.normal_(parameter, std=1.0)
-                else:
-                    nn.init.normal_(parameter, std=0.3 if "lm_head" in name else 0.2)
-        return model.eval()
-
-    return make
+    return make_transformer
 
 
 @pytest.fixture
@@ -108,15 +73,18 @@ def tiny_transformer(make_transformer):
 
 @pytest.fixture
 def tiny_pipeline(tiny_tokenizer, tiny_transformer):
-    labels = {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark", 3: "ray", 4: "cock"}
-    pipeline = DARPipeline(tiny_tokenizer, tiny_transformer, FlowMatchAdamsBashforthScheduler(), id2label=labels)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    from tiny_models import make_pipeline
+
+    return make_pipeline(tiny_tokenizer, tiny_transformer)
 
 
 @pytest.fixture(scope="session")
 def image_sets(tmp_path_factory):
     """The same 200 labelled images, 8x8, as a folder of images, a parquet file and three webdataset tars."""
+    import datasets
+    import torch
+    from PIL import Image
+
     root, generator = tmp_path_factory.mktemp("sets"), torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (200, 8, 8, 3), generator=generator, dtype=torch.uint8)
     for name in ("imagefolder", "parquet", "webdataset"):

@@ -351,7 +351,8 @@ class FakeHub:
         repository.commit("main", files | ({} if text is None else {path: self.store(text.encode())}), f"Edit {path}")
 
     def __enter__(self) -> "FakeHub":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        # by default it takes up to half a second to notice that it is to shut down
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from diffusers import AutoModel as DiffusersAutoModel
 from diffusers import DiffusionPipeline
@@ -78,6 +79,7 @@ def test_index_of_a_saved_pipeline_names_the_package(tiny_pipeline, tmp_path):
     assert index["id2label"]["3"] == "ray"
 
 
+@pytest.mark.slow
 def test_saved_pipeline_works_in_a_fresh_process(tiny_pipeline, tmp_path):
     tiny_pipeline.transformer.generation_config.guidance_scale = (1.1, 8.0)
     tiny_pipeline.save_pretrained(tmp_path)

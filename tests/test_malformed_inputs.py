@@ -8,6 +8,7 @@ import pytest
 import torch
 from malformed_helpers import HUGE, INF, NAN, THING, check, short, unique
 from pipeline_helpers import picture, seeded
+from tiny_models import make_pipeline, make_tokenizer, make_transformer
 
 from dar_hf import DARConfig, DARPipeline, FlowMatchAdamsBashforthScheduler
 from dar_hf.data import ImageTransform, convert_channels
@@ -352,9 +353,10 @@ def api_cases():
 API = list(unique(api_cases()))
 
 
-@pytest.fixture
-def parts(tiny_pipeline, make_tokenizer):
-    pipe = tiny_pipeline
+@pytest.fixture(scope="module")
+def parts():
+    """One pipeline for all calls: what is refused changes nothing."""
+    pipe = make_pipeline(make_tokenizer(), make_transformer())
     return SimpleNamespace(
         pipe=pipe, tokenizer=pipe.tokenizer, transformer=pipe.transformer, make_tokenizer=make_tokenizer
     )

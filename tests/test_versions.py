@@ -155,6 +155,7 @@ def environment(folder):
     return os.environ | {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.slow
 def test_self_contained_folders(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "pipeline")
     tiny_pipeline.transformer.save_pretrained(tmp_path / "transformer")

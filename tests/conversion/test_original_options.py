@@ -163,7 +163,13 @@ class _Plain:
     load, loads, dumps = _pickle.load, _pickle.loads, _pickle.dumps
 
 
-@pytest.mark.parametrize("key", CHANGES)
+# half a second each: these quickly, the others in the slow tests
+SAMPLE = {"num_denoising_steps", "num_query_groups", "rope_base_len", "diff_decoder.rope_base_len", "mlp_head"}
+
+
+@pytest.mark.parametrize(
+    "key", [key if key in SAMPLE else pytest.param(key, marks=pytest.mark.slow) for key in CHANGES]
+)
 def test_a_key_means_here_what_it_means_there(tmp_path, key):
     config = changed(CHANGES[key])
     weights = small(config, repa=key == "repa_layer")

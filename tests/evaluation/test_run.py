@@ -280,7 +280,9 @@ def test_two_processes_give_the_same_as_one(mode, request, process, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["generation", "reconstruction"])
-@pytest.mark.parametrize("batch_size", [1, 3, 50])
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(50, marks=pytest.mark.slow)]
+)
 def test_any_batch_size_gives_the_same_codes_and_figures(mode, batch_size, request, process, tmp_path):
     make = request.getfixturevalue(mode)
     evaluate = {"generation": evaluate_generation, "reconstruction": evaluate_reconstruction}[mode]

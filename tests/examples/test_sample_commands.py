@@ -104,6 +104,7 @@ def test_a_sample_that_cannot_take_its_place_is_kept(run_command, trained, tmp_p
     assert (target / "old").read_text() == "old"
 
 
+@pytest.mark.slow
 def test_the_pictures_of_the_readme(run_command, tmp_path):
     run_command("quickstart.py", "--output_dir", tmp_path, "--layout_tokens", 2)
     pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline())

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
+from scripts import load_script
 from training.helpers import QUICK, TINY_TOKENIZER, TINY_TRANSFORMER, fresh_process, overrides, tokenizer_stage
 
 from dar_hf.training import TokenizerArguments, loop, make_accelerator, pushing, train
@@ -108,18 +110,25 @@ def test_train_and_push_what_the_two_lines_load(hub, tmp_path):
     assert loaded.stdout.splitlines()[-1] == "3 (8, 8)", loaded.stderr
 
 
-def test_push_to_hub_says_in_one_line_what_is_wrong(hub, tmp_path, tiny_tokenizer):
-    done = command(hub, "push_to_hub.py", tmp_path, "user/x")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
-        f"push_to_hub.py: {tmp_path} holds no model: it has neither model_index.json nor config.json."
-    )
+def test_push_to_hub_says_in_one_line_what_is_wrong(hub, tmp_path, tiny_tokenizer, monkeypatch, capsys):
+    push = load_script("examples/push_to_hub.py").main
+
+    def last_line(*options):
+        with pytest.raises(SystemExit) as caught:
+            push([str(tmp_path), "user/x", *options])
+        assert caught.value.code == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    expected = f"push_to_hub.py: {tmp_path} holds no model: it has neither model_index.json nor config.json."
+    assert last_line() == expected
     tiny_tokenizer.save_pretrained(tmp_path)
-    done = command(hub, "push_to_hub.py", tmp_path, "user/x", HF_TOKEN=None)
-    assert done.returncode == 1
-    assert "401" in done.stderr.splitlines()[-1] and "hf auth login" in done.stderr.splitlines()[-1]
-    done = command(hub, "push_to_hub.py", tmp_path, "user/x", "--self_contained", HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode == 1 and "cannot be reached" in done.stderr.splitlines()[-1]
+    with monkeypatch.context() as logged_out:
+        logged_out.delenv("HF_TOKEN")
+        logged_out.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+        said = last_line()
+    assert "401" in said and "hf auth login" in said
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "cannot be reached" in last_line("--self_contained")
     assert not list(tmp_path.glob("*.py"))  # the folder is as it was
 
 

@@ -2,6 +2,10 @@ import os
 
 import datasets
 import pytest
+from PIL import Image
+
+from dar_hf.training import records
+from dar_hf.utils.pictures import plot_history
 
 from .commands import start_fork_server
 from .helpers import fresh_process, tiny_tokenizer
@@ -13,6 +17,18 @@ def alone(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     with fresh_process():
         yield
+
+
+@pytest.fixture(autouse=True)
+def blank_curves(monkeypatch):
+    """A run's curves are a blank image: drawing them takes longer than training a tiny model."""
+    monkeypatch.setattr(records, "plot_history", lambda histories, path: Image.new("L", (8, 8)).save(path))
+
+
+@pytest.fixture
+def curves(blank_curves, monkeypatch):
+    """A run's curves are drawn."""
+    monkeypatch.setattr(records, "plot_history", plot_history)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from .helpers import tokenizer_stage
 # Runs
 
 
-def test_a_run_leaves_model_history_curves_and_record(tmp_path):
+def test_a_run_leaves_model_history_curves_and_record(tmp_path, curves):
     stage, args = tokenizer_stage(tmp_path, validation_steps=3, checkpointing_steps=2)
     train(stage, args, make_accelerator(args))
     names = {path.name for path in tmp_path.iterdir()}

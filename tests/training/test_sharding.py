@@ -68,6 +68,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_gather_what_they_trained(environment, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     line = [tmp_path / "script.py", tmp_path / "model"]

@@ -14,6 +14,7 @@ def test_one_process():
     assert join_processes().num_processes == 1
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_find_each_other_without_a_gpu(tmp_path):
     (tmp_path / "job.py").write_text(
         "from dar_hf.utils.processes import join_processes\n"
