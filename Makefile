@@ -20,10 +20,13 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 demo: install
+	@echo "1 of 3: the tokenizer, which takes longest"
 	$(BIN)/python examples/train.py tokenizer --preset digits --output_dir $(OUT)/tokenizer \
 		--overwrite_output_dir $(DEMO_TOKENIZER_OPTIONS)
+	@echo "2 of 3: the language model"
 	$(BIN)/python examples/train.py ar --preset digits --tokenizer $(OUT)/tokenizer --output_dir $(OUT)/pipeline \
 		--overwrite_output_dir $(DEMO_AR_OPTIONS)
+	@echo "3 of 3: metrics and pictures"
 	$(BIN)/python examples/evaluate_digits.py --pipeline $(OUT)/pipeline --output_dir $(OUT)
 
 # one process per core: small models gain nothing from threads. test: what is quick, and one end-to-end run
