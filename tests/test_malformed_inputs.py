@@ -239,7 +239,7 @@ TABLE = {
     },
     trained: {
         "pixel_values": NOT_IMAGE_TENSORS,
-        "timesteps": ["now", 0.5, torch.zeros(2), torch.zeros(1, 1), torch.full((1,), NAN), torch.full((1,), 1.5)],
+        "timesteps": ["now", 0.5, torch.zeros(2), torch.zeros(1, 0), torch.full((1,), NAN), torch.full((1,), 1.5)],
         "noise": ["noise", 3, np.zeros((1, 3, 8, 8)), torch.zeros(1, 3, 4, 4), torch.zeros(2, 3, 8, 8)],
         "generator": [42, "cpu", THING, [seeded()]],
         "hide_group": ["yes", True, torch.zeros(2, dtype=torch.bool), torch.zeros(1)],

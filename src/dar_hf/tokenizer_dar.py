@@ -398,7 +398,9 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         if cache is None:
             x = self._run_blocks(self.causal_blocks, x, {"attention_mask": mask})
         else:
-            for index, block in enumerate(self.causal_blocks if blocks is None else blocks):
+            if blocks is None:
+                blocks = self.causal_blocks
+            for index, block in enumerate(blocks):
                 x = block(x, {"attention_mask": mask, "cache": (cache, index)})
         return layer_norm(x)
 

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from dar_hf.training import TokenizerArguments, make_accelerator
+from dar_hf.training.launcher import check_layout
 from dar_hf.training.muon import MuonAdamW, orthogonalized
 
-from .helpers import ar_stage, tokenizer_args, tokenizer_stage
+from .helpers import ar_args, ar_stage, tokenizer_args, tokenizer_stage
 from .test_stages import grouped, run_steps
 
 SHAPES = [(8, 8), (8, 24), (24, 8)]
@@ -125,10 +127,19 @@ def test_the_language_models_blocks_are_trained_by_muon(tmp_path, tokenizer):
     assert not [name for name, p in stage.model.named_parameters() if torch.equal(p, before[name])]
 
 
-@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("rate", [-1.0, float("nan")])
 def test_impossible_rates_are_refused(rate):
     with pytest.raises(ValueError, match="muon_learning_rate"):
         TokenizerArguments(muon_learning_rate=rate)
+
+
+def test_sharded_models_are_refused(tmp_path):
+    args = ar_args(tmp_path, tmp_path, muon_learning_rate=0.01, ema_decay=None)
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        with pytest.raises(ValueError, match="whole matrices"):
+            check_layout(args, kind, is_fsdp2=True)
+    args.muon_learning_rate = 0.0
+    check_layout(args, DistributedType.FSDP, is_fsdp2=True)
 
 
 def test_fp16_is_refused(tmp_path):

@@ -143,10 +143,9 @@ class ARStage(Stage):
     def parameter_groups(self) -> list[dict]:
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         groups: list[dict] = []
-        rate = self.args.muon_learning_rate
-        if rate is not None:
+        if self.args.muon_learning_rate:
             of_blocks, trained = matrices_of_blocks(trained)
-            groups = [{"params": list(of_blocks.values()), "lr": rate, "muon": True}]
+            groups = [{"params": list(of_blocks.values()), "lr": self.args.muon_learning_rate, "muon": True}]
         matrices = [p for p in trained.values() if p.ndim > 1]
         vectors = [p for p in trained.values() if p.ndim <= 1]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}, *groups]

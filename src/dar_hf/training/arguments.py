@@ -27,8 +27,8 @@ class LoopArguments(DataArguments):
     train_batch_size: int = HfArg(default=64, help="images per process and forward pass")
     gradient_accumulation_steps: int = HfArg(default=1, help="forward passes per optimizer step")
     learning_rate: float = HfArg(default=1e-3, help="peak learning rate")
-    muon_learning_rate: float | None = HfArg(
-        default=None, help="train the matrices of the blocks by Muon, at this peak rate; default AdamW for all"
+    muon_learning_rate: float = HfArg(
+        default=0.0, help="train the matrices of the blocks by Muon, at this peak rate; 0 for AdamW alone"
     )
     warmup_steps: int = HfArg(default=0, help="steps of linear warm-up")
     decay_fraction: float = HfArg(default=0.0, help="last share of the run over which the rate falls linearly")
@@ -70,8 +70,7 @@ class LoopArguments(DataArguments):
         counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
         sizes = ("max_train_samples", "max_validation_samples", "stream_block_size")
         _require(self, counts + sizes, lambda value: value >= 1, "be at least 1")
-        rates = ("learning_rate", "muon_learning_rate")
-        _require(self, (*rates, "max_grad_norm", "adam_epsilon"), lambda value: value > 0, "be positive")
+        _require(self, ("learning_rate", "max_grad_norm", "adam_epsilon"), lambda value: value > 0, "be positive")
         # an infinite max_grad_norm clips nothing
         numbers = [name for name, value in vars(self).items() if isinstance(value, float) and name != "max_grad_norm"]
         _require(self, numbers, math.isfinite, "be a finite number")
@@ -81,7 +80,7 @@ class LoopArguments(DataArguments):
         _require(self, decays, lambda value: 0 <= value < 1, "lie in [0, 1)")
         intervals = ("checkpointing_steps", "validation_steps", "push_steps", "warmup_steps")
         limits = ("max_corrupt_images", "checkpoints_total_limit", "dataloader_num_workers")
-        others = ("seed", "weight_decay", "pixel_noise")
+        others = ("seed", "weight_decay", "pixel_noise", "muon_learning_rate")
         _require(self, intervals + limits + others, lambda value: value >= 0, "not be negative")
         if self.push_steps and not self.push_to_hub:
             raise ValueError("push_steps says when to upload: give --push_to_hub with it.")

@@ -46,9 +46,9 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         raise ValueError(f"report_to: the package of {args.report_to} is not installed.")
     if args.mixed_precision == "auto":
         accelerator.print(f"mixed precision: {precision} ({precision_reason(precision)})")
-    if accelerator.mixed_precision == "fp16" and args.muon_learning_rate is not None:
+    if accelerator.mixed_precision == "fp16" and args.muon_learning_rate:
         # the scaler leaves it to AdamW's fused step to pass over infinite gradients
-        raise ValueError("Muon is not supported in fp16: give --mixed_precision bf16 or no.")
+        raise ValueError("Muon does not work in fp16: give --mixed_precision bf16 or no, or --muon_learning_rate 0.")
     check_layout(args, accelerator.distributed_type, accelerator.is_fsdp2)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         configure_deepspeed(args, accelerator)
@@ -162,8 +162,10 @@ def check_layout(args: LoopArguments, kind: DistributedType, is_fsdp2: bool) -> 
         raise ValueError(
             "stage 1 changes its codebook between steps: train it with DDP; FSDP, DeepSpeed are for stage 2."
         )
-    if args.muon_learning_rate is not None:
-        raise ValueError("Muon needs whole matrices, which sharded models do not have: use AdamW, or DDP.")
+    if args.muon_learning_rate:
+        raise ValueError(
+            "Muon needs whole matrices, which sharded models do not have: set muon_learning_rate to 0, or use DDP."
+        )
     if args.ema_decay:
         raise ValueError("averaged weights are not kept of sharded models: set ema_decay to 0, or use DDP.")
 

@@ -107,7 +107,7 @@ class TrainingLoop:
         stage.model.to(accelerator.device)
         stage.prepare(accelerator)
         optimizer_class = torch.optim.AdamW
-        if args.muon_learning_rate is not None:
+        if args.muon_learning_rate:
             optimizer_class = MuonAdamW
         optimizer = optimizer_class(
             stage.parameter_groups(),

@@ -199,7 +199,7 @@ class TokenizerStage(Stage):
         matrices: list[dict] = []
         for part, rate in ((decoder, args.learning_rate), (encoder, encoder_rate)):
             others = part
-            if args.muon_learning_rate is not None:
+            if args.muon_learning_rate:
                 of_blocks, others = matrices_of_blocks(part)
                 muon_rate = args.muon_learning_rate * rate / args.learning_rate
                 matrices.append({"params": list(of_blocks.values()), "lr": muon_rate, "muon": True})
