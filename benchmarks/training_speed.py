@@ -13,12 +13,8 @@ from dar_hf.acceleration_dar import SHORT_SEQUENCE, has_fast_bf16
 from dar_hf.presets import get_preset
 from dar_hf.training.tokenizer_stage import use_unfused_attention
 
-VARIANTS = {
-    "plain": "",
-    "ours": "",
-    "float32": ", float32",
-    "compiled": ", compiled",
-}
+# how a step is run, and what its row is called after
+VARIANTS = {"ours": "", "float32": ", float32", "compiled": ", compiled"}
 
 
 def training_rows(args: argparse.Namespace, limits: dict[str, float], size: str, batch_size: int) -> list[dict]:
@@ -43,17 +39,14 @@ def training_rows(args: argparse.Namespace, limits: dict[str, float], size: str,
         stages.append(("model", lambda: DARForCausalLM(DARConfig(**options)), language_model_loss))
     for stage, build, loss in stages:
         times = {}
-        for variant in VARIANTS:
+        for variant in ("plain", *VARIANTS):
             torch.manual_seed(0)
             model = build().to(args.device).train()
-            if variant != "plain":
-                prepare(model)
+            prepare(model)
             if variant == "float32":
                 operations = count_operations(model, loss, batch_size)
             times[variant] = seconds(training_step(model, loss, batch_size, variant), args.repeats, args.device)
         for variant, suffix in VARIANTS.items():
-            if variant == "plain":
-                continue
             row = {"what": f"train {stage}, {size}, batch {batch_size}{suffix}", "ours": times[variant]}
             row |= {"plain": times["plain"], "images/s": batch_size / times[variant]}
             if variant == "float32":
