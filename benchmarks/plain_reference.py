@@ -184,6 +184,8 @@ class PlainTokenizer:
         sample = noise
         for timestep, (start, stop) in zip(scheduler.timesteps, self.windows, strict=True):
             times = timestep.to(noise.device).expand(len(noise))
+            if config.condition_scope == "prefix":
+                start = 0
             velocity = self.velocity(sample, times, conditions[:, start:stop])
             sample = scheduler.step(velocity.float(), timestep, sample)[0]
         return sample / config.data_std

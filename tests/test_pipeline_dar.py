@@ -361,16 +361,18 @@ def test_an_error_leaves_nothing_packed(tiny_pipeline, monkeypatch, failing):
     assert not acceleration_dar._PACKED
 
 
-@pytest.mark.parametrize("tokens_per_group", [2, 6])
-def test_other_group_sizes(make_tokenizer, tiny_transformer, tokens_per_group):
-    tokenizer = make_tokenizer(tokens_per_group=tokens_per_group)
+@pytest.mark.parametrize(
+    "options", [{"tokens_per_group": 2}, {"tokens_per_group": 6}, {"condition_scope": "prefix"}, {"num_groups": 8}]
+)
+def test_other_groups(make_tokenizer, tiny_transformer, options):
+    tokenizer = make_tokenizer(**options)
     pipeline = DARPipeline(tokenizer, tiny_transformer, FlowMatchAdamsBashforthScheduler())
     pipeline.set_progress_bar_config(disable=True)
     forwards = []
     tiny_transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
     codes = generated_codes(pipeline, [0, 1, 2], generator=seeded())
     forwards.clear()
-    windows = tokenizer.step_windows(4)
+    windows = tokenizer.step_windows(tokenizer.config.num_inference_steps)
     for i, output in enumerate(pipeline.stream([0, 1, 2], generator=seeded(), output_type="pt")):
         assert output.num_tokens == len(forwards) == windows[i][1]
     decoded = tokenizer.decode(codes, generator=seeded()).sample

@@ -15,9 +15,11 @@ from tokenizer_helpers import (
     rotate,
     rotation,
     seeded,
+    seen_at,
     shifted,
     window_of,
 )
+from torch import nn
 
 from dar_hf import (
     DARPreview,
@@ -162,7 +164,7 @@ def test_decoding_is_the_method(make_tokenizer, options):
     codes, noise = random_codes(), random_images(model, seed=5) * 2
     conditions, sample, previous = reference.condition(codes), noise.double(), None
     for step in range(4):
-        start, stop = window_of(step / 4, config)
+        start, stop = seen_at(step / 4, config)
         time, next_time = shifted(step / 4, config.time_shift), shifted((step + 1) / 4, config.time_shift)
         velocity = reference.velocity(sample, [time] * 2, conditions[:, start:stop])
         direction = velocity if previous is None else 1.5 * velocity - 0.5 * previous
@@ -270,7 +272,10 @@ def test_conditions_of_a_prefix_never_change(tiny_tokenizer, pieces):
 # The stream is the whole
 
 
-@pytest.mark.parametrize("options", [{}, {"tokens_per_group": 6}, {"tokens_per_group": 2}])
+PREFIX = {"condition_scope": "prefix"}
+
+
+@pytest.mark.parametrize("options", [{}, {"tokens_per_group": 6}, {"tokens_per_group": 2}, PREFIX])
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 6, 8])
 @pytest.mark.parametrize("pieces", [[4] * 4, [1] * 16, [3, 5, 8], [16], [15, 1]])
 def test_streamed_and_whole_decoding_are_equal(make_tokenizer, options, num_steps, pieces):
@@ -292,7 +297,9 @@ def test_streamed_and_whole_decoding_are_equal(make_tokenizer, options, num_step
     assert torch.equal(previews[-1].latents / 0.6, previews[-1].sample)
 
 
-def test_preview_after_k_groups_is_the_decoded_prefix(tiny_tokenizer):
+@pytest.mark.parametrize("options", [{}, PREFIX])
+def test_preview_after_k_groups_is_the_decoded_prefix(make_tokenizer, options):
+    tiny_tokenizer = make_tokenizer(**options)
     codes = random_codes()
     previews = list(tiny_tokenizer.decode_stream([codes], generator=seeded()))
     for k in (1, 2, 3, 4):
@@ -305,13 +312,40 @@ def test_preview_after_k_groups_is_the_decoded_prefix(tiny_tokenizer):
     assert (previews[2].sample - previews[3].sample).abs().max() > 1e-2
 
 
-def test_every_group_matters_and_only_later_previews_change(tiny_tokenizer):
+@pytest.mark.parametrize("options", [{}, PREFIX])
+def test_every_group_matters_and_only_later_previews_change(make_tokenizer, options):
+    tiny_tokenizer = make_tokenizer(**options)
     codes = random_codes()
     before = [p.sample for p in tiny_tokenizer.decode_stream([codes], generator=seeded())]
     codes[:, 9] = (codes[:, 9] + 1) % 32
     after = [p.sample for p in tiny_tokenizer.decode_stream([codes], generator=seeded())]
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert (before[2] - after[2]).abs().max() > 1e-3 and (before[3] - after[3]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("scope", ["group", "prefix"])
+def test_scope_decides_whether_a_step_sees_the_conditions_of_earlier_groups(make_tokenizer, scope):
+    model = make_tokenizer(condition_scope=scope)
+    for block in model.causal_blocks:  # as the identity, so that conditions carry nothing of earlier codes
+        nn.init.zeros_(block.gate1)
+        nn.init.zeros_(block.gate2)
+    codes, noise = random_codes(), torch.randn(2, 3, 8, 8, generator=seeded())
+    other = codes.clone()
+    other[:, 1] = (other[:, 1] + 1) % 32  # of the first group
+
+    def last_step(codes):
+        (preview,) = model.decode_stream([codes], noise=noise, start_step=3)
+        return preview.sample
+
+    assert torch.equal(last_step(codes), last_step(other)) == (scope == "group")
+    times = torch.full((2,), 0.9)
+    images = random_images(model)
+    output = model(images, timesteps=times, noise=noise)
+    conditions = model.condition(output.codes)
+    if scope == "group":
+        conditions = conditions[:, 12:]
+    noisy = output.timesteps[:, None, None, None] * 0.6 * images + (1 - output.timesteps[:, None, None, None]) * noise
+    assert torch.allclose(output.velocity, model.velocity(noisy, output.timesteps, conditions), atol=1e-4)
 
 
 def test_stream_is_lazy(tiny_tokenizer):
@@ -384,8 +418,10 @@ def test_same_generator_gives_the_same_image(tiny_tokenizer):
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("options", [{}, PREFIX])
 @pytest.mark.parametrize("batch", [3, 4, 16, 32])  # also as many as codes in a group, codes, and codes and patches
-def test_size_of_the_batch_changes_nothing(tiny_tokenizer, batch):
+def test_size_of_the_batch_changes_nothing(make_tokenizer, batch, options):
+    tiny_tokenizer = make_tokenizer(**options)
     codes, images = random_codes(batch), random_images(tiny_tokenizer, batch)
     noise = torch.randn(images.shape, generator=seeded())
 
@@ -407,7 +443,9 @@ def test_size_of_the_batch_changes_nothing(tiny_tokenizer, batch):
     assert torch.allclose(output.velocity, velocity, atol=1e-4)
 
 
-def test_image_of_a_batch_equals_the_image_alone(tiny_tokenizer):
+@pytest.mark.parametrize("options", [{}, PREFIX])
+def test_image_of_a_batch_equals_the_image_alone(make_tokenizer, options):
+    tiny_tokenizer = make_tokenizer(**options)
     codes = random_codes(batch=3)
     batch = tiny_tokenizer.decode(codes, generator=[seeded(s) for s in range(3)]).sample
     for i in range(3):

@@ -25,6 +25,8 @@ ZEROS = torch.zeros(1, 3, 8, 8)
         ({"condition_dim": 128}, "condition_dim=128 must equal decoder_dim=64"),
         ({"adaptive_head": True}, "set share_time_embedding=True"),
         ({"repa_layer": 2}, "repa_layer=2 is not one of the 2"),
+        ({"condition_scope": "all"}, "condition_scope must be 'group' or 'prefix', got 'all'"),
+        ({"condition_scope": True}, "condition_scope must be text, got True"),
         ({"sample_size": 9}, "sample_size=9 is not a multiple of the patch size 2"),
         ({"sample_size": (8, 9)}, "is not a multiple of the patch size 2"),
         ({"sample_size": "x"}, "sample_size must be a positive integer or .*, got 'x'"),

@@ -38,7 +38,9 @@ def test_every_option_trains(make_tokenizer, options):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_forward_holds_what_the_losses_need(tiny_tokenizer):
+@pytest.mark.parametrize("scope", ["group", "prefix"])
+def test_forward_holds_what_the_losses_need(make_tokenizer, scope):
+    tiny_tokenizer = make_tokenizer(condition_scope=scope)
     images, noise = random_images(tiny_tokenizer, 3), torch.randn(3, 3, 8, 8, generator=seeded())
     u = torch.tensor([0.05, 0.4, 0.9])
     output = tiny_tokenizer(images, timesteps=u, noise=noise)
@@ -52,7 +54,8 @@ def test_forward_holds_what_the_losses_need(tiny_tokenizer):
     conditions = tiny_tokenizer.condition(encoded.codes)
     starts = [0, 8, 12]  # floor(4u + .5) = 0, 2, 4; the last is clamped
     for i, start in enumerate(starts):
-        alone = tiny_tokenizer.velocity(noisy[i : i + 1], t[i], conditions[i : i + 1, start : start + 4])
+        first = start if scope == "group" else 0
+        alone = tiny_tokenizer.velocity(noisy[i : i + 1], t[i], conditions[i : i + 1, first : start + 4])
         assert torch.allclose(output.velocity[i : i + 1], alone, atol=1e-4)
     jump = (noisy + (1 - t[:, None, None, None]) * output.velocity) / 0.6
     assert torch.allclose(output.pred_original_sample, jump, atol=1e-5)
@@ -62,8 +65,10 @@ def test_forward_holds_what_the_losses_need(tiny_tokenizer):
     assert torch.allclose(output.latents.norm(dim=-1), torch.ones(3, 16), atol=1e-5)
 
 
+@pytest.mark.parametrize("scope", ["group", "prefix"])
 @pytest.mark.parametrize("is_hidden", [False, True])
-def test_several_times_of_an_image_give_what_it_gives_once_for_each(tiny_tokenizer, is_hidden):
+def test_several_times_of_an_image_give_what_it_gives_once_for_each(make_tokenizer, is_hidden, scope):
+    tiny_tokenizer = make_tokenizer(condition_scope=scope)
     images, noise = random_images(tiny_tokenizer, 2), torch.randn(6, 3, 8, 8, generator=seeded())
     times = torch.tensor([[0.05, 0.4, 0.9], [0.9, 0.95, 0.1]])
     hide = torch.tensor([True, True, False, False, True, True]) if is_hidden else None
@@ -239,10 +244,11 @@ def test_decoding_leaves_no_gradient_graph(tiny_tokenizer):
         assert torch.is_grad_enabled()  # between the steps the caller's mode holds
 
 
-def test_gradient_checkpointing_changes_nothing(make_tokenizer):
+@pytest.mark.parametrize("scope", ["group", "prefix"])
+def test_gradient_checkpointing_changes_nothing(make_tokenizer, scope):
     gradients = []
     for checkpointing in (False, True):
-        model = make_tokenizer().train()
+        model = make_tokenizer(condition_scope=scope).train()
         if checkpointing:
             model.enable_gradient_checkpointing()
         calls = []

@@ -20,6 +20,7 @@ OPTIONS = {
     "overlapping groups": {"tokens_per_group": 6},
     "short groups": {"tokens_per_group": 2},
     "repa": {"repa_layer": 1, "repa_dim": 24},
+    "prefix": {"condition_scope": "prefix"},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
@@ -182,3 +183,9 @@ def window_of(u, config):
     start = int(math.floor(u * config.num_groups + 0.5) / config.num_groups * config.num_tokens)
     start = min(start, config.num_tokens - config.tokens_per_group)
     return start, start + config.tokens_per_group
+
+
+def seen_at(u, config):
+    """Tokens [start, stop) whose conditions the step at the unshifted time sees."""
+    start, stop = window_of(u, config)
+    return (start if config.condition_scope == "group" else 0), stop

@@ -72,6 +72,7 @@ def check_times(name: str, times: torch.Tensor | float) -> None:
 
 # Options of `DARTokenizer`
 
+CONDITION_SCOPES = ("group", "prefix")
 _FLAGS = ("low_rank_queries", "share_time_embedding", "adaptive_head", "strict_sample_size")
 _NUMBERS = ("data_std", "time_shift", "rope_theta", "diffusion_rope_theta")
 _OPTIONAL = ("diffusion_rope_theta", "tokens_per_group", "num_inference_steps", "condition_dim", "repa_layer")
@@ -79,6 +80,7 @@ _OPTIONAL = ("diffusion_rope_theta", "tokens_per_group", "num_inference_steps", 
 _KINDS: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(_FLAGS, (bool, "True or False")),
     **dict.fromkeys(_NUMBERS, (Real, "a number")),
+    "condition_scope": (str, "text"),
 }
 
 
@@ -119,6 +121,10 @@ def check_sizes(config: Any) -> None:
     for name in _NUMBERS:
         if not 0 < config[name] <= sys.float_info.max:
             raise ValueError(f"{name} must be positive and finite, got {config[name]}.")
+    if config.condition_scope not in CONDITION_SCOPES:
+        raise ValueError(
+            f"condition_scope must be {' or '.join(map(repr, CONDITION_SCOPES))}, got {config.condition_scope!r}."
+        )
     if config.adaptive_head and not config.share_time_embedding:
         raise ValueError("adaptive_head=True reads the shared time embedding: set share_time_embedding=True.")
     if config.repa_layer is not None and not 0 <= config.repa_layer < config.diffusion_depth:

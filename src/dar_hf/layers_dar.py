@@ -249,7 +249,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class DiffusionBlock(nn.Module):
-    """Decoder block: cross-attention to the group's conditions sets shift, scale and gate of each position (adaLN)."""
+    """Decoder block: cross-attention to the conditions sets shift, scale and gate of each position (adaLN)."""
 
     def __init__(self, dim: int, head_dim: int, own_time_embedding: bool):
         super().__init__()
@@ -267,12 +267,14 @@ class DiffusionBlock(nn.Module):
         timestep: torch.Tensor,
         shared_time: torch.Tensor | None,
         rotary: torch.Tensor,
+        condition_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         time: torch.Tensor = self.time_embed(timestep) if self.time_embed is not None else shared_time
         normed = layer_norm(x)
         attended = self.cross_attn(
             normed,
             encoder_hidden_states=layer_norm(self.condition_embed(condition)),
+            attention_mask=condition_mask,
             rotary=rotary,
             rotate_keys=False,  # as in the original code: conditions have no position in the image
         )
@@ -353,7 +355,7 @@ class VectorQuantizer(KeepsFloat32):
 
 
 class Denoiser(nn.Module):
-    """Pixel-space transformer that predicts the velocity of a noisy image under one group's conditions."""
+    """Pixel-space transformer that predicts the velocity of a noisy image under a step's conditions."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -378,8 +380,10 @@ class Denoiser(nn.Module):
         timestep: torch.Tensor,
         condition: torch.Tensor,
         rotary: torch.Tensor,
+        condition_mask: torch.Tensor | None = None,
         output_repa: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A mask ``(B, 1, 1, conditions)`` is False at conditions that the step does not see."""
         rows = sample.shape[-2] // self.patch_size
         # pixel-unshuffle keeps (channel, row, column) order inside the patch, as the original code does
         x = self.proj_in(F.pixel_unshuffle(sample, self.patch_size).flatten(2).transpose(1, 2))
@@ -390,9 +394,9 @@ class Denoiser(nn.Module):
             if output_repa and index == self.repa_layer:
                 repa_features = self._repa_features(x, rows)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, condition, timestep, time, rotary)
+                x = self._gradient_checkpointing_func(block, x, condition, timestep, time, rotary, condition_mask)
             else:
-                x = block(x, condition, timestep, time, rotary)
+                x = block(x, condition, timestep, time, rotary, condition_mask)
         x = layer_norm(x)
         x = self.proj_out(x) if self.adaptive_head is None else self.adaptive_head(x, time)
         velocity = F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (rows, -1)), self.patch_size)

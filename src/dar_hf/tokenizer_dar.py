@@ -139,6 +139,9 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         codebook_size, codebook_dim: the quantizer.
         num_tokens, num_groups, tokens_per_group: N codes in K groups; the last defaults to N / K.
         num_inference_steps: denoising steps of `decode` unless the call says otherwise; defaults to ``num_groups``.
+        condition_scope: which codes a denoising step sees the conditions of: "group", those of its own group, as in
+            the paper; or "prefix", those of all groups up to its own, with which groups share the image out among
+            them instead of repeating each other (docs/experiments.md).
         diffusion_dim, diffusion_patch_size, diffusion_depth: the denoiser.
         condition_dim: width of the conditions that enter the denoiser; must be ``decoder_dim`` (its default).
         attention_head_dim: width of one head; every width must be a multiple of it.
@@ -209,6 +212,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         query_rank: int = 8,
         strict_sample_size: bool = True,
         diffusion_rope_theta: float | None = None,
+        condition_scope: str = "group",
     ):
         super().__init__()
         check_option_types(self.config)
@@ -287,9 +291,10 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         return start.clamp(max=config.num_tokens - config.tokens_per_group)
 
     def step_windows(self, num_inference_steps: int) -> list[tuple[int, int]]:
-        """Tokens [start, stop) that each of ``num_inference_steps`` steps is conditioned on.
+        """Tokens [start, stop) of the group that each of ``num_inference_steps`` steps belongs to.
 
-        Fewer steps than groups leave groups out.
+        Fewer steps than groups leave groups out. A step sees these tokens' conditions, and with
+        ``condition_scope="prefix"`` also those of all tokens before them.
         """
         starts = self.group_start(torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps)
         return [(start, start + self.config.tokens_per_group) for start in starts.tolist()]
@@ -449,7 +454,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         Args:
             sample: ``(B, C, H, W)``, ``t * data_std * image + (1 - t) * noise``.
             timestep: *shifted* time in [0, 1], a scalar or ``(B,)``.
-            condition: ``(B, tokens_per_group, condition_dim)``, the conditions of one group.
+            condition: ``(B, tokens, condition_dim)``, the conditions of one group, or of all groups up to it
+                (``condition_scope``).
 
         Returns:
             A tensor like ``sample``.
@@ -476,6 +482,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         sample: torch.Tensor,
         timestep: torch.Tensor,
         condition: torch.Tensor,
+        *,
+        condition_mask: torch.Tensor | None = None,
         output_repa: bool = False,
         denoiser: Denoiser | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -486,7 +494,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         else:
             dtype = denoiser.condition_proj.weight.dtype
         rotary = self.tables.denoiser(sample.shape[2], sample.shape[3], sample.device)
-        return denoiser(sample.to(dtype), timestep, condition.to(dtype), rotary, output_repa)
+        return denoiser(sample.to(dtype), timestep, condition.to(dtype), rotary, condition_mask, output_repa)
 
     @apply_forward_hook
     def decode(
@@ -597,6 +605,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 sample = self._start_noise(noise, generator, (len(conditions), *size), conditions.device)
             while step < num_steps and windows[step][1] <= conditions.shape[1]:
                 start, stop = windows[step]
+                if self.config.condition_scope == "prefix":
+                    start = 0
                 timestep = scheduler.timesteps[step]
                 # one for all images; filled where it is needed, since copying it there would wait for the device
                 time = torch.full((1,), float(timestep), dtype=torch.float32, device=sample.device)
@@ -712,24 +722,30 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
 
         first_token = self.group_start(timesteps)
         window = first_token[:, None] + torch.arange(self.config.tokens_per_group, device=device)
+        arrived = torch.arange(self.config.num_tokens, device=device) <= window[:, -1:]
         if hide_group is not None:
             hidden = self._hidden(hide_group, window)[..., None]
             quantized_st = quantized_st.repeat_interleave(times_per_image, dim=0).masked_fill(hidden, 0.0)
         conditions = self._condition(quantized_st)
         # one row for each image, or with hidden groups one for each time
         row = torch.arange(len(window), device=device) // (len(window) // len(conditions))
-        conditions = conditions[row[:, None], window]
+        condition_mask = None
+        if self.config.condition_scope == "prefix":
+            conditions = conditions[row]
+            condition_mask = arrived[:, None, None]
+        else:
+            conditions = conditions[row[:, None], window]
 
         times = shift_time(timesteps.float(), self.config.time_shift)
         t = times[:, None, None, None]
         clean = pixel_values.float().repeat_interleave(times_per_image, dim=0) * self.config.data_std
         noise = noise.float()
         noisy = t * clean + (1 - t) * noise
-        velocity, repa_features = self._velocity(noisy, times, conditions, output_repa)
+        velocity, repa_features = self._velocity(
+            noisy, times, conditions, condition_mask=condition_mask, output_repa=output_repa
+        )
         velocity = velocity.float()
 
-        # later codes take no part in this step: no loss
-        takes_part = torch.arange(self.config.num_tokens, device=device) <= window[:, -1:]
         output = DARTokenizerOutput(
             velocity=velocity,
             target=clean - noise,
@@ -737,7 +753,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             codes=codes,
             latents=latents,
             quantized=quantized,
-            token_mask=takes_part.float().unflatten(0, (-1, times_per_image)).sum(dim=1),
+            # later codes take no part in a time's step: no loss
+            token_mask=arrived.float().unflatten(0, (-1, times_per_image)).sum(dim=1),
             timesteps=times,
             repa_features=repa_features,
         )

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from dar_hf import DARTokenizer
-from dar_hf.conversion import CheckpointError, convert_tokenizer, to_original
+from dar_hf.conversion import CheckpointError, convert_tokenizer, original_config, to_original
 from dar_hf.conversion import tokenizer as tokenizer_conversion
 from dar_hf.conversion.reading import Checkpoint
 
@@ -339,6 +339,15 @@ def test_heads_of_another_width_have_no_original():
         model = DARTokenizer(attention_head_dim=32)
     with pytest.raises(ValueError, match="heads are 64 wide, not 32"):
         to_original(model)
+
+
+def test_conditions_of_the_whole_prefix_have_no_original():
+    with torch.device("meta"):
+        model = DARTokenizer(condition_scope="prefix")
+    with pytest.raises(ValueError, match="sees the conditions of its own group, not of the whole prefix"):
+        to_original(model)
+    with pytest.raises(ValueError, match="the original code has condition_scope=group, not prefix"):
+        original_config(model)
 
 
 def test_other_models_have_no_original():

@@ -110,6 +110,9 @@ def test_a_language_model_loads_without_the_package(hub, pipeline, folder, tmp_p
 
 @pytest.mark.slow
 def test_a_tokenizer_loads_without_the_package(hub, pipeline, folder, tmp_path):
+    pipeline.tokenizer.register_to_config(condition_scope="prefix")  # of the same weights
+    pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+    export_remote_code(folder / "tokenizer")
     push_folder(folder / "tokenizer", "user/tokenizer")
     expected = pipeline.tokenizer.decode(torch.arange(16)[None], generator=torch.Generator().manual_seed(0)).sample
     for place in (folder / "tokenizer", "user/tokenizer"):

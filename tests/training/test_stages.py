@@ -44,9 +44,11 @@ def run_steps(stage, args, count):
 # Compiled
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "ar"])
-def test_a_model_is_compiled_once_and_whole(tmp_path, tokenizer, name):
+@pytest.mark.parametrize("name, scope", [("tokenizer", "group"), ("tokenizer", "prefix"), ("ar", "group")])
+def test_a_model_is_compiled_once_and_whole(tmp_path, tokenizer, name, scope):
     stage, args = stage_of(name, tmp_path / "run", tokenizer)
+    if name == "tokenizer":
+        stage.model.register_to_config(condition_scope=scope)
     loop = TrainingLoop(stage, args, make_accelerator(args))
     torch._dynamo.reset()  # other tests may have compiled the same code
     counter, batches = CompileCounter(), iter(loop.batches)

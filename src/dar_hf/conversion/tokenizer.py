@@ -122,8 +122,13 @@ def tokenizer_to_original(model: DARTokenizer) -> dict[str, torch.Tensor]:
     """Weights in the original's names and shapes.
 
     Raises:
-        ValueError: for a head width that the original code does not have.
+        ValueError: for a head width or conditions that the original code does not have.
     """
+    if model.config.condition_scope != "group":
+        raise ValueError(
+            "in the original code a denoising step sees the conditions of its own group, not of the whole prefix "
+            f"(condition_scope={model.config.condition_scope!r})."
+        )
     if model.config.attention_head_dim != HEAD_DIM:
         raise ValueError(f"the original code's heads are {HEAD_DIM} wide, not {model.config.attention_head_dim}.")
     result = {}

@@ -325,7 +325,7 @@ def use_unfused_attention(model: DARTokenizer) -> None:
         "encoder_blocks": pixels // config.encoder_patch_size**2 + config.num_tokens,
         "causal_blocks": config.num_tokens,
         "denoiser": pixels // config.diffusion_patch_size**2,
-        "cross_attn": config.tokens_per_group,
+        "cross_attn": config.num_tokens if config.condition_scope == "prefix" else config.tokens_per_group,
     }
     for name, module in model.named_modules():
         if isinstance(module, DARAttention):
