@@ -13,7 +13,7 @@ from dar_hf.training.muon import MuonAdamW, orthogonalized
 from .helpers import ar_args, ar_stage, tokenizer_args, tokenizer_stage
 from .test_stages import grouped, run_steps
 
-SHAPES = [(8, 8), (8, 24), (24, 8)]
+SHAPES = [(8, 8), (8, 16), (8, 24), (24, 8)]
 
 
 def random_parameter(*shape, seed=0):
@@ -52,6 +52,30 @@ def test_a_step_is_that_of_torch(shape):
         reference.step()
         change = (ours - start).norm()
         assert (ours - theirs).norm() < 0.05 * change * (step + 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_is_near_enough(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    matrices[0, 1:] = 1e-3 * matrices[0, 1:]  # nearly of rank one
+    expected = orthogonalized(matrices)
+    result = orthogonalized(matrices.bfloat16())
+    assert result.dtype == torch.bfloat16
+    assert torch.linalg.svdvals(result.float()).max() < 1.25
+    difference = (result.float() - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2))
+    assert (difference[1:] < 0.05).all() and difference[0] < 0.5
+
+
+@pytest.mark.parametrize("columns", [24, 40])
+def test_the_short_way_for_wide_matrices_is_the_long_one(columns):
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(4, 8, 8, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(4, columns, 8, generator=generator))
+    values = torch.logspace(0, -6, 8)  # as a gradient's may fall
+    wide = left @ (values[:, None] * right.mT)
+    padded = torch.zeros(4, columns, columns)  # square, so that it goes the long way
+    padded[:, :8] = wide
+    assert torch.allclose(orthogonalized(wide), orthogonalized(padded)[:, :8], atol=2e-3)
 
 
 def test_parameters_of_one_shape_do_not_mix():

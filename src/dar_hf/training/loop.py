@@ -7,11 +7,12 @@ else is a function of the run's seed and step.
 """
 
 import copy
+import functools
 import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,10 @@ class TrainingLoop:
         self.whole = copy.deepcopy(stage.model) if self.sharded and accelerator.is_main_process else None
         stage.model.to(accelerator.device)
         stage.prepare(accelerator)
-        optimizer_class = torch.optim.AdamW
+        optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
         if args.muon_learning_rate:
-            optimizer_class = MuonAdamW
+            dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+            optimizer_class = functools.partial(MuonAdamW, muon_dtype=dtype)
         optimizer = optimizer_class(
             stage.parameter_groups(),
             lr=args.learning_rate,
