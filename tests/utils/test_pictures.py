@@ -141,11 +141,14 @@ def test_terms_that_are_zero_at_first_are_drawn_later(tmp_path):
 # Curves
 
 
-def test_curves_are_drawn_from_zero(tmp_path):
+def test_curves_are_drawn_from_zero_or_as_they_are(tmp_path):
     path = tmp_path / "new" / "curves.png"
     assert draw_curves({"a": [(4, 2.0), (8, 1.0)], "b": [(4, 3.0)]}, path, xlabel="x", ylabel="y", title="t")
     assert Image.open(path).size == (600, 400)
     other = tmp_path / "other.png"
     assert draw_curves({"a": [(4, 2.0), (8, 1.5)], "b": [(4, 3.0)]}, other, xlabel="x", ylabel="y", title="t")
+    assert path.read_bytes() != other.read_bytes()
+    labels = {"xlabel": "x", "ylabel": "y", "title": "t"}
+    assert draw_curves({"a": [(4, 2.0), (8, 1.5)], "b": [(4, 3.0)]}, path, from_zero=False, **labels)
     assert path.read_bytes() != other.read_bytes()
     assert draw_curves({}, other, xlabel="x", ylabel="y", title="t")  # nothing to draw is no error

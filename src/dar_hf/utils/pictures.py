@@ -94,9 +94,19 @@ def plot_history(histories: dict[str, list[dict]], path: Path, smoothing: int = 
 
 
 def draw_curves(
-    curves: dict[str, list[tuple[float, float]]], path: Path, *, xlabel: str, ylabel: str, title: str
+    curves: dict[str, list[tuple[float, float]]],
+    path: Path,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    from_zero: bool = True,
 ) -> bool:
-    """Draw points ``(x, y)`` of each curve by its name, from zero up; False without matplotlib."""
+    """Draw points ``(x, y)`` of each curve by its name, from zero up unless that is not wanted.
+
+    Returns:
+        False without matplotlib.
+    """
     made = _new_figure(6)
     if made is None:
         return False
@@ -106,7 +116,8 @@ def draw_curves(
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
-    axes.set_ylim(0, 1.08 * max((y for points in curves.values() for _, y in points), default=1) or 1)
+    if from_zero:
+        axes.set_ylim(0, 1.08 * max((y for points in curves.values() for _, y in points), default=1) or 1)
     axes.grid(alpha=0.3)
     if curves:
         axes.legend()
