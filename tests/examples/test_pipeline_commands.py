@@ -135,7 +135,7 @@ def test_a_data_set_is_reconstructed_without_what_cannot_be_read(folder, run, re
     (folder / "images").mkdir()
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(folder / "images" / "0.tiff")
     options = ("--dataset_name", folder / "images", "--num_images", 3, "--output", folder / "out.png")
-    assert "none of the first 1 images" in refusal(run, "reconstruct.py", *options)
+    assert "none of the 1 images" in refusal(run, "reconstruct.py", *options)
     picture().save(folder / "images" / "1.png", exif=DAMAGED_EXIF)
     run("reconstruct.py", *options)
     assert Image.open(folder / "out.png").size == (TILE + 2, 2 * TILE + 2)
