@@ -42,11 +42,18 @@ def test_generate(folder, run, tiny_pipeline):
 
 def test_generate_shows_every_step(folder, run):
     out = folder / "out"
-    options = ("--num_images_per_prompt", 3, "--num_inference_steps", 6, "--previews", "strip", "gif", "--timing")
-    printed = run("generate.py", "--output_dir", out, *options)
+    options = ("--num_images_per_prompt", 3, "--num_inference_steps", 6, "--timing", "--previews")
+    printed = run("generate.py", "--output_dir", out, *options, "strip", "noisy", "gif")
     assert len(list(out.glob("0*.png"))) == 15  # five classes
     assert Image.open(out / "grid.png").size == (3 * TILE + 2, 5 * TILE + 2)  # one row per class
     assert Image.open(out / "previews.png").size == (15 * TILE + 2, 6 * TILE + 2)  # one row per step
+    noisy = np.asarray(Image.open(out / "noisy.png"))
+    assert noisy.shape[:2] == (12 * TILE + 2, 15 * TILE + 2)  # one row per step, and above each its noisy state
+    rows = [noisy[2 + row * TILE : (row + 1) * TILE].astype(int) for row in range(12)]
+    strip = np.asarray(Image.open(out / "previews.png"))
+    assert all(np.array_equal(rows[2 * i + 1], strip[2 + i * TILE : (i + 1) * TILE]) for i in range(6))
+    distances = [np.abs(rows[2 * i] - rows[2 * i + 1]).mean() for i in range(6)]
+    assert distances[0] > distances[2] > distances[4] and distances[5] <= 1  # noise becomes the image
     assert Image.open(out / "previews.gif").n_frames == 6
     report = json.loads(printed.splitlines()[-1])
     assert 0 < report["first_preview_seconds"] < report["whole_call_seconds"]
