@@ -68,6 +68,11 @@ def make_transformer(**options) -> DARForCausalLM:
     return model.eval()
 
 
+def make_text_transformer(**options) -> DARForCausalLM:
+    """A tiny language model that draws from texts of up to six of forty tokens, with other options where given."""
+    return make_transformer(**{"text_vocab_size": 40, "max_text_tokens": 6} | options)
+
+
 def make_pipeline(tokenizer: DARTokenizer, transformer: DARForCausalLM) -> DARPipeline:
     """A pipeline of five classes that draws no progress bar."""
     labels = {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark", 3: "ray", 4: "cock"}

@@ -59,9 +59,12 @@ def _describe_tokenizer(model: DARTokenizer) -> dict[str, str]:
 def _describe_transformer(model: DARForCausalLM) -> dict[str, str]:
     config = model.config
     scale = model.generation_config.guidance_scale
+    conditions = f"{config.num_classes} classes"
+    if config.text_vocab_size:
+        conditions = f"text of up to {config.max_text_tokens} of {config.text_vocab_size} tokens"
     return {
         "language model": f"Llama, {_count(model.num_parameters())} parameters, {config.num_hidden_layers} layers, "
-        f"{config.num_attention_heads} heads, width {config.hidden_size}, {config.num_classes} classes",
+        f"{config.num_attention_heads} heads, width {config.hidden_size}, {conditions}",
         "default guidance": "none" if scale is None else setting_text(scale),
     }
 
