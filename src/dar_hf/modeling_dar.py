@@ -159,7 +159,7 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
 
 
 class DARModel(DARPreTrainedModel, LlamaModel):
-    """The Llama body. Training mode drops classes or texts (`class_dropout`) and input embeddings (`token_dropout`)."""
+    """The Llama body. Training mode drops classes or texts (`class_dropout`) and embeddings (`token_dropout`)."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
@@ -182,7 +182,7 @@ class DARModel(DARPreTrainedModel, LlamaModel):
         cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Llama's forward. ``drop_class (B,)`` bool says which rows lose their prompt; drawn in training if missing."""
+        """Llama's forward. ``drop_class (B,)`` bool: which rows lose their prompt; drawn in training if missing."""
         if input_ids is not None:
             if drop_class is None and self.training and self.config.class_dropout > 0:
                 drop_class = torch.rand(len(input_ids), device=input_ids.device) < self.config.class_dropout
@@ -460,8 +460,8 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             negative_text_ids: what guidance leads away from, in place of no text: one for all images, or one each.
 
         Raises:
-            ValueError: for labels, texts, codes or sampling options out of range, before anything is generated; and where
-                logits are not finite, which on GPUs is looked at after the last code only.
+            ValueError: for labels, texts, codes or sampling options out of range, before anything is generated; and
+                where logits are not finite, which on GPUs is looked at after the last code only.
         """
         config = self.config
         if num_tokens is None:
@@ -617,7 +617,9 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         key = (rows, self.device, self.dtype)
         cache = self._static_caches.pop(key, None)  # taken out: two streams must not share one
         if cache is None:
-            cache = StaticCache(config=self.config, max_cache_len=self.config.max_position_embeddings - 1)
+            cache = StaticCache(
+                config=self.config, max_cache_len=self.config.prompt_length + self.config.num_image_tokens - 1
+            )
         cache.reset()
 
         # the prefill, over prompt and prefix, has a different shape; do not compile it

@@ -29,8 +29,8 @@ def to_llama(model: DARForCausalLM) -> LlamaForCausalLM:
     output and stops after one image. It has no guidance: a server that wants it runs the prompt of null tokens next to
     the prompt.
 
-    The head's rows of classes and text hold the mean of its rows of the codes: their score is then the mean score of the
-    codes and never the largest, so that a server that ignores ``suppress_tokens`` decodes greedily all the same.
+    The head's rows of classes and text hold the mean of its rows of the codes: their score is then the mean score of
+    the codes and never the largest, so that a server that ignores ``suppress_tokens`` decodes greedily all the same.
 
     Returns:
         float32 on the CPU, whatever the model was.
@@ -78,8 +78,8 @@ def codes_tokenizer(config: DARConfig, id2label: Mapping[int, str] | None = None
 
     ``<class_3>`` is a prompt, ``<class_null>`` that of the null class; ``<c0><c17>…`` is what the model answers, and
     the ids of its tokens are the codes. The prompt of a text model is ``max_text_tokens`` tokens: ``<text_null>`` as
-    far as the text is short, then ``<text_5>…``, numbered as the text tokenizer does. Whitespace between tokens is ignored. Any other text raises an error in the
-    tokenizer, because there is no unknown token.
+    far as the text is short, then ``<text_5>…``, numbered as the text tokenizer does. Whitespace between tokens is
+    ignored. Any other text raises an error in the tokenizer, because there is no unknown token.
 
     Args:
         config: of the language model.

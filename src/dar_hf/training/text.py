@@ -1,0 +1,35 @@
+"""Text tokenizers: one learned from the captions of a data set, or a given one."""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+NUM_BYTES = 256  # the least vocabulary
+
+
+def learn_text_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most ``vocab_size`` tokens, learned from captions.
+
+    Every text has tokens, at worst one per byte. Upper and lower case are the same.
+
+    Raises:
+        ValueError: for fewer tokens than there are bytes.
+    """
+    if vocab_size < NUM_BYTES:
+        raise ValueError(f"a text tokenizer has at least {NUM_BYTES} tokens, one per byte; got {vocab_size}.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(  # type: ignore[assignment]
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()]
+    )
+    # a word is the same at the beginning of a text and later
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
