@@ -34,6 +34,9 @@ class DataArguments:
     validation_split: str | None = HfArg(default=None, help="split to validate on; default validation or test")
     image_column: str = HfArg(default="image", help="column with the images")
     label_column: str = HfArg(default="label", help="column with the classes")
+    caption_column: str | None = HfArg(
+        default=None, help="column with captions, for a language model that draws from text instead of classes"
+    )
     max_train_samples: int | None = HfArg(
         default=None,
         help="train on N random images; of a stream the first N (of each part, where several processes or workers "
@@ -47,7 +50,11 @@ class DataArguments:
 
     def source(self, with_labels: bool) -> dict[str, Any]:
         """What `load_images` and `stream_images` are told besides the split."""
-        columns = {"image_column": self.image_column, "label_column": self.label_column if with_labels else None}
+        columns: dict[str, str | None] = {"image_column": self.image_column, "label_column": None}
+        if with_labels and self.caption_column:
+            columns["caption_column"] = self.caption_column
+        elif with_labels:
+            columns["label_column"] = self.label_column
         return {"name": self.dataset_name, "config_name": self.dataset_config_name, **columns}
 
     def train_transform(self, size: tuple[int, int], channels: int) -> ImageTransform:
@@ -63,10 +70,12 @@ def image_splits(
 ) -> Splits:
     """Images to train on, images to validate on (plain centre crops) or None, and with labels the classes of both.
 
+    Where ``args`` name a column of captions, they are read instead of the labels, and there are no classes.
+
     Args:
         args: which images.
         size, channels: (height, width) and channels that they are brought to.
-        with_labels: whether labels are needed.
+        with_labels: whether labels or captions are needed.
         num_classes: of a stream whose labels have no names.
 
     Raises:
@@ -74,11 +83,13 @@ def image_splits(
     """
     if not args.dataset_name:
         raise ValueError(NO_DATASET)
+    if args.streaming and with_labels and args.caption_column:
+        raise ValueError("captions of a stream are not supported: leave out --streaming, or --caption_column.")
     if args.streaming:
         return _streamed_splits(args, size, channels, with_labels, num_classes)
     source = args.source(with_labels)
     train = load_images(**source, split=args.train_split)
-    classes = train.features["label"] if with_labels else None
+    classes = train.features.get("label")
     class_names = classes.names if classes else None
     validation = load_validation(args, partial(load_images, **source, class_names=class_names))
     if validation is None:

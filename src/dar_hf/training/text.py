@@ -1,9 +1,10 @@
 """Text tokenizers: one learned from the captions of a data set, or a given one."""
 
+import hashlib
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 NUM_BYTES = 256  # the least vocabulary
 
@@ -33,3 +34,9 @@ def learn_text_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrained
     )
     tokenizer.train_from_iterator(captions, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def text_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of a text tokenizer's tokens and their numbers."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(repr(vocabulary).encode("utf-8", "surrogateescape")).hexdigest()
