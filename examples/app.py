@@ -3,9 +3,9 @@
     python examples/app.py                             # the pipeline that comes with the package
     python examples/app.py --model outputs/digits/pipeline --port 7861
 
-Also layout control, image-to-image, and what the tokenizer keeps of an upload. Needs gradio
-(`pip install -c constraints.txt -e ".[app]"`) and no network. Several visitors share one model: their streams take
-turns, a denoising step at a time.
+Also layout control, image-to-image, what the tokenizer keeps of an upload, and what each group of tokens holds. Needs
+gradio (`pip install -c constraints.txt -e ".[app]"`) and no network. Several visitors share one model: their streams
+take turns, a denoising step at a time.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from PIL import Image
 
 from dar_hf import DARPipeline, sample_pipeline
 from dar_hf.data import center_crop, convert_channels, to_tensor
+from dar_hf.evaluation import GroupSwaps, draw_swaps, swap_groups
 from dar_hf.hub import describe
 from dar_hf.metrics import psnr
 from dar_hf.utils.commands import command, device_option, port_option
@@ -43,6 +44,7 @@ MAX_FILE = 20 * 2**20  # bytes of an upload
 MIN_SIDE, MAX_SIDE, MAX_PIXELS = 4, 16_384, 50_000_000  # of an upload
 MAX_CLASSES = 10  # generated in one call
 SMALL = 128  # pixels per side; smaller images are shown pixel by pixel
+MIN_COLUMN = 60  # pixels of a column in the picture of exchanged groups, for its text to be readable
 MAX_SEED = 2**32 - 1
 MAX_GUIDANCE = 20.0
 PAUSE, MAX_PAUSE = "Seconds between previews", 2.0
@@ -72,12 +74,15 @@ CSS = """
     .page > .result { grid-area: result }
     .page > .settings { grid-area: settings }
 }
+.actions .tab-container button { padding: 0 10px }
 .view figure { margin: 0; text-align: center }
 .view img { border-radius: 4px; background: #8882 }
 .view.small .row img { image-rendering: pixelated }
 .view .row { display: flex; flex-wrap: wrap; gap: 12px; justify-content: center; align-items: flex-start }
 .view .now img { width: 320px }
 .view .now.many img { width: 480px }
+.view .swaps { overflow-x: auto }
+.view .swaps img { width: 100% }
 .view .given img { width: 96px }
 .view figure img { max-width: 100% }
 .view figcaption { margin-top: 6px }
@@ -157,12 +162,17 @@ class Artist:
                 callback_on_step_end=remember,
                 callback_on_step_end_tensor_inputs=["codes"],
             )
+        for output in self.in_turns(stream):
+            yield Step(output.images.float().cpu(), output.step, output.num_steps, list(codes))
+
+    def in_turns(self, stream: Iterator[Any]) -> Iterator[Any]:
+        """A stream of which each element is computed while nobody else computes."""
         while True:
             with self._turn:
-                output = next(stream, None)
-            if output is None:
+                element = next(stream, None)
+            if element is None:
                 return
-            yield Step(output.images.float().cpu(), output.step, output.num_steps, list(codes))
+            yield element
 
     def scale(self, guidance: float) -> float | tuple[float, float]:
         """Guidance as the pipeline takes it: linear from the model's own start if its default is linear."""
@@ -313,9 +323,13 @@ def open_regular(path: str) -> IO[bytes]:
 def picture(images: torch.Tensor, alt: str) -> str:
     """Images ``(B, C, H, W)`` in [0, 1] as an ``<img>``, five per row."""
     gap = 0 if len(images) == 1 else 2
-    grid = image_grid(images * 2 - 1, min(len(images), MAX_CLASSES // 2), gap=gap)
+    return embedded(image_grid(images * 2 - 1, min(len(images), MAX_CLASSES // 2), gap=gap), alt)
+
+
+def embedded(image: Image.Image, alt: str) -> str:
+    """An image as an ``<img>``."""
     buffer = io.BytesIO()
-    grid.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
 
@@ -372,6 +386,21 @@ class View:
         boxes += [f"<span>{code}</span>" for code in codes[self.kept :]]
         boxes += ["<span>&nbsp;</span>"] * (self.num_tokens - len(codes))
         return f'<div class="tokens" role="group" aria-label="Tokens">{"".join(boxes)}</div>'
+
+
+def render_swaps(swaps: GroupSwaps) -> str:
+    """The HTML of `explain` after another step."""
+    parts = [
+        f"group {index + 1} (tokens {start + 1} to {stop}): {effect:.1%}"
+        for index, ((start, stop), effect) in enumerate(zip(swaps.groups, swaps.effects(), strict=True))
+    ]
+    caption = f"How much each group changes A: {', '.join(parts)} · step {swaps.step} of {swaps.num_steps}"
+    return (
+        f'<div class="view" data-step="{swaps.step}" data-steps="{swaps.num_steps}"><figure class="now swaps">'
+        f'<div style="min-width: {MIN_COLUMN * (len(swaps.groups) + 3)}px">'
+        f"{embedded(draw_swaps(swaps), 'A with groups of its tokens from B')}</div>"
+        f"<figcaption>{html.escape(caption)}</figcaption></figure></div>"
+    )
 
 
 # What the buttons do: generators of (HTML, seed, the finished image)
@@ -447,6 +476,17 @@ def reconstruct(artist: Artist, sampling: Sampling, path: str | None) -> Shown:
     return show(artist, view, sampling, [0], image=image, strength=0.0)
 
 
+def explain(artist: Artist, sampling: Sampling, first: str | None, second: str | None) -> Shown:
+    """What each group of tokens holds: picture A with groups of its tokens replaced by those of picture B."""
+    seed = sampling.draw_seed()
+    pause = number(PAUSE, sampling.pause, 0.0, MAX_PAUSE)
+    images = [artist.read(path)[0] for path in (first, second)]
+    for swaps in artist.in_turns(swap_groups(artist.pipe, *images, generator=torch.Generator().manual_seed(seed))):
+        yield render_swaps(swaps), seed, gr.skip()
+        if swaps.step < swaps.num_steps:
+            time.sleep(pause)
+
+
 def _label(artist: Artist, label: Any) -> int:
     if label is None:
         raise ValueError("Choose a class first.")
@@ -518,7 +558,7 @@ def choose_picture(label: str, last: gr.State) -> gr.Image:
 
 
 def tabs(artist: Artist, last: gr.State) -> list[Tab]:
-    """The four things this page does."""
+    """The five things this page does."""
     group = artist.stops[0]
     most = artist.num_tokens
     with gr.Tab("Draw"):
@@ -545,7 +585,11 @@ def tabs(artist: Artist, last: gr.State) -> list[Tab]:
     with gr.Tab("Reconstruct"):
         upload = choose_picture("Picture", last)
         rebuilt = Tab(gr.Button("Reconstruct", variant="primary"), reconstruct, [upload])
-    return [drawn, laid, varied, rebuilt]
+    with gr.Tab("Groups"):
+        gr.Markdown("What each group of tokens holds: picture A with groups of its tokens replaced by picture B's.")
+        pair = [choose_picture(f"Picture {name}", last) for name in "AB"]
+        explained = Tab(gr.Button("Exchange the groups", variant="primary"), explain, pair)
+    return [drawn, laid, varied, rebuilt, explained]
 
 
 def build(artist: Artist) -> gr.Blocks:

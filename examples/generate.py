@@ -6,7 +6,8 @@
 
 Writes grid.png (one row per class, or one row of single images; above it the layout or start image, as the tokenizer
 reconstructs it) and 0000.png, 0001.png, ... (each image in its own size); --previews adds previews.png (one row per
-step) and previews.gif. Image i is generated with seed + i, whatever else is generated with it.
+step), noisy.png (in addition each step's noisy state above its preview) and previews.gif. Image i is generated with
+seed + i, whatever else is generated with it.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layout_tokens", type=int, help="how many of its tokens are kept")
     parser.add_argument("--image", type=path_option, help="image-to-image: the image to start from")
     parser.add_argument("--strength", type=float, help="share of the steps that are generated anew, in [0, 1]")
-    parser.add_argument("--previews", nargs="+", choices=["strip", "gif"], default=[])
+    parser.add_argument("--previews", nargs="+", choices=["strip", "noisy", "gif"], default=[])
     parser.add_argument("--seed", type=seed_option, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,8 +81,33 @@ def call_options(args: argparse.Namespace, pipe: DARPipeline) -> dict[str, Any]:
     }
 
 
-def write(args: argparse.Namespace, pipe: DARPipeline, options: dict[str, Any], steps: list[torch.Tensor]) -> None:
-    """Write the images ``(B, C, H, W)`` in [-1, 1] of the last step, and the previews before it."""
+def generate(
+    pipe: DARPipeline, options: dict[str, Any], generators: list[torch.Generator]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Previews and noisy states after every step, ``(B, C, H, W)``, previews in [-1, 1]."""
+    states: list[torch.Tensor] = []
+
+    def keep(pipe: DARPipeline, step: int, timestep: float, tensors: dict[str, torch.Tensor]) -> None:
+        states.append(tensors["latents"].cpu() / pipe.tokenizer.config.data_std)
+
+    stream = pipe.stream(
+        **options,
+        generator=generators,
+        output_type="pt",
+        callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=["latents"],
+    )
+    return [output.images.cpu() * 2 - 1 for output in stream], states
+
+
+def write(
+    args: argparse.Namespace,
+    pipe: DARPipeline,
+    options: dict[str, Any],
+    steps: list[torch.Tensor],
+    states: list[torch.Tensor],
+) -> None:
+    """Write the images of the last step, and what led to them, see `generate`."""
     images = steps[-1]
     folder = args.output_dir
     columns = args.num_images_per_prompt
@@ -99,6 +125,9 @@ def write(args: argparse.Namespace, pipe: DARPipeline, options: dict[str, Any], 
         save_picture(pipe.image_processor.postprocess(image[None], "pil")[0], folder / f"{index:04d}.png")
     if "strip" in args.previews:
         save_picture(image_grid(torch.cat(steps), len(images)), folder / "previews.png")
+    if "noisy" in args.previews:
+        rows = [row for pair in zip(states, steps, strict=True) for row in pair]
+        save_picture(image_grid(torch.cat(rows), len(images)), folder / "noisy.png")
     if "gif" in args.previews:
         save_animation([image_grid(step, columns) for step in steps], folder / "previews.gif")
 
@@ -126,9 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = call_options(args, pipe)
     count = len(options["class_labels"]) * max(args.num_images_per_prompt, 1)
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
-    steps = [o.images.cpu() * 2 - 1 for o in pipe.stream(**options, generator=generators, output_type="pt")]
+    steps, states = generate(pipe, options, generators)
     with writing(args.output_dir):
-        write(args, pipe, options, steps)
+        write(args, pipe, options, steps, states)
     print(f"{len(steps[-1])} images in {args.output_dir}")
     if args.timing:
         print(json.dumps(measure(pipe, options, generators)))

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from dar_hf.data import ImageSamples, ImageTransform, load_images, read_image
+from dar_hf.data import ImageTransform, add_input_options, load_inputs
 from dar_hf.metrics import psnr
 from dar_hf.utils.commands import (
     check_output,
@@ -34,11 +33,7 @@ MAX_COLUMNS = 8
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", required=True, help="folder or Hub id")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", nargs="+", type=path_option, help="image files")
-    source.add_argument("--dataset_name", help="digits, a folder of images, parquet files or a Hub id")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--num_images", type=int, default=MAX_COLUMNS, help="at most N images of the data set")
+    add_input_options(parser, files="+", num_images=MAX_COLUMNS)
     parser.add_argument("--output", type=path_option, default=Path("outputs/reconstructions.png"))
     parser.add_argument("--previews", action="store_true", help="one row per step")
     parser.add_argument("--num_tokens", type=int, help="decode only the first tokens")
@@ -50,25 +45,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device_option, default=device)
     return parser.parse_args(argv)
-
-
-def load_inputs(args: argparse.Namespace, crop: ImageTransform) -> list[Image.Image]:
-    """The images, as they are stored.
-
-    Raises:
-        ValueError: for an unreadable file, or a data set without a readable image.
-    """
-    if args.images:
-        return [read_image(path) for path in args.images]
-    if args.num_images < 1:
-        raise ValueError(f"--num_images must be at least 1, got {args.num_images}.")
-    dataset = load_images(args.dataset_name, args.split, label_column=None)
-    samples = ImageSamples(dataset, crop)
-    count = min(args.num_images, len(dataset))
-    images = [image for index in range(count) if (image := samples.readable_image(index)) is not None]
-    if not images:
-        raise ValueError(f"none of the first {count} images of {args.dataset_name} can be read.")
-    return images
 
 
 @command("reconstruct.py")

@@ -94,11 +94,20 @@ def test_codes_start_as_unit_vectors_and_queries_small(make_tokenizer):
 
 def test_reset_parameters_sets_the_start_values_it_names(make_tokenizer):
     model = make_tokenizer()
+    before = model.encoder_blocks[0].attn.to_q.bias.clone()
     model.reset_parameters(gate=0.25, modulation_std=0.03, output_std=0.04, post_quant_std=0.35)
+    assert torch.equal(model.encoder_blocks[0].attn.to_q.bias, before)
     assert torch.all(model.encoder_blocks[0].gate1 == 0.25) and torch.all(model.causal_blocks[1].gate2 == 0.25)
     assert model.denoiser.blocks[0].modulation.weight.std().item() == pytest.approx(0.03, rel=0.1)
     assert model.denoiser.proj_out.weight.std().item() == pytest.approx(0.04, rel=0.1)
     assert model.post_quant_proj.weight.std().item() == pytest.approx(0.35, rel=0.15)
+    model.reset_parameters(rotary_bias_std=0.5)
+    stds = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 1 and name.endswith(".bias")}
+    wide = {name for name, std in stds.items() if std == pytest.approx(0.5, rel=0.3)}
+    rotated = [f"encoder_blocks.{i}.attn.to_{part}.bias" for i in range(2) for part in "qk"]
+    rotated += [f"denoiser.blocks.{i}.{part}.bias" for i in range(2) for part in ("cross_attn.to_q", "attn.to_q")]
+    rotated += [f"denoiser.blocks.{i}.attn.to_k.bias" for i in range(2)]
+    assert wide == set(rotated)
 
 
 # Against the method, written down again

@@ -241,7 +241,12 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         self.reset_parameters()
 
     def reset_parameters(
-        self, gate: float = 0.0, modulation_std: float = 0.0, output_std: float = 0.0, post_quant_std: float = 0.0
+        self,
+        gate: float = 0.0,
+        modulation_std: float = 0.0,
+        output_std: float = 0.0,
+        post_quant_std: float = 0.0,
+        rotary_bias_std: float = 0.0,
     ) -> None:
         """Set the start values that decide whether codes come into use.
 
@@ -249,6 +254,9 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             gate: gates of the encoder and causal blocks (0 in the paper: every block starts as the identity).
             modulation_std, output_std: adaLN and output layers of the denoiser, N(0, std) (0 in the paper).
             post_quant_std: the projection after the quantizer, N(0, std); 0 leaves torch's default.
+            rotary_bias_std: biases of the queries and keys that rotary positions rotate, N(0, std); 0 leaves torch's
+                default. A rotated bias is all that lets attention choose a place whatever is there: patches have no
+                other position.
         """
         for block in (*self.encoder_blocks, *self.causal_blocks):
             nn.init.constant_(block.gate1, gate)
@@ -264,6 +272,12 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             nn.init.zeros_(layer.bias)
         if post_quant_std:
             nn.init.normal_(self.post_quant_proj.weight, std=post_quant_std)
+        if rotary_bias_std:
+            rotated = [layer for block in self.encoder_blocks for layer in (block.attn.to_q, block.attn.to_k)]
+            for block in self.denoiser.blocks:
+                rotated += [block.cross_attn.to_q, block.attn.to_q, block.attn.to_k]
+            for layer in rotated:
+                nn.init.normal_(layer.bias, std=rotary_bias_std)
         if self.query_proj is None:
             nn.init.trunc_normal_(self.query_embed.weight, std=0.02)  # as in the original code
         nn.init.normal_(self.token_embed.weight, std=0.02)  # positions must not drown the codes they are added to

@@ -1,5 +1,6 @@
 """The page without a browser: its checks, what its buttons do, and a server that visitors use and leave."""
 
+import base64
 import gc
 import io
 import math
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from dar_hf.evaluation import draw_swaps, swap_groups
 
 gr = pytest.importorskip("gradio")
 from pipeline_helpers import picture, seeded, tensor_of  # noqa: E402
@@ -213,6 +216,29 @@ def test_reconstruct(app, artist, tiny_pipeline, tmp_path):
     assert np.array_equal(np.asarray(outputs[-1][2]), (expected[0] * 255).round().byte().permute(1, 2, 0).numpy())
     error = (expected - (tensor_of(picture()) / 2 + 0.5)).square().mean()
     assert f"{-10 * math.log10(error):.1f} dB" in outputs[-1][0]
+
+
+def test_explain(app, artist, tiny_pipeline, tmp_path):
+    images = (picture(size=(12, 20)), Image.new("RGB", (8, 8), "white"))
+    paths = [saved(tmp_path / f"{index}.png", image) for index, image in enumerate(images)]
+    outputs = list(app.handler(app.explain, artist)(*SHARED, *paths))
+    expected = list(swap_groups(tiny_pipeline, *images, generator=seeded(7)))
+    assert len(outputs) == 4 and {seed for _, seed, _ in outputs} == {7}
+    for index, (html, _, _) in enumerate(outputs):
+        shown = html.partition("base64,")[2].partition('"')[0]
+        image = Image.open(io.BytesIO(base64.b64decode(shown)))
+        assert np.array_equal(np.asarray(image), np.asarray(draw_swaps(expected[index])))
+        assert f"step {index + 1} of 4" in html
+    for group, effect in enumerate(expected[-1].effects()):
+        assert f"group {group + 1} (tokens {4 * group + 1} to {4 * group + 4}): {effect:.1%}" in outputs[-1][0]
+
+
+def test_exchanging_groups_takes_turns_with_drawing(app, artist, tmp_path):
+    path = saved(tmp_path / "a.png", picture())
+    shown = app.handler(app.explain, artist)(*SHARED, path, path)
+    next(shown)
+    assert not artist._turn.locked() and len(list(app.handler(app.draw, artist)(*SHARED, 0, 16))) == 4
+    assert len(list(shown)) == 3
 
 
 def test_names_are_text_and_not_html(app, artist):

@@ -194,6 +194,14 @@ def test_the_page(address, tmp_path):
         one.press("Reconstruct")
         assert len(one.seen()) >= 3 and " dB" in one.text()
 
+        one.tab("Groups")
+        one.upload(tmp_path / "upload.png")
+        one.press("Use the last drawing")  # of both pictures, the second one
+        one.wait(lambda: len(one.visible("[role=tabpanel] .upload img")) == 2)
+        one.press("Exchange the groups")
+        assert len(one.seen()) >= 3 and "How much each group changes A: group 1 " in one.text()
+        one.driver.save_screenshot(str(tmp_path / "groups.png"))
+
         (tmp_path / "bad.png").write_bytes(b"this is text")
         one.tab("Image to image")
         one.upload(tmp_path / "bad.png")

@@ -52,10 +52,11 @@ class Visitor:
         return kinds[-1], data[-1]
 
     def files(self, file):
-        """The answers of the three buttons that take a file."""
+        """The answers of the four buttons that take files."""
         yield self.press("reconstruct", file)
         yield self.press("vary", file, 0, 0.5)
         yield self.press("lay_out", file, 4, [0])
+        yield self.press("explain", file, file)
 
 
 @pytest.fixture
@@ -84,8 +85,8 @@ def png_of(image):
 def test_an_upload_is_read_with_and_without_its_mark(visitor):
     path = visitor.upload(png_of(picture()))
     for file in ({"path": path, "meta": MARK}, {"path": path}, {"path": path, "meta": "odd", "url": "http://[::1]/"}):
-        assert [kind for kind, _ in visitor.files(file)] == ["complete"] * 3
-    assert visitor.opened == [path] * 9
+        assert [kind for kind, _ in visitor.files(file)] == ["complete"] * 4
+    assert visitor.opened == [path] * 15
 
 
 def test_no_other_file_is_opened_whatever_the_request_looks_like(visitor, tmp_path):
@@ -126,7 +127,7 @@ def test_no_other_file_is_opened_whatever_the_request_looks_like(visitor, tmp_pa
         assert kind == "error" and REFUSED in data, file
         assert str(tmp_path) not in data
     for file in ({"path": str(secret)}, {"path": str(tmp_path / "pipe.png")}):
-        assert [kind for kind, _ in visitor.files(file)] == ["error"] * 3
+        assert [kind for kind, _ in visitor.files(file)] == ["error"] * 4
         assert REFUSED in visitor.press("draw", file, 16)[1]  # in the place of a number
         assert REFUSED in visitor.press("lay_out", None, 4, [[file]])[1]
         answer = visitor.send("run/reconstruct", {"data": [*SHARED, file]})

@@ -96,6 +96,8 @@ PAGE_INPUTS = {
     ("vary", 1): ("lass", [*NOT_NUMBERS, 5, 0.5, "shark"]),
     ("vary", 2): ("Strength", [*NOT_NUMBERS, 1.1, -0.1]),
     ("reconstruct", 0): ("picture", [None, ""]),
+    ("explain", 0): ("picture", [None, ""]),
+    ("explain", 1): ("picture", [None, ""]),
 }
 
 
@@ -103,6 +105,8 @@ def page_cases():
     for name, (word, values) in PAGE_SETTINGS.items():
         for value in values:
             yield f"setting {name}-{short(value)}", "draw", SETTINGS | {name: value}, {}, word
+            if name != "guidance":  # which exchanging groups does not use
+                yield f"setting {name}-{short(value)}", "explain", SETTINGS | {name: value}, {}, word
     for (button, place), (word, values) in PAGE_INPUTS.items():
         for value in values:
             yield f"{button}-{place}-{short(value)}", button, SETTINGS, {place: value}, word
@@ -112,7 +116,13 @@ def page_cases():
 def test_page(button, settings, changes, word, app, tiny_pipeline, tmp_path):
     path = str(tmp_path / "upload.png")
     picture().save(path)
-    inputs = {"draw": [0, 16], "lay_out": [path, 4, [0]], "vary": [path, 0, 0.5], "reconstruct": [path]}[button]
+    inputs = {
+        "draw": [0, 16],
+        "lay_out": [path, 4, [0]],
+        "vary": [path, 0, 0.5],
+        "reconstruct": [path],
+        "explain": [path, path],
+    }[button]
     for place, value in changes.items():
         inputs[place] = value
     press = app.handler(getattr(app, button), app.Artist(tiny_pipeline))

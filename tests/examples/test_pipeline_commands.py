@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from pipeline_helpers import picture, seeded
 
+from dar_hf.evaluation import draw_swaps, swap_groups
+
 TILE = 48 + 2  # an enlarged 8x8 image and the gap next to it
 
 
@@ -42,11 +44,18 @@ def test_generate(folder, run, tiny_pipeline):
 
 def test_generate_shows_every_step(folder, run):
     out = folder / "out"
-    options = ("--num_images_per_prompt", 3, "--num_inference_steps", 6, "--previews", "strip", "gif", "--timing")
-    printed = run("generate.py", "--output_dir", out, *options)
+    options = ("--num_images_per_prompt", 3, "--num_inference_steps", 6, "--timing", "--previews")
+    printed = run("generate.py", "--output_dir", out, *options, "strip", "noisy", "gif")
     assert len(list(out.glob("0*.png"))) == 15  # five classes
     assert Image.open(out / "grid.png").size == (3 * TILE + 2, 5 * TILE + 2)  # one row per class
     assert Image.open(out / "previews.png").size == (15 * TILE + 2, 6 * TILE + 2)  # one row per step
+    noisy = np.asarray(Image.open(out / "noisy.png"))
+    assert noisy.shape[:2] == (12 * TILE + 2, 15 * TILE + 2)  # one row per step, and above each its noisy state
+    rows = [noisy[2 + row * TILE : (row + 1) * TILE].astype(int) for row in range(12)]
+    strip = np.asarray(Image.open(out / "previews.png"))
+    assert all(np.array_equal(rows[2 * i + 1], strip[2 + i * TILE : (i + 1) * TILE]) for i in range(6))
+    distances = [np.abs(rows[2 * i] - rows[2 * i + 1]).mean() for i in range(6)]
+    assert distances[0] > distances[2] > distances[4] and distances[5] <= 1  # noise becomes the image
     assert Image.open(out / "previews.gif").n_frames == 6
     report = json.loads(printed.splitlines()[-1])
     assert 0 < report["first_preview_seconds"] < report["whole_call_seconds"]
@@ -135,10 +144,53 @@ def test_a_data_set_is_reconstructed_without_what_cannot_be_read(folder, run, re
     (folder / "images").mkdir()
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(folder / "images" / "0.tiff")
     options = ("--dataset_name", folder / "images", "--num_images", 3, "--output", folder / "out.png")
-    assert "none of the first 1 images" in refusal(run, "reconstruct.py", *options)
+    assert "none of the 1 images" in refusal(run, "reconstruct.py", *options)
     picture().save(folder / "images" / "1.png", exif=DAMAGED_EXIF)
     run("reconstruct.py", *options)
     assert Image.open(folder / "out.png").size == (TILE + 2, 2 * TILE + 2)
     assert "0.tiff: an image must have pixels" in refusal(
         run, "reconstruct.py", "--images", folder / "images" / "0.tiff"
     )
+
+
+def effects_of(printed):
+    """The table of `explain.py`: group, codes, and both effects in percent."""
+    lines = [line.split() for line in printed.splitlines()[1:-1]]
+    return [(int(group), codes, float(one.strip("%")), float(all_.strip("%"))) for group, codes, one, all_ in lines]
+
+
+def test_explain(folder, run, tiny_pipeline):
+    files = [folder / f"{seed}.png" for seed in range(2)]
+    picture(size=(12, 20)).save(files[0])
+    Image.new("RGB", (8, 8), "white").save(files[1])
+    out = folder / "out.png"
+    printed = run("explain.py", "--images", *files, "--output", out, "--seed", 3)
+    images = [Image.open(path) for path in files]
+    *_, expected = swap_groups(tiny_pipeline, *images, generator=seeded(3))
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(draw_swaps(expected)))
+    table = effects_of(printed)
+    assert [row[:2] for row in table] == [(1, "1-4"), (2, "5-8"), (3, "9-12"), (4, "13-16")]
+    assert [row[2] for row in table] == pytest.approx([100 * effect for effect in expected.effects()], abs=0.01)
+    assert [row[3] for row in table] == pytest.approx([100 * e for e in expected.leading_effects()], abs=0.01)
+    assert table[0][2] == table[0][3] > 0
+    printed = run("explain.py", "--images", files[0], files[0], "--output", out)
+    assert [row[2:] for row in effects_of(printed)] == [(0.0, 0.0)] * 4
+
+
+def test_explain_a_data_set(folder, run, refusal):
+    (folder / "images").mkdir()
+    for index in range(6):  # three images, each twice
+        image = (picture(), Image.new("RGB", (8, 8), "white"), picture(2))[index // 2]
+        image.save(folder / "images" / f"{index}.png")
+    options = ("--dataset_name", folder / "images", "--output", folder / "out.png", "--num_images")
+    mean = effects_of(run("explain.py", *options, 3))  # from all over the set, so these three
+    pairs = []
+    for seed, pair in enumerate(([0, 2], [2, 4], [4, 0])):
+        files = [folder / "images" / f"{index}.png" for index in pair]
+        output = folder / f"{seed}.png"
+        pairs.append(effects_of(run("explain.py", "--images", *files, "--output", output, "--seed", seed)))
+    for row, rows in zip(mean, zip(*pairs, strict=True), strict=True):
+        assert row[2:] == pytest.approx(np.mean([row[2:] for row in rows], axis=0), abs=0.011)
+    assert (folder / "out.png").read_bytes() == (folder / "0.png").read_bytes()
+    assert "two images are needed" in refusal(run, "explain.py", *options, 1)
+    assert "expected 2 arguments" in refusal(run, "explain.py", "--images", folder / "0.png")

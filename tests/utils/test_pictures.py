@@ -9,9 +9,12 @@ from PIL import Image
 
 from dar_hf.utils.pictures import (
     MIN_TILE,
+    Row,
     draw_curves,
+    heat,
     image_grid,
     interleave_rows,
+    labelled_grid,
     plot_history,
     read_history,
     save_animation,
@@ -58,6 +61,47 @@ def test_grey_images_and_values_out_of_range():
 def test_rows_are_put_above_each_other():
     above, below = torch.arange(5), torch.arange(10, 15)
     assert interleave_rows(above, below, columns=2).tolist() == [0, 1, 10, 11, 2, 3, 12, 13, 4, 14]
+
+
+# Grids with text
+
+
+def colour(*values):
+    """An image of one colour; large ones are shown as they are."""
+    return torch.tensor(values)[:, None, None].expand(-1, 50, 60)
+
+
+def test_rows_have_labels_on_their_left_and_captions_above_their_images():
+    red, blue = colour(1.0, -1.0, -1.0), colour(-1.0, -1.0, 1.0)
+    grid = np.asarray(labelled_grid([Row("one\nrow", [red, None, blue], ["first"]), Row("", [None, blue])])).astype(
+        int
+    )
+    places = {}
+    for name, pixel in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        rows, columns = np.nonzero((grid == pixel).all(axis=2))
+        places[name] = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
+        assert len(rows) == 50 * 60 * {"red": 1, "blue": 2}[name]
+    top, bottom, left, right = places["red"]
+    assert (bottom - top, right - left) == (50, 60)
+    assert places["blue"][0] == top and places["blue"][1] > bottom + 50 and places["blue"][2] > right
+    black = (grid == 0).all(axis=2)
+    assert black[top:bottom, :left].any() and black[:top, left:right].any()  # its label and its caption
+    black[:bottom, :right] = False
+    assert not black.any()
+
+
+def test_captions_wider_than_images_do_not_overlap():
+    narrow = torch.zeros(1, 50, 50)
+    plain = labelled_grid([Row("", [narrow, narrow])])
+    wide = labelled_grid([Row("", [narrow, narrow], ["a caption wider than its image", ""])])
+    assert wide.width > 2 * plain.width and wide.height == plain.height
+
+
+def test_heat_goes_from_black_over_red_and_yellow_to_white():
+    colours = heat(torch.tensor([[0.0, 1 / 3, 2 / 3, 1.0, 2.0]]))
+    expected = [[-1, -1, -1], [1, -1, -1], [1, 1, -1], [1, 1, 1], [1, 1, 1]]
+    assert torch.allclose(colours[:, 0].T, torch.tensor(expected, dtype=torch.float32), atol=1e-6)
+    assert heat(torch.zeros(4, 6, 7)).shape == (4, 3, 6, 7)
 
 
 def test_save_picture(tmp_path):
@@ -141,11 +185,14 @@ def test_terms_that_are_zero_at_first_are_drawn_later(tmp_path):
 # Curves
 
 
-def test_curves_are_drawn_from_zero(tmp_path):
+def test_curves_are_drawn_from_zero_or_as_they_are(tmp_path):
     path = tmp_path / "new" / "curves.png"
     assert draw_curves({"a": [(4, 2.0), (8, 1.0)], "b": [(4, 3.0)]}, path, xlabel="x", ylabel="y", title="t")
     assert Image.open(path).size == (600, 400)
     other = tmp_path / "other.png"
     assert draw_curves({"a": [(4, 2.0), (8, 1.5)], "b": [(4, 3.0)]}, other, xlabel="x", ylabel="y", title="t")
+    assert path.read_bytes() != other.read_bytes()
+    labels = {"xlabel": "x", "ylabel": "y", "title": "t"}
+    assert draw_curves({"a": [(4, 2.0), (8, 1.5)], "b": [(4, 3.0)]}, path, from_zero=False, **labels)
     assert path.read_bytes() != other.read_bytes()
     assert draw_curves({}, other, xlabel="x", ylabel="y", title="t")  # nothing to draw is no error

@@ -6,7 +6,8 @@ The files, each of which imports from those above it alone:
 - `folders`: which files of a local folder are which split; `image_folders`: folders of images as data sets;
 - `sources`: a data set by its name, loaded whole or as a stream (`load_images`, `stream_images`);
 - `transforms`: an image to a tensor; `batches`: samples, their order and their randomness; `streaming`: of a stream;
-- `splits`: the images to train and to validate on, from the options of a run.
+- `splits`: the images to train and to validate on, from the options of a run;
+- `inputs`: the few images that a command looks at, from its options.
 """
 
 from ..images_dar import center_crop, convert_channels, image_to_pixels, read_image, to_tensor
@@ -22,6 +23,7 @@ from .batches import (
     normal_noise,
     sample_times,
 )
+from .inputs import add_input_options, load_inputs
 from .sources import available_splits, load_images, stream_images
 from .splits import DataArguments, image_splits
 from .streaming import BatchStream, StreamedImages
@@ -37,6 +39,7 @@ __all__ = [
     "SeedFor",
     "StreamedImages",
     "UNREADABLE",
+    "add_input_options",
     "available_splits",
     "bernoulli_mask",
     "center_crop",
@@ -46,6 +49,7 @@ __all__ = [
     "image_splits",
     "image_to_pixels",
     "load_images",
+    "load_inputs",
     "normal_noise",
     "random_crop",
     "read_image",

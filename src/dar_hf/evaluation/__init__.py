@@ -2,20 +2,24 @@
 
 from .arguments import GenerationArguments, ReconstructionArguments
 from .generation import evaluate_generation
+from .groups import GroupSwaps, draw_swaps, swap_groups
 from .images import read_reference, write_npz
 from .reconstruction import evaluate_reconstruction
 from .report import dataset_names, eval_results, metric, read_report, versions, write_report
 
 __all__ = [
     "GenerationArguments",
+    "GroupSwaps",
     "ReconstructionArguments",
     "dataset_names",
+    "draw_swaps",
     "eval_results",
     "evaluate_generation",
     "evaluate_reconstruction",
     "metric",
     "read_reference",
     "read_report",
+    "swap_groups",
     "versions",
     "write_npz",
     "write_report",

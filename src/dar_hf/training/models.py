@@ -51,7 +51,9 @@ def build_tokenizer(args: TokenizerArguments) -> DARTokenizer:
     if args.init_from:
         return _saved_tokenizer(args.init_from, overrides)
     model = _make(DARTokenizer, options | overrides)
-    model.reset_parameters(args.gate_start, args.modulation_std, args.output_std, args.post_quant_std)
+    model.reset_parameters(
+        args.gate_start, args.modulation_std, args.output_std, args.post_quant_std, args.rotary_bias_std
+    )
     return model
 
 

@@ -1,16 +1,19 @@
 """Grids of images and plots of loss curves, for people to look at."""
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 MIN_TILE = 48  # small images are shown enlarged, pixel by pixel
+MIN_TEXT = 12  # pixels of a line of text; larger next to large images
 
 
 def image_grid(images: torch.Tensor, columns: int, gap: int = 2) -> Image.Image:
@@ -35,6 +38,53 @@ def interleave_rows(*rows: torch.Tensor, columns: int) -> torch.Tensor:
     for start in range(0, len(rows[0]), columns):
         blocks += [row[start : start + columns] for row in rows]
     return torch.cat(blocks)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a `labelled_grid`.
+
+    Attributes:
+        label: text on the left, one or several lines.
+        images: ``(C, H, W)`` in [-1, 1], of the same size in all rows; None leaves a place empty.
+        captions: text above the images, from the first one on.
+    """
+
+    label: str
+    images: Sequence[torch.Tensor | None]
+    captions: Sequence[str] = ()
+
+
+def labelled_grid(rows: Sequence[Row], gap: int = 4) -> Image.Image:
+    """Rows of images on white, with a label on the left of each and captions above the images."""
+    width, height = next(image_grid(image[None], 1, gap=0).size for image in rows[0].images if image is not None)
+    size = max(MIN_TEXT, height // 6)
+    font = ImageFont.load_default(size)
+    lines = [line for row in rows for line in row.label.splitlines()]
+    captions = [caption for row in rows for caption in row.captions]
+    left = max((math.ceil(font.getlength(line)) for line in lines), default=0) + 3 * gap
+    column = max(width, *(math.ceil(font.getlength(caption)) for caption in captions), 0) + 2 * gap
+    line_height = round(1.5 * size)
+    row_height = line_height + height + gap
+    columns = max(len(row.images) for row in rows)
+    canvas = Image.new("RGB", (left + column * columns, row_height * len(rows) + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, row in enumerate(rows):
+        top = index * row_height + line_height
+        draw.multiline_text((gap, top + height / 2), row.label, "black", font, anchor="lm")
+        for place, image in enumerate(row.images):
+            if image is not None:
+                tile = image_grid(image[None], 1, gap=0)
+                canvas.paste(tile, (left + place * column + (column - width) // 2, top))
+        for place, caption in enumerate(row.captions):
+            middle = left + place * column + column / 2
+            draw.text((middle, top - size // 3), caption, "black", font, anchor="ms")
+    return canvas
+
+
+def heat(values: torch.Tensor) -> torch.Tensor:
+    """Values ``(..., H, W)`` in [0, 1] as images ``(..., 3, H, W)`` in [-1, 1]: black, red, yellow, white."""
+    return torch.stack([3 * values, 3 * values - 1, 3 * values - 2], dim=-3).clamp(0, 1) * 2 - 1
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
@@ -94,9 +144,19 @@ def plot_history(histories: dict[str, list[dict]], path: Path, smoothing: int = 
 
 
 def draw_curves(
-    curves: dict[str, list[tuple[float, float]]], path: Path, *, xlabel: str, ylabel: str, title: str
+    curves: dict[str, list[tuple[float, float]]],
+    path: Path,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    from_zero: bool = True,
 ) -> bool:
-    """Draw points ``(x, y)`` of each curve by its name, from zero up; False without matplotlib."""
+    """Draw points ``(x, y)`` of each curve by its name, from zero up unless that is not wanted.
+
+    Returns:
+        False without matplotlib.
+    """
     made = _new_figure(6)
     if made is None:
         return False
@@ -106,7 +166,8 @@ def draw_curves(
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
-    axes.set_ylim(0, 1.08 * max((y for points in curves.values() for _, y in points), default=1) or 1)
+    if from_zero:
+        axes.set_ylim(0, 1.08 * max((y for points in curves.values() for _, y in points), default=1) or 1)
     axes.grid(alpha=0.3)
     if curves:
         axes.legend()
