@@ -27,13 +27,15 @@ def text_list(name: str, texts: Any) -> list[str]:
     return list(found)
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int, warn: bool = True
+) -> list[list[int]]:
     """The ids of each text, cut to ``max_tokens`` with a warning."""
     # what no encoding can hold, such as half of a surrogate pair, becomes a question mark
     texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
     rows = tokenizer(texts, padding=False, truncation=False, verbose=False).input_ids
     too_long = [text for text, ids in zip(texts, rows, strict=True) if len(ids) > max_tokens]
-    if too_long:
+    if too_long and warn:
         logger.warning(
             "%d of %d texts have more than the model's %d tokens, and are cut: %.60s",
             len(too_long),
@@ -41,6 +43,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_token
             max_tokens,
             too_long[0],
         )
+    if too_long:
         rows = tokenizer(texts, padding=False, truncation=True, max_length=max_tokens).input_ids
     return rows
 

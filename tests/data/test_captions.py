@@ -8,9 +8,18 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dar_hf.data import DataArguments, ImageSamples, ImageTransform, image_splits, load_images
+from dar_hf.data import (
+    BatchStream,
+    DataArguments,
+    ImageSamples,
+    ImageTransform,
+    image_splits,
+    load_images,
+    stream_images,
+)
 
 TEXTS = ["a red apple", "Ein grüner Apfel", "猫", "a red apple"]
 
@@ -102,5 +111,30 @@ def test_splits(tmp_path):
     assert (samples.labels, validation.labels, classes) == (TEXTS, ["unseen", "a red apple"], None)
     samples, _, _ = image_splits(args, (4, 4), 3, with_labels=False)
     assert samples.labels == [] and "label" not in samples[0, 0]
-    with pytest.raises(ValueError, match="captions of a stream are not supported"):
-        image_splits(DataArguments(str(tmp_path), True, caption_column="caption"), (4, 4), 3, with_labels=True)
+
+
+@pytest.mark.parametrize("write", [in_parquet, in_metadata, in_tar])
+def test_captions_of_a_stream(write, tmp_path):
+    write(tmp_path)
+    args = DataArguments(str(tmp_path), streaming=True, caption_column="caption", stream_block_size=1)
+    samples, _, classes = image_splits(args, (4, 4), 3, with_labels=True)
+    assert samples.captions(3) == TEXTS[:3] and classes is None
+    samples.encode_captions = lambda texts: torch.tensor([[len(text)] for text in texts])
+    stream = iter(BatchStream(samples, 4, num_processes=1, process_index=0, num_workers=0, seed=0))
+    batch = next(stream)
+    values = ((batch["pixel_values"][:, 0, 0, 0] + 1) * 127.5).round().long()
+    assert batch["label"].flatten().tolist() == [len(TEXTS[value]) for value in values]
+
+
+def test_a_stream_without_texts(tmp_path):
+    source = write_parquet(tmp_path / "a.parquet", [["a", "b"]], feature=datasets.List(datasets.Value("string")))
+    with pytest.raises(ValueError, match="are no texts, one for each image"):
+        stream_images(source, caption_column="caption")
+
+
+def test_validation_of_a_stream(tmp_path):
+    write_parquet(tmp_path / "train.parquet", TEXTS)
+    write_parquet(tmp_path / "test.parquet", ["unseen", "a red apple"])
+    args = DataArguments(str(tmp_path), streaming=True, caption_column="caption")
+    _, validation, _ = image_splits(args, (4, 4), 3, with_labels=True)
+    assert validation.labels == ["unseen", "a red apple"]

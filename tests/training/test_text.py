@@ -120,6 +120,20 @@ def test_a_run_leaves_a_pipeline(tmp_path, tokenizer, captioned, caplog):
     assert "pipe(prompt=" in (tmp_path / "run" / "README.md").read_text()
 
 
+def test_a_stream_of_captions(tmp_path, tokenizer, captioned):
+    options = {"streaming": True, "cache_codes": False, "dataloader_num_workers": 1}
+    stage, args = text_stage(tmp_path / "run", tokenizer, captioned, **options)
+    whole, _ = text_stage(tmp_path / "whole", tokenizer, captioned)
+    assert stage.text_tokenizer.get_vocab() == whole.text_tokenizer.get_vocab()
+    assert stage.model.config.to_dict() == whole.model.config.to_dict()
+    batch = next(iter(TrainingLoop(stage, args, make_accelerator(args)).batches))
+    prompts = [tuple(row) for row in prompts_of(stage)]
+    assert batch["label"].shape == (4, stage.model.config.max_text_tokens)
+    assert {tuple(row) for row in batch["label"].tolist()} <= set(prompts)
+    train(stage, args, make_accelerator(args))
+    assert DARPipeline.from_pretrained(tmp_path / "run").text_tokenizer is not None
+
+
 # Codes
 
 

@@ -1,12 +1,23 @@
 """Captions of images: one text each."""
 
 import logging
+from typing import Any
 
 import datasets
 
 from .loading import clear_errors
 
 logger = logging.getLogger(__name__)
+
+
+def check_captions(feature: Any, name: str) -> None:
+    """Refuse a column that cannot be read as one text for each image.
+
+    Raises:
+        ValueError: that says what it holds.
+    """
+    if not isinstance(feature, datasets.Value):
+        raise ValueError(f"the captions of {name} are no texts, one for each image, but {feature}.")
 
 
 def with_captions(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
@@ -22,11 +33,10 @@ def with_captions(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
     feature = dataset.features["caption"]
     if isinstance(feature, datasets.ClassLabel):
         texts = [feature.names[label] if label is not None and label >= 0 else None for label in dataset["caption"][:]]
-    elif isinstance(feature, datasets.Value):
+    else:
+        check_captions(feature, name)
         with clear_errors(name):
             texts = dataset.cast_column("caption", datasets.Value("string"))["caption"][:]
-    else:
-        raise ValueError(f"the captions of {name} are no texts, one for each image, but {feature}.")
     missing = sum(not text for text in texts)
     if missing == len(texts):
         raise ValueError(f"the images of {name} have no captions.")

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from .captions import with_captions
+from .captions import check_captions, with_captions
 from .classes import whole_number, with_class_labels
 from .folders import DATA_ENDINGS, IMAGES, WEBDATASET, LocalFiles, data_kind, image_endings, read_folder
 from .image_folders import load_image_folder
@@ -69,19 +69,26 @@ def stream_images(
     config_name: str | None = None,
     image_column: str = "image",
     label_column: str | None = "label",
+    caption_column: str | None = None,
 ) -> datasets.IterableDataset:
     """Like `load_images`, but read as it is needed, and never written to disk. Labels stay as they are.
 
     Raises:
-        ValueError: for a path, split or column that is not there, a part of a split, or labels that are no integers.
+        ValueError: for a path, split or column that is not there, a part of a split, labels that are no integers, or
+            captions that are no texts.
     """
     if "[" in split or "+" in split:
         raise ValueError(
             f"a stream takes a whole split, not {split!r}: do without streaming, or take the first images "
             "(--max_train_samples)."
         )
-    dataset = _load(name, split, config_name, image_column, label_column, streaming=True)
-    dataset = _select(dataset, name, image_column, label_column)
+    if caption_column:
+        label_column = None
+    dataset = _load(name, split, config_name, image_column, caption_column or label_column, streaming=True)
+    dataset = _select(dataset, name, image_column, label_column, caption_column)
+    if caption_column:
+        check_captions(dataset.features["caption"], name)
+        return dataset.cast_column("caption", datasets.Value("string"))
     if label_column and not _are_numbers(dataset, name):
         raise ValueError(
             f"labels of a stream must be integers, those of {name} are {dataset.features['label']}: do without "

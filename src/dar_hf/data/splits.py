@@ -83,8 +83,6 @@ def image_splits(
     """
     if not args.dataset_name:
         raise ValueError(NO_DATASET)
-    if args.streaming and with_labels and args.caption_column:
-        raise ValueError("captions of a stream are not supported: leave out --streaming, or --caption_column.")
     if args.streaming:
         return _streamed_splits(args, size, channels, with_labels, num_classes)
     source = args.source(with_labels)
@@ -104,10 +102,10 @@ def _streamed_splits(
 ) -> Splits:
     """A stream to train on, and the first images of the validation split, where there is one."""
     stream = stream_images(**args.source(with_labels), split=args.train_split)
-    classes = _stream_classes(stream, num_classes) if with_labels else None
+    classes = _stream_classes(stream, num_classes) if "label" in stream.column_names else None
     if args.max_train_samples is not None:
         stream = stream.take(args.max_train_samples)
-    validation = load_validation(args, partial(_first_images, args, classes))
+    validation = load_validation(args, partial(_first_images, args, classes, with_labels))
     if validation is None:
         logger.warning("no split to validate on: images of a stream cannot be held out")
     count = classes.num_classes if classes else None
@@ -125,13 +123,15 @@ def _stream_classes(stream: datasets.IterableDataset, num_classes: int | None) -
     return datasets.ClassLabel(names=[str(label) for label in range(num_classes)])
 
 
-def _first_images(args: DataArguments, classes: datasets.ClassLabel | None, split: str) -> datasets.Dataset:
+def _first_images(
+    args: DataArguments, classes: datasets.ClassLabel | None, with_labels: bool, split: str
+) -> datasets.Dataset:
     """The first images of a streamed split to validate on, their labels among the classes of training."""
-    stream = stream_images(**args.source(classes is not None), split=split)
+    stream = stream_images(**args.source(with_labels), split=split)
     rows = first_rows(stream, args.max_validation_samples, args.dataset_name)
     if not rows:
         raise ValueError(f"split {split!r} of {args.dataset_name} holds no images.")
-    features = {"image": datasets.Image()}
+    features = {name: datasets.Value("string") for name in stream.column_names} | {"image": datasets.Image()}
     if classes:
         features["label"] = classes
         for row in rows:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ from .losses import LossTerm, cross_entropy_sum
 from .models import build_text_tokenizer, build_transformer, class_names, sizes_of, text_sizes
 from .muon import matrices_of_blocks
 from .stage import Stage
-from .text import text_fingerprint
+from .text import caption_tokens, text_fingerprint
 
 logger = logging.getLogger(__name__)
 
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_SAMPLE_ROWS = 10
 SAMPLE_COLUMNS = 8
+STREAMED_CAPTIONS = 10_000  # of a stream, from which a text tokenizer is learned
 
 
 def add_adapters(model: DARForCausalLM, rank: int, alpha: int, train_classes: bool = False) -> nn.Module:
@@ -58,6 +60,13 @@ def add_adapters(model: DARForCausalLM, rank: int, alpha: int, train_classes: bo
     if train_classes:
         config.trainable_token_indices = {"embed_tokens": classes}
     return get_peft_model(model, config)
+
+
+def _captions_of(samples: ImageSamples | StreamedImages | CodeSamples) -> list[str]:
+    """All captions, or the first ones of a stream."""
+    if isinstance(samples, StreamedImages):
+        return samples.captions(STREAMED_CAPTIONS)
+    return samples.labels
 
 
 class ARStage(Stage):
@@ -143,8 +152,9 @@ class ARStage(Stage):
                 num_classes=overrides.get("num_classes"),
             )
         if args.caption_column:
-            text_tokenizer = build_text_tokenizer(args, samples.labels)
-            sizes |= text_sizes(args, text_tokenizer, samples.labels)
+            captions = _captions_of(samples)
+            text_tokenizer = build_text_tokenizer(args, captions)
+            sizes |= text_sizes(args, text_tokenizer, captions)
         names = classes.names if classes else []
         model = build_transformer(args, sizes, names)
         if torch.device(device).type == "cpu" and model.config.num_image_tokens <= SHORT_SEQUENCE:
@@ -158,15 +168,17 @@ class ARStage(Stage):
             rows = min(self.model.config.num_classes, MAX_SAMPLE_ROWS)
             return {"class_labels": [label for label in range(rows) for _ in range(SAMPLE_COLUMNS)]}
         splits = [samples for samples in (self.samples, self.validation) if samples is not None]
-        captions = list(dict.fromkeys(splits[-1].labels))
+        captions = list(dict.fromkeys(_captions_of(splits[-1])))
         shown = captions[:: -(-len(captions) // MAX_SAMPLE_ROWS)]  # spread evenly
         logger.info("samples are drawn of: %s", "; ".join(shown))
+        encode = partial(caption_tokens, self.text_tokenizer, self.model.config)
         for samples in splits:
-            samples.labels = torch.tensor([self.model.config.text_token_ids(ids) for ids in self._ids(samples.labels)])
-        return {"text_ids": [ids for ids in self._ids(shown) for _ in range(SAMPLE_COLUMNS)]}
-
-    def _ids(self, captions: list[str]) -> list[list[int]]:
-        return encode_texts(self.text_tokenizer, captions, self.model.config.max_text_tokens)
+            if isinstance(samples, StreamedImages):
+                samples.encode_captions = partial(encode, warn=False)
+            else:
+                samples.labels = encode(samples.labels)
+        ids = encode_texts(self.text_tokenizer, shown, self.model.config.max_text_tokens)
+        return {"text_ids": [row for row in ids for _ in range(SAMPLE_COLUMNS)]}
 
     def prepare(self, accelerator: Accelerator) -> None:
         self.tokenizer.to(accelerator.device)

@@ -3,8 +3,12 @@
 import hashlib
 from collections.abc import Iterable
 
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..configuration_dar import DARConfig
+from ..text_dar import encode_texts
 
 NUM_BYTES = 256  # the least vocabulary
 
@@ -34,6 +38,14 @@ def learn_text_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrained
     )
     tokenizer.train_from_iterator(captions, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def caption_tokens(
+    tokenizer: PreTrainedTokenizerBase, config: DARConfig, captions: list[str], warn: bool = True
+) -> torch.Tensor:
+    """The tokens that a language model begins with, ``(len(captions), max_text_tokens)``."""
+    ids = encode_texts(tokenizer, captions, config.max_text_tokens, warn)
+    return torch.tensor([config.text_token_ids(row) for row in ids])
 
 
 def text_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
