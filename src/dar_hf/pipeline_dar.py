@@ -28,7 +28,7 @@ from .labels_dar import index_names, known_names, names_by_id
 from .modeling_dar import DARForCausalLM
 from .sampling_dar import GuidanceScale
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time, to_adams_bashforth
-from .text_dar import check_text_tokenizer, encode_texts, text_list
+from .text_dar import check_text_tokenizer, prompt_ids
 from .tokenizer_dar import DARPreview, DARTokenizer
 from .weights_dar import replacing_earlier_save
 
@@ -610,17 +610,7 @@ class DARPipeline(DiffusionPipeline):
         if class_labels is not None or prompt is None:
             raise ValueError('this pipeline draws from text: give prompt="…", and no class labels.')
         repeats = check_integer("num_images_per_prompt", num_images_per_prompt)
-        texts = text_list("prompt", prompt)
-        ids = encode_texts(self.text_tokenizer, texts, config.max_text_tokens)
-        conditions = {"text_ids": [row for row in ids for _ in range(repeats)]}
-        if negative_prompt is not None:
-            negative = text_list("negative_prompt", negative_prompt)
-            if len(negative) not in (1, len(texts)):
-                raise ValueError(f"got {len(negative)} negative prompts for {len(texts)} prompts.")
-            negative = negative * (len(texts) // len(negative))
-            ids = encode_texts(self.text_tokenizer, negative, config.max_text_tokens)
-            conditions["negative_text_ids"] = [row for row in ids for _ in range(repeats)]
-        return conditions
+        return prompt_ids(self.text_tokenizer, config.max_text_tokens, prompt, negative_prompt, repeats)
 
     def prepare_labels(self, class_labels: Any, num_images_per_prompt: int = 1) -> list[int]:
         """Class ids, one for each image, of classes by id or name."""

@@ -48,6 +48,27 @@ def encode_texts(
     return rows
 
 
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, max_tokens: int, prompt: Any, negative_prompt: Any = None, repeats: int = 1
+) -> dict[str, list[list[int]]]:
+    """What `DARForCausalLM.stream_codes` draws from: the ids of prompts and of negative ones, each ``repeats`` times.
+
+    Raises:
+        ValueError: for anything but texts, or another number of negative prompts than one or one for each.
+    """
+    texts = {"text_ids": text_list("prompt", prompt)}
+    if negative_prompt is not None:
+        count = len(texts["text_ids"])
+        negative = text_list("negative_prompt", negative_prompt)
+        if len(negative) not in (1, count):
+            raise ValueError(f"got {len(negative)} negative prompts for {count} prompts: give one, or one for each.")
+        texts["negative_text_ids"] = negative * (count // len(negative))
+    return {
+        name: [ids for ids in encode_texts(tokenizer, several, max_tokens) for _ in range(repeats)]
+        for name, several in texts.items()
+    }
+
+
 def check_text_tokenizer(tokenizer: Any, text_vocab_size: int) -> None:
     """Refuse a text tokenizer of another kind, one that is missing or not needed, or with too many tokens."""
     if tokenizer is None and text_vocab_size:
