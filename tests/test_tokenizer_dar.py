@@ -101,7 +101,9 @@ def test_reset_parameters_sets_the_start_values_it_names(make_tokenizer):
     assert model.denoiser.blocks[0].modulation.weight.std().item() == pytest.approx(0.03, rel=0.1)
     assert model.denoiser.proj_out.weight.std().item() == pytest.approx(0.04, rel=0.1)
     assert model.post_quant_proj.weight.std().item() == pytest.approx(0.35, rel=0.15)
-    model.reset_parameters(rotary_bias_std=0.5)
+    assert model.token_embed.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    model.reset_parameters(rotary_bias_std=0.5, token_embed_std=0.2)
+    assert model.token_embed.weight.std().item() == pytest.approx(0.2, rel=0.1)
     stds = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 1 and name.endswith(".bias")}
     wide = {name for name, std in stds.items() if std == pytest.approx(0.5, rel=0.3)}
     rotated = [f"encoder_blocks.{i}.attn.to_{part}.bias" for i in range(2) for part in "qk"]

@@ -96,7 +96,8 @@ PRESETS: dict[str, Preset] = {
             num_decoder_layers=1,
             codebook_size=256,
             num_tokens=16,
-            num_groups=4,
+            num_groups=8,
+            condition_scope="prefix",  # every group adds to the ones before (docs/experiments.md)
             diffusion_dim=128,
             diffusion_patch_size=2,
             diffusion_depth=3,
@@ -111,10 +112,10 @@ PRESETS: dict[str, Preset] = {
         ),
         tokenizer_recipe=dict(
             dataset_name="digits",
-            max_train_steps=1_600,
-            # 16 images, each at four times: as much for the denoiser as 64 at one, and half the cost for all else
-            train_batch_size=16,
-            times_per_image=4,
+            max_train_steps=1_000,
+            # each image at two times: as much for the denoiser as 64 at one, and half the cost for all else
+            train_batch_size=32,
+            times_per_image=2,
             learning_rate=1.5e-3,
             # the decoder has to learn to use the conditions before the encoder moves far: Adam turns the encoder's
             # tiny early gradients into full-size steps, and it collapses to one code. Half of this rate (3e-4) costs
@@ -122,7 +123,7 @@ PRESETS: dict[str, Preset] = {
             encoder_learning_rate=6e-4,
             muon_learning_rate=0.01,  # +2.6 dB in the same time (docs/experiments.md)
             adam_epsilon=1e-6,
-            warmup_steps=80,
+            warmup_steps=50,
             decay_fraction=0.4,
             ema_decay=0.995,
             # open gates, nonzero adaLN and conditions as large as positions: information flows from the first step
@@ -130,19 +131,23 @@ PRESETS: dict[str, Preset] = {
             modulation_std=0.02,
             output_std=0.02,
             post_quant_std=0.35,
+            # attention tells places apart from the first step; else it takes hundreds, and luck (docs/experiments.md)
+            rotary_bias_std=0.5,
+            token_embed_std=0.2,
             # first unquantized latents, then a codebook initialized from them, then dead codes are replaced
-            unquantized_steps=200,
+            unquantized_steps=125,
             dead_code_interval=10,
             revive_until=0.8,
             max_validation_samples=360,
-            validation_steps=800,
+            validation_steps=500,
         ),
         ar_recipe=dict(
             dataset_name="digits",
-            max_train_steps=900,
+            max_train_steps=500,
             train_batch_size=64,
             learning_rate=1e-3,
-            warmup_steps=100,
+            muon_learning_rate=0.01,  # as good as 900 steps of AdamW
+            warmup_steps=50,
             decay_fraction=0.4,
             weight_decay=0.05,
             ema_decay=0.99,
@@ -150,7 +155,7 @@ PRESETS: dict[str, Preset] = {
             # digit many sequences (docs/experiments.md)
             pixel_noise=0.1,
             max_validation_samples=360,
-            validation_steps=450,
+            validation_steps=250,
             guidance_scale=[2.0],
             solver_order=1,  # closer to the input, and every preview closer than the one before (docs/experiments.md)
         ),
@@ -244,8 +249,8 @@ PRESETS: dict[str, Preset] = {
         ),
         tokenizer_recipe=dict(
             max_train_steps=12_000,
-            train_batch_size=16,
-            times_per_image=4,
+            train_batch_size=32,
+            times_per_image=2,
             learning_rate=1.5e-3,
             encoder_learning_rate=6e-4,
             muon_learning_rate=0.01,
@@ -257,6 +262,8 @@ PRESETS: dict[str, Preset] = {
             modulation_std=0.02,
             output_std=0.02,
             post_quant_std=0.35,
+            rotary_bias_std=0.5,
+            token_embed_std=0.2,
             unquantized_steps=1_000,
             dead_code_interval=20,
             revive_until=0.8,

@@ -247,6 +247,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
         output_std: float = 0.0,
         post_quant_std: float = 0.0,
         rotary_bias_std: float = 0.0,
+        token_embed_std: float = 0.02,
     ) -> None:
         """Set the start values that decide whether codes come into use.
 
@@ -257,6 +258,8 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
             rotary_bias_std: biases of the queries and keys that rotary positions rotate, N(0, std); 0 leaves torch's
                 default. A rotated bias is all that lets attention choose a place whatever is there: patches have no
                 other position.
+            token_embed_std: what tells the codes' places in the sequence apart, N(0, std). It is added to the codes,
+                and must not drown them.
         """
         for block in (*self.encoder_blocks, *self.causal_blocks):
             nn.init.constant_(block.gate1, gate)
@@ -280,7 +283,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
                 nn.init.normal_(layer.bias, std=rotary_bias_std)
         if self.query_proj is None:
             nn.init.trunc_normal_(self.query_embed.weight, std=0.02)  # as in the original code
-        nn.init.normal_(self.token_embed.weight, std=0.02)  # positions must not drown the codes they are added to
+        nn.init.normal_(self.token_embed.weight, std=token_embed_std)
 
     @property
     def image_size(self) -> tuple[int, int]:

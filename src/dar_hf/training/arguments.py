@@ -134,6 +134,7 @@ class TokenizerArguments(LoopArguments):
     rotary_bias_std: float = HfArg(
         default=0.0, help="initial std of the biases of rotated queries and keys; 0 for torch's own"
     )
+    token_embed_std: float = HfArg(default=0.02, help="initial std of the embeddings of the codes' places")
     unquantized_steps: int = renamed_option(
         "continuous_steps", default=0, help="first steps without quantizing; the codebook then starts from k-means"
     )
@@ -161,7 +162,7 @@ class TokenizerArguments(LoopArguments):
         _require(self, ("group_dropout",), lambda value: 0 <= value < 1, "lie in [0, 1)")
         _require(self, ("revive_until",), lambda value: 0 <= value <= 1, "lie in [0, 1]")
         weights = [name for name in vars(self) if name.endswith("_weight")]
-        deviations = ("modulation_std", "output_std", "post_quant_std", "rotary_bias_std")
+        deviations = ("modulation_std", "output_std", "post_quant_std", "rotary_bias_std", "token_embed_std")
         steps = ("dead_code_interval", "discriminator_start")
         _require(self, [*weights, *deviations, *steps], lambda value: value >= 0, "not be negative")
         sizes = ("discriminator_layers", "discriminator_width")

@@ -52,7 +52,12 @@ def build_tokenizer(args: TokenizerArguments) -> DARTokenizer:
         return _saved_tokenizer(args.init_from, overrides)
     model = _make(DARTokenizer, options | overrides)
     model.reset_parameters(
-        args.gate_start, args.modulation_std, args.output_std, args.post_quant_std, args.rotary_bias_std
+        gate=args.gate_start,
+        modulation_std=args.modulation_std,
+        output_std=args.output_std,
+        post_quant_std=args.post_quant_std,
+        rotary_bias_std=args.rotary_bias_std,
+        token_embed_std=args.token_embed_std,
     )
     return model
 
