@@ -1,13 +1,14 @@
 """Generate images with a D-AR pipeline, and write them, a grid of them, and their previews.
 
     python examples/generate.py --pipeline outputs/digits/pipeline --class_labels 3 1 4 --previews strip gif
+    python examples/generate.py --pipeline outputs/text --prompt "a red apple" "a green book"    # from text
     python examples/generate.py --pipeline outputs/digits/pipeline \\
         --layout_image outputs/samples/0000.png --layout_tokens 4    # every class with the layout of one image
 
-Writes grid.png (one row per class, or one row of single images; above it the layout or start image, as the tokenizer
-reconstructs it) and 0000.png, 0001.png, ... (each image in its own size); --previews adds previews.png (one row per
-step), noisy.png (in addition each step's noisy state above its preview) and previews.gif. Image i is generated with
-seed + i, whatever else is generated with it.
+Writes grid.png (one row per class or prompt, or one row of single images; above it the layout or start image, as the
+tokenizer reconstructs it) and 0000.png, 0001.png, ... (each image in its own size); --previews adds previews.png (one
+row per step), noisy.png (in addition each step's noisy state above its preview) and previews.gif. Image i is generated
+with seed + i, whatever else is generated with it.
 """
 
 import argparse
@@ -35,7 +36,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pipeline", required=True, help="folder or Hub id")
     parser.add_argument("--output_dir", type=path_option, default=Path("outputs/samples"))
     parser.add_argument("--class_labels", nargs="+", help="names or ids; default the first ten classes")
-    parser.add_argument("--num_images_per_prompt", type=int, default=1, help="images per class")
+    parser.add_argument("--prompt", nargs="+", help="texts, for a pipeline that draws from text")
+    parser.add_argument(
+        "--negative_prompt", nargs="+", help="what guidance leads away from: one text, or one for each"
+    )
+    parser.add_argument("--num_images_per_prompt", type=int, default=1, help="images per class or prompt")
     parser.add_argument("--guidance_scale", type=float, nargs="+", help="one scale, or start and end of a linear one")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_k", type=int, default=0)
@@ -62,16 +67,25 @@ def call_options(args: argparse.Namespace, pipe: DARPipeline) -> dict[str, Any]:
     labels: list[str | int] = list(range(min(pipe.transformer.config.num_classes, MAX_COLUMNS)))
     if args.class_labels:
         labels = list(args.class_labels)
-    for index, label in enumerate(labels):
+    for index, label in enumerate(labels):  # none where text is drawn
         # a number is an id, unless a class has it as its name
         if label not in pipe.labels and str(label).isdecimal():
             labels[index] = int(label)
     guidance = args.guidance_scale
     if guidance and len(guidance) == 1:
         guidance = guidance[0]
-    plain = ("num_images_per_prompt", "temperature", "top_k", "top_p", "num_inference_steps", "num_tokens")
+    plain = (
+        "prompt",
+        "negative_prompt",
+        "num_images_per_prompt",
+        "temperature",
+        "top_k",
+        "top_p",
+        "num_inference_steps",
+        "num_tokens",
+    )
     return {
-        "class_labels": labels,
+        "class_labels": labels or None,
         "guidance_scale": guidance,
         "layout_image": args.layout_image and read_image(args.layout_image),
         "image": args.image and read_image(args.image),
@@ -153,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = load_pipeline(args.pipeline, getattr(torch, args.dtype), args.device)
     pipe.set_progress_bar_config(disable=True)
     options = call_options(args, pipe)
-    count = len(options["class_labels"]) * max(args.num_images_per_prompt, 1)
+    count = len(options["class_labels"] or args.prompt or []) * max(args.num_images_per_prompt, 1)
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
     steps, states = generate(pipe, options, generators)
     with writing(args.output_dir):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from pipeline_helpers import picture
+from tiny_models import make_text_pipeline
 from training.helpers import fresh_process
 
 from dar_hf import DARPipeline, FlowMatchAdamsBashforthScheduler
@@ -104,6 +105,12 @@ def folder(make_tokenizer, make_transformer, image_sets, tmp_path, monkeypatch):
     for name in ("path/to/pipeline", "outputs/digits/pipeline", "outputs/dar-l", "DIR"):
         pipe.save_pretrained(tmp_path / name)
     tokenizer.save_pretrained(tmp_path / "path/to/tokenizer")
+    make_text_pipeline(tokenizer).save_pretrained(tmp_path / "path/to/text-pipeline")
+    captioned = datasets.load_dataset(
+        "parquet", data_files=str(image_sets["parquet"] / "train.parquet"), split="train"
+    )
+    (tmp_path / "path/to/captioned").mkdir()
+    captioned.rename_column("label", "caption").to_parquet(tmp_path / "path/to/captioned/train.parquet")
     (tmp_path / "path/to/images").symlink_to(image_sets["imagefolder"])
     (tmp_path / "path/to/mnist").mkdir()
     for split in ("train", "test"):

@@ -28,7 +28,8 @@ def test_signatures():
         "num_tokens",
         "group_size",
     ]
-    assert [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == names
+    keywords = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert keywords == [*names, "text_ids", "negative_text_ids"]
     assert [parameters[name].default for name in names] == [None, 1.0, 0, 1.0, None, None, None, None]
 
 

@@ -23,10 +23,12 @@ def test_signatures():
         "transformer",
         "scheduler",
         "id2label",
+        "text_tokenizer",
     ]
     parameters = dict(inspect.signature(DARPipeline.__call__).parameters)
     parameters.pop("self")
-    assert parameters.pop("class_labels").default is inspect.Parameter.empty
+    assert list(parameters)[0] == "class_labels"
+    assert all(parameters.pop(name).default is None for name in ("class_labels", "prompt", "negative_prompt"))
     assert {name: p.default for name, p in parameters.items()} == {
         "guidance_scale": None,
         "temperature": 1.0,
@@ -51,7 +53,8 @@ def test_signatures():
 
 
 def test_components(tiny_pipeline):
-    assert set(tiny_pipeline.components) == {"tokenizer", "transformer", "scheduler"}
+    assert set(tiny_pipeline.components) == {"tokenizer", "transformer", "scheduler", "text_tokenizer"}
+    assert tiny_pipeline.text_tokenizer is None
     assert isinstance(tiny_pipeline.tokenizer, DARTokenizer)
     assert isinstance(tiny_pipeline.transformer, DARForCausalLM)
     assert isinstance(tiny_pipeline.scheduler, FlowMatchAdamsBashforthScheduler)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
+from dar_hf.training.text import learn_text_tokenizer
 
 TOKENIZER = {
     "sample_size": 8,
@@ -68,9 +69,27 @@ def make_transformer(**options) -> DARForCausalLM:
     return model.eval()
 
 
+def make_text_transformer(**options) -> DARForCausalLM:
+    """A tiny language model that draws from texts of up to six of forty tokens, with other options where given."""
+    return make_transformer(**{"text_vocab_size": 40, "max_text_tokens": 6} | options)
+
+
 def make_pipeline(tokenizer: DARTokenizer, transformer: DARForCausalLM) -> DARPipeline:
     """A pipeline of five classes that draws no progress bar."""
     labels = {0: "tench, Tinca tinca", 1: "goldfish", 2: "shark", 3: "ray", 4: "cock"}
     pipeline = DARPipeline(tokenizer, transformer, FlowMatchAdamsBashforthScheduler(), id2label=labels)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+CAPTIONS = ["noto red apple", "twemoji red apple", "noto green apple", "flat green book", "noto red book"]
+
+
+def make_text_pipeline(tokenizer: DARTokenizer, **options) -> DARPipeline:
+    """A pipeline that draws from texts of up to six tokens, and no progress bar."""
+    text_tokenizer = learn_text_tokenizer(CAPTIONS * 2, 300)
+    transformer = make_text_transformer(text_vocab_size=300, **options)
+    scheduler = FlowMatchAdamsBashforthScheduler()
+    pipeline = DARPipeline(tokenizer, transformer, scheduler, text_tokenizer=text_tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,5 +1,7 @@
 """The D-AR language model: transformers' Llama over image codes, with batched classifier-free guidance.
 
+What stands before the codes is the prompt: one token of a class, or a fixed number of tokens of a text.
+
 The layers are Llama's own (the original is LlamaGen's Llama). Ours are three dropouts, the split vocabulary, guidance
 in one doubled forward pass, and `stream_codes`, which yields every group of codes as soon as it is complete.
 """
@@ -152,12 +154,12 @@ class DARPreTrainedModel(LlamaPreTrainedModel):
         """Refused: the vocabulary is laid out by the codebook and the classes."""
         raise ValueError(
             "the vocabulary of a D-AR model is its codebook and classes and cannot be resized; "
-            "make a new DARConfig with other codebook_size or num_classes."
+            "make a new DARConfig with other codebook_size, num_classes or text_vocab_size."
         )
 
 
 class DARModel(DARPreTrainedModel, LlamaModel):
-    """The Llama body. Training mode drops classes (`class_dropout`) and input embeddings (`token_dropout`)."""
+    """The Llama body. Training mode drops classes or texts (`class_dropout`) and embeddings (`token_dropout`)."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
@@ -180,7 +182,7 @@ class DARModel(DARPreTrainedModel, LlamaModel):
         cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Llama's forward. ``drop_class (B,)`` bool says which rows lose their class; drawn in training if missing."""
+        """Llama's forward. ``drop_class (B,)`` bool: which rows lose their prompt; drawn in training if missing."""
         if input_ids is not None:
             if drop_class is None and self.training and self.config.class_dropout > 0:
                 drop_class = torch.rand(len(input_ids), device=input_ids.device) < self.config.class_dropout
@@ -204,14 +206,14 @@ class DARModel(DARPreTrainedModel, LlamaModel):
         )
 
     def to_unconditional(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """The same tokens with every class replaced by the null class."""
+        """The same tokens with every token of a class or text replaced by the null token."""
         return torch.where(input_ids >= self.config.codebook_size, self.config.null_token_id, input_ids)
 
 
 class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
-    """Predicts the codes of an image from its class. See `DARConfig` for the vocabulary and the sequence.
+    """Predicts the codes of an image from its class or text. See `DARConfig` for the vocabulary and the sequence.
 
-    ``labels`` work as for any causal language model (shifted inside; the class token is never a target).
+    ``labels`` work as for any causal language model (shifted inside; class and text are never targets).
     """
 
     _tied_weights_keys = None
@@ -277,6 +279,8 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states[:, kept, :])
         loss = None
         if labels is not None or shift_labels is not None:
+            labels = self._without_text(labels)
+            shift_labels = self._without_text(shift_labels)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -286,6 +290,12 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             )
         others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **others)
+
+    def _without_text(self, labels: torch.LongTensor | None) -> torch.LongTensor | None:
+        """Labels of which the loss leaves out the text."""
+        if labels is None or not self.config.text_vocab_size:
+            return labels
+        return labels.masked_fill(labels >= self.config.codebook_size, -100)
 
     # transformers' generate, with batched guidance and the caller's generator
 
@@ -298,7 +308,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         generator: Generators = None,
         **kwargs: Any,
     ) -> torch.Tensor | ModelOutput:
-        """transformers' ``generate`` over ``input_ids`` that begin with a class token.
+        """transformers' ``generate`` over ``input_ids`` that begin with a class token, or the tokens of a text.
 
         Args:
             guidance_scale: a number, or a pair (start, end) for a scale linear over the image tokens; both halves
@@ -320,7 +330,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         # defaults of the paper where nobody says otherwise: one whole image, from the whole distribution
         lengths = [kwargs.get(name, getattr(base, name)) for name in ("max_new_tokens", "max_length")]
         if lengths == [None, None]:
-            kwargs["max_length"] = self.config.num_image_tokens + 1
+            kwargs["max_length"] = self.config.num_image_tokens + self.config.prompt_length
         if kwargs.get("do_sample", base.do_sample) and base.top_k is None:
             kwargs.setdefault("top_k", 0)
         # what a named cache may bring is kept with the model: compiled calls, buffers
@@ -362,7 +372,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         self, sequences: torch.Tensor, scores: tuple[torch.Tensor, ...], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """transformers' own, which expects scores ``(rows, codebook_size)`` of the whole input vocabulary."""
-        others = self.config.vocab_size - self.config.codebook_size  # classes, which are never generated
+        others = self.config.vocab_size - self.config.codebook_size  # classes or text, which are never generated
         scores = tuple(F.pad(score, (0, others), value=-math.inf) for score in scores)
         return super().compute_transition_scores(sequences, scores, *args, **kwargs)
 
@@ -417,7 +427,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
 
     def stream_codes(
         self,
-        class_labels: torch.LongTensor | Sequence[int] | int,
+        class_labels: torch.LongTensor | Sequence[int] | int | None = None,
         *,
         guidance_scale: GuidanceScale = None,
         temperature: float = 1.0,
@@ -427,6 +437,8 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         prefix_codes: torch.LongTensor | None = None,
         num_tokens: int | None = None,
         group_size: int | None = None,
+        text_ids: Sequence[Sequence[int]] | None = None,
+        negative_text_ids: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[torch.LongTensor]:
         """Generate codes and yield each group ``(B, group_size)`` as soon as it is complete.
 
@@ -434,7 +446,7 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         prefix is never computed again.
 
         Args:
-            class_labels: one label per image, in [0, num_classes).
+            class_labels: one label per image, in [0, num_classes); of class models.
             guidance_scale: a number or a pair (start, end), linear over the image's tokens; None takes the generation
                 configuration's, 1.0 switches it off.
             temperature: divides the logits; 0 takes the most probable code.
@@ -443,10 +455,13 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             prefix_codes: ``(B or 1, n)`` codes to start from; they come back first in the stream.
             num_tokens: stop after this many codes, prefix included; default the whole image.
             group_size: codes per yield; default the configuration's. The last group may be shorter.
+            text_ids: the text tokenizer's ids of one text per image, of any length up to max_text_tokens; of text
+                models.
+            negative_text_ids: what guidance leads away from, in place of no text: one for all images, or one each.
 
         Raises:
-            ValueError: for labels, codes or sampling options out of range, before anything is generated; and where
-                logits are not finite, which on GPUs is looked at after the last code only.
+            ValueError: for labels, texts, codes or sampling options out of range, before anything is generated; and
+                where logits are not finite, which on GPUs is looked at after the last code only.
         """
         config = self.config
         if num_tokens is None:
@@ -461,20 +476,46 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
             raise ValueError(f"num_tokens must lie in [1, {config.num_image_tokens}], got {num_tokens}.")
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {group_size}.")
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.reshape(-1).tolist()
-        single = isinstance(class_labels, (str, bytes)) or not isinstance(class_labels, Iterable)
-        labels: list[Any] = [class_labels] if single else list(class_labels)  # type: ignore[arg-type]
-        if not labels:
-            raise ValueError("class_labels is empty: nothing to generate.")
-        start = torch.tensor([[config.class_token_id(label)] for label in labels], device=self._input_device)
-        check_generators(generator, len(labels))
+        start = self._prompt_tokens(class_labels, text_ids)
+        batch_size = len(start)
+        unconditional = self.model.to_unconditional(start)
+        if negative_text_ids is not None:
+            unconditional = self._negative_tokens(negative_text_ids, batch_size)
+        check_generators(generator, batch_size)
         if prefix_codes is not None:
-            prefix_codes = self.check_prefix(prefix_codes, len(labels), num_tokens)
+            prefix_codes = self.check_prefix(prefix_codes, batch_size, num_tokens)
             start = torch.cat([start, prefix_codes], dim=1)
+            unconditional = torch.cat([unconditional, prefix_codes], dim=1)
         schedule = guidance_schedule(guidance_scale, config.num_image_tokens)
         warpers = sampling_warpers(temperature, top_k, top_p)
-        return self._stream_groups(start, schedule, warpers, generator, num_tokens, group_size)
+        return self._stream_groups(start, unconditional, schedule, warpers, generator, num_tokens, group_size)
+
+    def _prompt_tokens(self, class_labels: Any, text_ids: Any) -> torch.LongTensor:
+        """The tokens ``(B, prompt_length)`` before the codes, of class labels or of the ids of texts."""
+        config = self.config
+        if config.text_vocab_size:
+            if class_labels is not None or text_ids is None:
+                raise ValueError("this model draws from text: give text_ids, and no class labels.")
+            rows = [config.text_token_ids(ids) for ids in text_ids]
+        else:
+            if text_ids is not None or class_labels is None:
+                raise ValueError("this model draws from class labels: give class_labels, and no text.")
+            if isinstance(class_labels, torch.Tensor):
+                class_labels = class_labels.reshape(-1).tolist()
+            single = isinstance(class_labels, (str, bytes)) or not isinstance(class_labels, Iterable)
+            labels: list[Any] = [class_labels] if single else list(class_labels)
+            rows = [[config.class_token_id(label)] for label in labels]
+        if not rows:
+            name = "text_ids" if config.text_vocab_size else "class_labels"
+            raise ValueError(f"{name} is empty: nothing to generate.")
+        return torch.tensor(rows, device=self._input_device)
+
+    def _negative_tokens(self, text_ids: Any, batch_size: int) -> torch.LongTensor:
+        """The tokens of the texts that guidance leads away from, one row for each image."""
+        rows = [self.config.text_token_ids(ids) for ids in text_ids]
+        if len(rows) not in (1, batch_size):
+            raise ValueError(f"got {len(rows)} negative texts for {batch_size} images: give one, or one for each.")
+        return torch.tensor(rows, device=self._input_device).expand(batch_size, -1)
 
     def check_sampling(self, guidance_scale: GuidanceScale, temperature: float, top_k: int, top_p: float) -> None:
         """Raises ValueError for sampling options that `stream_codes` would refuse."""
@@ -520,25 +561,28 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
     def _stream_groups(
         self,
         start: torch.LongTensor,
+        unconditional: torch.LongTensor,
         schedule: list[float] | None,
         warpers: LogitsProcessorList | None,
         generator: Generators,
         num_tokens: int,
         group_size: int,
     ) -> Iterator[torch.LongTensor]:
-        """``start`` is the class token and the prefix of each row; ``warpers`` None decodes greedily."""
+        """``start`` is prompt and prefix of each row, ``unconditional`` the same for the other half of guidance.
+
+        ``warpers`` None decodes greedily.
+        """
+        codes = start[:, self.config.prompt_length :]
         inputs = start
-        codes = start[:, 1:]
-        rows = len(start) if schedule is None else 2 * len(start)
+        if schedule is not None:
+            inputs = torch.cat([start, unconditional])
         yielded = 0
         extremes: list[torch.Tensor] = []  # NaN and infinity show in minimum and maximum: two numbers per step
-        with self._decoding(rows, num_tokens) as (model, next_logits):
+        with self._decoding(len(inputs), num_tokens) as (model, next_logits):
             while yielded < num_tokens:
                 stop = min(yielded + group_size, num_tokens)
                 with evaluating(model):
                     while codes.shape[1] < stop:
-                        if schedule is not None:  # the same rows once more, under the null class
-                            inputs = torch.cat([inputs, self.model.to_unconditional(inputs)])
                         logits = next_logits(inputs)
                         codes = codes.to(logits.device)  # under offloading the model is elsewhere until it is called
                         if schedule is not None:
@@ -549,6 +593,8 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
                         else:
                             inputs = sample_index(warpers(None, logits), generator)[:, None]
                         codes = torch.cat([codes, inputs], dim=1)
+                        if schedule is not None:
+                            inputs = torch.cat([inputs, inputs])
                 if codes.device.type == "cpu" or stop == num_tokens:  # a GPU is waited for at the end only
                     check_finite(extremes, self)
                     extremes.clear()
@@ -561,7 +607,8 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         if not self.compile_decoding:
             # attention and its cache are float32 on CPUs, where bf16 makes them no faster
             model = accelerated(self, pack=self.pack_weights, float32_outputs=("q_proj", "k_proj", "v_proj"))
-            cache = Cache(layers=[FilledCacheLayer(num_tokens) for _ in self.model.layers])
+            length = self.config.prompt_length + num_tokens - 1  # the last code is not put in
+            cache = Cache(layers=[FilledCacheLayer(length) for _ in self.model.layers])
             yield model, lambda inputs: _next_logits(model, inputs, cache)
             return
         if self._compiled_forward is None:
@@ -570,10 +617,12 @@ class DARForCausalLM(DARPreTrainedModel, GenerationMixin):
         key = (rows, self.device, self.dtype)
         cache = self._static_caches.pop(key, None)  # taken out: two streams must not share one
         if cache is None:
-            cache = StaticCache(config=self.config, max_cache_len=self.config.num_image_tokens)
+            cache = StaticCache(
+                config=self.config, max_cache_len=self.config.prompt_length + self.config.num_image_tokens - 1
+            )
         cache.reset()
 
-        # the prefill, over class and prefix, has a different shape; do not compile it
+        # the prefill, over prompt and prefix, has a different shape; do not compile it
         forwards = itertools.chain([self], itertools.repeat(self._compiled_forward))
 
         def next_logits(inputs: torch.LongTensor) -> torch.Tensor:

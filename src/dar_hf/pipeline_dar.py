@@ -1,4 +1,4 @@
-"""Class-conditional image generation with D-AR: language model and tokenizer, composed as two generators.
+"""Image generation from classes or text with D-AR: language model and tokenizer, composed as two generators.
 
 `DARPipeline.stream` is the composition; calling the pipeline gives its last element, and `DARPipeline.reconstruct` is
 the same path over codes that exist already. Image-to-image follows the idea of the original code but not its schedule:
@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedTokenizerBase
 
 from .acceleration_dar import SideStream, can_overlap
 from .checks_dar import check_generators, check_integer, described
@@ -27,6 +28,7 @@ from .labels_dar import index_names, known_names, names_by_id
 from .modeling_dar import DARForCausalLM
 from .sampling_dar import GuidanceScale
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time, to_adams_bashforth
+from .text_dar import check_text_tokenizer, prompt_ids
 from .tokenizer_dar import DARPreview, DARTokenizer
 from .weights_dar import replacing_earlier_save
 
@@ -71,14 +73,15 @@ class CodesPreview:
 
 
 class DARPipeline(DiffusionPipeline):
-    """Generates images from class labels, step by step as their codes arrive.
+    """Generates images from class labels or from text, step by step as their codes arrive.
 
     Args:
         tokenizer: codes to images.
-        transformer: class labels to codes; its generation configuration holds the default ``guidance_scale``.
+        transformer: class labels or text to codes; its generation configuration holds the default ``guidance_scale``.
         scheduler: the tokenizer's solver. Diffusers' flow-matching Euler scheduler becomes ours with its shift and
             ``solver_order=1``, here and where it is put in its place later; others are refused.
         id2label: class names by id; several names of one class are separated by commas.
+        text_tokenizer: text to the ids of its tokens; of transformers that draw from text, and of no others.
 
     Attributes:
         labels: class ids by name, for every name that stands for one class. Where classes share a name, it belongs to
@@ -89,6 +92,7 @@ class DARPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->tokenizer"
+    _optional_components = ["text_tokenizer"]
     _callback_tensor_inputs = ["preview", "codes", "latents"]
 
     save_pretrained = replacing_earlier_save(DiffusionPipeline.save_pretrained)
@@ -99,13 +103,17 @@ class DARPipeline(DiffusionPipeline):
         transformer: DARForCausalLM,
         scheduler: FlowMatchAdamsBashforthScheduler,
         id2label: dict | None = None,
+        text_tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
         _check_components(tokenizer, transformer)
+        check_text_tokenizer(text_tokenizer, transformer.config.text_vocab_size)
         scheduler = to_adams_bashforth(scheduler)
         if id2label is not None:
             id2label = names_by_id(id2label, transformer.config.num_classes)
-        self.register_modules(tokenizer=tokenizer, transformer=transformer, scheduler=scheduler)
+        self.register_modules(
+            tokenizer=tokenizer, transformer=transformer, scheduler=scheduler, text_tokenizer=text_tokenizer
+        )
         self.register_to_config(id2label=id2label)
         self.labels, self._shared_names = index_names(id2label or {})
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)  # of outputs; images_dar reads inputs
@@ -161,7 +169,7 @@ class DARPipeline(DiffusionPipeline):
 
     def __call__(
         self,
-        class_labels: int | str | list[int] | list[str],
+        class_labels: int | str | list[int] | list[str] | None = None,
         guidance_scale: GuidanceScale = None,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -180,18 +188,20 @@ class DARPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
     ) -> DARPipelineOutput | tuple:
         """Generate images: the last element of `stream`.
 
         Args:
-            class_labels: classes by id or name, one or a list.
+            class_labels: classes by id or name, one or a list; of pipelines that draw from classes.
             guidance_scale: classifier-free guidance, a number or a pair (start, end) for a scale linear over the
                 tokens; None takes the default saved with the transformer, 1.0 switches it off.
             temperature, top_k, top_p: sampling of the codes; temperature 0 takes the most probable ones.
             num_inference_steps: denoising steps, any number up to 10000; default the tokenizer's. Fewer than the
                 tokenizer has groups leave groups out.
             num_tokens: generate only this many codes; the preview shows the last complete group.
-            num_images_per_prompt: images per label.
+            num_images_per_prompt: images per label or prompt.
             prefix_codes: codes to start from: ``(1, n)`` for all images, or one row for each label or each image.
                 Images given as ``image`` or ``layout_image`` follow the same rule.
             layout_image, layout_tokens: take the first ``layout_tokens`` codes of an image as the prefix.
@@ -207,6 +217,9 @@ class DARPipeline(DiffusionPipeline):
                 all); ``step`` counts the steps of this call, 0 to ``num_timesteps - 1``. It may return a dictionary:
                 ``{"stop": True}`` ends the call with the current preview, ``{"latents": tensor}`` replaces the
                 solver's state.
+            prompt: what to draw, one text or a list; of pipelines that draw from text. A long text is cut, with a
+                warning.
+            negative_prompt: what guidance leads away from, in place of no text: one for all prompts, or one for each.
 
         Images are given as PIL images of any size, which are turned upright, laid on white where they are transparent,
         resized and cropped to their middle, as in training; or as arrays ``(B, H, W, C)`` or tensors
@@ -235,6 +248,8 @@ class DARPipeline(DiffusionPipeline):
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             previews=False,
         )
         return output if return_dict else (output.images,)
@@ -242,7 +257,7 @@ class DARPipeline(DiffusionPipeline):
     @torch.no_grad()
     def stream(
         self,
-        class_labels: int | str | list[int] | list[str],
+        class_labels: int | str | list[int] | list[str] | None = None,
         guidance_scale: GuidanceScale = None,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -261,6 +276,8 @@ class DARPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         previews: bool = True,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
     ) -> Iterator[DARPipelineOutput]:
         """Generate images and yield one `DARPipelineOutput` per denoising step, as soon as its codes are there.
 
@@ -297,8 +314,8 @@ class DARPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         self.transformer.check_sampling(guidance_scale, temperature, top_k, top_p)
-        labels = self.prepare_labels(class_labels, num_images_per_prompt)
-        batch_size = len(labels)
+        conditions = self.prepare_conditions(class_labels, prompt, negative_prompt, num_images_per_prompt)
+        batch_size = len(next(iter(conditions.values())))
         if prefix_codes is not None:
             prefix_codes = self.transformer.check_prefix(prefix_codes, batch_size, num_tokens, num_images_per_prompt)
         height, width = self.tokenizer.image_size
@@ -325,7 +342,7 @@ class DARPipeline(DiffusionPipeline):
             num_tokens = max(kept_tokens, *self._step_ends(num_inference_steps, num_tokens, start_step))
         self._guidance_scale = guidance_scale
         groups = self.transformer.stream_codes(
-            labels,
+            **conditions,
             guidance_scale=guidance_scale,
             temperature=temperature,
             top_k=top_k,
@@ -576,6 +593,24 @@ class DARPipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {names!r}."
             )
+
+    def prepare_conditions(
+        self, class_labels: Any, prompt: Any, negative_prompt: Any, num_images_per_prompt: int = 1
+    ) -> dict[str, list]:
+        """What `DARForCausalLM.stream_codes` draws from: labels, or the ids of texts; the first one for each image.
+
+        Raises:
+            ValueError: for text where the pipeline draws from classes, and the other way round.
+        """
+        config = self.transformer.config
+        if not config.text_vocab_size:
+            if prompt is not None or negative_prompt is not None:
+                raise ValueError("this pipeline draws from class labels, not from text: give class_labels.")
+            return {"class_labels": self.prepare_labels(class_labels, num_images_per_prompt)}
+        if class_labels is not None or prompt is None:
+            raise ValueError('this pipeline draws from text: give prompt="…", and no class labels.')
+        repeats = check_integer("num_images_per_prompt", num_images_per_prompt)
+        return prompt_ids(self.text_tokenizer, config.max_text_tokens, prompt, negative_prompt, repeats)
 
     def prepare_labels(self, class_labels: Any, num_images_per_prompt: int = 1) -> list[int]:
         """Class ids, one for each image, of classes by id or name."""

@@ -117,8 +117,9 @@ class ClassifierFreeGuidance(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self.scales = self.scales.to(scores.device)
-        padding = (input_ids >= self.codebook_size).int().argmax(dim=-1)  # what stands before the class token
-        position = (input_ids.shape[1] - 1 - padding).clamp(max=len(self.scales) - 1)
+        is_prompt = (input_ids >= self.codebook_size).int()
+        codes = is_prompt.flip(-1).argmax(dim=-1)  # since the class token or the text
+        position = codes.clamp(max=len(self.scales) - 1)
         return apply_guidance(scores, self.scales[position][:, None])
 
 

@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from tiny_models import make_text_pipeline
 
 from dar_hf import DARTokenizer
 from dar_hf.evaluation import evaluate_generation
@@ -40,3 +41,9 @@ def test_images_that_are_not_finite_end_the_run_and_leave_no_report(generation, 
     with pytest.raises(ValueError, match="decoded images are not finite"):
         evaluate_generation(generation(num_images=5), process())
     assert not (workplace / "out" / "report.json").exists()
+
+
+def test_generation_is_measured_of_class_models_only(generation, process, workplace, tiny_tokenizer):
+    make_text_pipeline(tiny_tokenizer).save_pretrained(workplace / "text")
+    with pytest.raises(ValueError, match="draws from text: generation is measured of class models only"):
+        evaluate_generation(generation(pipeline=str(workplace / "text")), process())

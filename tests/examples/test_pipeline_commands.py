@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from pipeline_helpers import picture, seeded
+from tiny_models import make_text_pipeline
 
 from dar_hf.evaluation import draw_swaps, swap_groups
 
@@ -77,6 +78,25 @@ def test_generate_from_an_image(folder, run, tiny_pipeline, options, call):
     for index, image in enumerate(expected):
         assert np.array_equal(np.asarray(Image.open(out / f"{index:04d}.png")), np.asarray(image))
     assert Image.open(out / "grid.png").size == (5 * TILE + 2, 2 * TILE + 2)  # the given image above the others
+
+
+def test_generate_from_text(tiny_tokenizer, tmp_path, run_command, refusal, folder):
+    pipe = make_text_pipeline(tiny_tokenizer)
+    pipe.save_pretrained(tmp_path / "text")
+    out = tmp_path / "out"
+    options = ("--pipeline", tmp_path / "text", "--output_dir", out, "--guidance_scale", 2)
+    run_command("generate.py", *options, "--prompt", "noto red apple", "猫", "--negative_prompt", "book")
+    generators = [seeded(i) for i in range(2)]
+    prompts = ["noto red apple", "猫"]
+    images = pipe(prompt=prompts, negative_prompt="book", guidance_scale=2.0, generator=generators).images
+    for index, image in enumerate(images):
+        assert np.array_equal(np.asarray(Image.open(out / f"{index:04d}.png")), np.asarray(image))
+    assert "draws from text" in refusal(run_command, "generate.py", *options)
+    assert "draws from text" in refusal(run_command, "generate.py", *options, "--class_labels", 0)
+    said = refusal(
+        run_command, "generate.py", "--pipeline", folder / "pipeline", "--prompt", "red", "--output_dir", out
+    )
+    assert "draws from class labels" in said
 
 
 def test_generate_refuses(folder, run, refusal):

@@ -21,15 +21,16 @@ _WRITTEN_ANEW = ("architectures", "model_type", "dtype", "auto_map", "transforme
 
 
 def to_llama(model: DARForCausalLM) -> LlamaForCausalLM:
-    """A copy of the model with one vocabulary for input and output: codes, then classes, then the null class.
+    """A copy of the model with one vocabulary for input and output: codes, then classes or text, then the null token.
 
-    A prompt is one class token, ``[codebook_size + class]``; ``codebook_size``, ``num_classes``,
-    ``num_image_tokens`` and ``tokens_per_group`` stay in the configuration for clients. The generation configuration
-    suppresses classes as output and stops after one image. It has no guidance: a server that wants it runs the
-    null class next to the class.
+    A prompt is one class token, ``[codebook_size + class]``, or the ``max_text_tokens`` tokens of
+    `DARConfig.text_token_ids`; ``codebook_size``, ``num_classes``, ``num_image_tokens``, ``tokens_per_group`` and the
+    options of text stay in the configuration for clients. The generation configuration suppresses classes and text as
+    output and stops after one image. It has no guidance: a server that wants it runs the prompt of null tokens next to
+    the prompt.
 
-    The head's rows of the classes hold the mean of its rows of the codes: their score is then the mean score of the
-    codes and never the largest, so that a server that ignores ``suppress_tokens`` decodes greedily all the same.
+    The head's rows of classes and text hold the mean of its rows of the codes: their score is then the mean score of
+    the codes and never the largest, so that a server that ignores ``suppress_tokens`` decodes greedily all the same.
 
     Returns:
         float32 on the CPU, whatever the model was.
@@ -76,8 +77,9 @@ def codes_tokenizer(config: DARConfig, id2label: Mapping[int, str] | None = None
     """A text tokenizer for the model of `to_llama`: one token per code and class, nothing added.
 
     ``<class_3>`` is a prompt, ``<class_null>`` that of the null class; ``<c0><c17>…`` is what the model answers, and
-    the ids of its tokens are the codes. Whitespace between tokens is ignored. Any other text raises an error in the
-    tokenizer, because there is no unknown token.
+    the ids of its tokens are the codes. The prompt of a text model is ``max_text_tokens`` tokens: ``<text_null>`` as
+    far as the text is short, then ``<text_5>…``, numbered as the text tokenizer does. Whitespace between tokens is
+    ignored. Any other text raises an error in the tokenizer, because there is no unknown token.
 
     Args:
         config: of the language model.
@@ -90,7 +92,9 @@ def codes_tokenizer(config: DARConfig, id2label: Mapping[int, str] | None = None
     labels, _ = index_names(names_by_id(id2label or {}, config.num_classes))
     words = {f"<c{code}>": code for code in range(config.codebook_size)}
     words |= {f"<class_{label}>": config.class_token_id(label) for label in range(config.num_classes)}
-    words["<class_null>"] = config.null_token_id
+    words |= {f"<text_{number}>": config.codebook_size + number for number in range(config.text_vocab_size)}
+    kind = "text" if config.text_vocab_size else "class"
+    words[f"<{kind}_null>"] = config.null_token_id
     tokenizer = Tokenizer(models.WordLevel(words))
     tokenizer.normalizer = normalizers.Sequence(  # type: ignore[assignment]
         [
@@ -105,7 +109,7 @@ def codes_tokenizer(config: DARConfig, id2label: Mapping[int, str] | None = None
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=config.num_image_tokens + 1,
+        model_max_length=config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )

@@ -84,6 +84,8 @@ def transformer_to_original(model: DARForCausalLM) -> dict[str, torch.Tensor]:
         ValueError: for a model with parts or sizes that the original code does not have.
     """
     config = model.config
+    if config.text_vocab_size:
+        raise ValueError("the original code draws from classes, not from text.")
     tensors = model.state_dict()
     for name, value in _ORIGINAL.items():
         if getattr(config, name) != value:

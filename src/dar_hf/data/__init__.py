@@ -2,7 +2,7 @@
 
 The files, each of which imports from those above it alone:
 
-- `loading`: around `datasets.load_dataset`; `classes`: which labels there are, and their numbers;
+- `loading`: around `datasets.load_dataset`; `classes`: which labels there are, and their numbers; `captions`: texts;
 - `folders`: which files of a local folder are which split; `image_folders`: folders of images as data sets;
 - `sources`: a data set by its name, loaded whole or as a stream (`load_images`, `stream_images`);
 - `transforms`: an image to a tensor; `batches`: samples, their order and their randomness; `streaming`: of a stream;

@@ -14,6 +14,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
+from typing import Any
 
 import datasets
 import torch
@@ -37,6 +38,7 @@ OF_THE_FILE = (
     errno.EPERM,
     errno.ENXIO,
 )
+LABELS = ("label", "caption")  # columns that say what an image is of
 READ_AT_ONCE = 256  # images that are checked at a time
 MAX_THREADS = 16
 _MASK = (1 << 64) - 1
@@ -137,16 +139,20 @@ class ImageSamples(torch.utils.data.Dataset):
     """Images of a `datasets.Dataset` by ``(index, seed)``, as tensors in [-1, 1].
 
     Args:
-        dataset: columns "image" and perhaps "label".
+        dataset: columns "image" and perhaps "label" or "caption".
         transform: image to tensor.
         memory_budget: decoded images are kept, up to this many bytes, since small data sets are seen hundreds of
             times and decoding them costs more than training on them. The workers of a loader, each of which has a
             copy of its own, share this amount.
+
+    Attributes:
+        labels: what each image is of: classes by number, captions, or whatever is put in their place, such as a
+            tensor with the tokens of each caption; empty where the data set has none.
     """
 
     def __init__(self, dataset: datasets.Dataset, transform: ImageTransform, memory_budget: int = 1 << 28):
         self.dataset = dataset.cast_column("image", datasets.Image(decode=False))
-        self.labels: list[int] = dataset["label"][:] if "label" in dataset.column_names else []
+        self.labels: Any = next((dataset[name][:] for name in LABELS if name in dataset.column_names), [])
         self.transform = transform
         self._decoded: dict[int, Image.Image] = {}
         self._decoded_size = 0  # bytes
@@ -190,7 +196,7 @@ class ImageSamples(torch.utils.data.Dataset):
             index = (index + 1) % len(self)
             image = self.readable_image(index)
         sample = {"pixel_values": self.transform(image, seed), "seed": seed}
-        if self.labels:
+        if len(self.labels):
             sample["label"] = self.labels[index]
         if skipped:
             sample["skipped"] = skipped

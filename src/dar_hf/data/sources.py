@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from .captions import check_captions, with_captions
 from .classes import whole_number, with_class_labels
 from .folders import DATA_ENDINGS, IMAGES, WEBDATASET, LocalFiles, data_kind, image_endings, read_folder
 from .image_folders import load_image_folder
@@ -29,8 +30,9 @@ def load_images(
     image_column: str = "image",
     label_column: str | None = "label",
     class_names: list[str] | None = None,
+    caption_column: str | None = None,
 ) -> datasets.Dataset:
-    """Load a data set of images, with labels if asked for.
+    """Load a data set of images, with labels or captions if asked for.
 
     Args:
         name: "digits", a folder of images, parquet files or webdataset tars, one such file, or a Hub id.
@@ -39,19 +41,24 @@ def load_images(
         image_column: column with the images; of webdatasets "image" stands for the only field with images.
         label_column: column with the classes; None where no labels are needed; of webdatasets "label" stands for cls.
         class_names: number the classes in this order, as another split does.
+        caption_column: column with captions, to be read instead of labels; of webdatasets "caption" stands for txt.
 
     Returns:
-        A data set with the columns "image" and, with labels, "label" (a `datasets.ClassLabel`). Labels that are
-        numbers keep their values, see `dar_hf.data.classes`.
+        A data set with the columns "image" and, with labels, "label" (a `datasets.ClassLabel`) or, with captions,
+        "caption". Labels that are numbers keep their values, see `dar_hf.data.classes`.
 
     Raises:
         ValueError: for a path, split or column that is not there, files that are damaged, a data set without images,
             or labels that are missing or neither whole numbers nor names.
     """
-    dataset = _load(name, split, config_name, image_column, label_column)
-    dataset = _select(dataset, name, image_column, label_column)
+    if caption_column:
+        label_column = None
+    dataset = _load(name, split, config_name, image_column, caption_column or label_column)
+    dataset = _select(dataset, name, image_column, label_column, caption_column)
     if len(dataset) == 0:
         raise ValueError(f"split {split!r} of {name} holds no images.")
+    if caption_column:
+        return with_captions(dataset, name)
     return with_class_labels(dataset, name, class_names) if label_column else dataset
 
 
@@ -62,19 +69,26 @@ def stream_images(
     config_name: str | None = None,
     image_column: str = "image",
     label_column: str | None = "label",
+    caption_column: str | None = None,
 ) -> datasets.IterableDataset:
     """Like `load_images`, but read as it is needed, and never written to disk. Labels stay as they are.
 
     Raises:
-        ValueError: for a path, split or column that is not there, a part of a split, or labels that are no integers.
+        ValueError: for a path, split or column that is not there, a part of a split, labels that are no integers, or
+            captions that are no texts.
     """
     if "[" in split or "+" in split:
         raise ValueError(
             f"a stream takes a whole split, not {split!r}: do without streaming, or take the first images "
             "(--max_train_samples)."
         )
-    dataset = _load(name, split, config_name, image_column, label_column, streaming=True)
-    dataset = _select(dataset, name, image_column, label_column)
+    if caption_column:
+        label_column = None
+    dataset = _load(name, split, config_name, image_column, caption_column or label_column, streaming=True)
+    dataset = _select(dataset, name, image_column, label_column, caption_column)
+    if caption_column:
+        check_captions(dataset.features["caption"], name)
+        return dataset.cast_column("caption", datasets.Value("string"))
     if label_column and not _are_numbers(dataset, name):
         raise ValueError(
             f"labels of a stream must be integers, those of {name} are {dataset.features['label']}: do without "
@@ -105,20 +119,27 @@ def first_rows(stream: datasets.IterableDataset, count: int, name: str) -> list[
         return list(stream.cast_column("image", datasets.Image(decode=False)).take(count))
 
 
-def _select(dataset: Any, name: str, image_column: str, label_column: str | None) -> Any:
-    """The columns "image" and "label" of a data set or stream."""
+def _select(
+    dataset: Any, name: str, image_column: str, label_column: str | None, caption_column: str | None = None
+) -> Any:
+    """The columns "image" and "label" or "caption" of a data set or stream."""
     if dataset.features is None:
         with clear_errors(name):
             dataset = dataset._resolve_features()
     if dataset.features is None:
         raise ValueError(f"{name} holds no images.")
     if "__key__" in dataset.column_names:
-        image_column, label_column = _webdataset_fields(dataset, image_column, label_column)
-    if image_column == label_column:
-        raise ValueError(f"the images and the labels of {name} cannot both be the column {image_column!r}.")
+        image_column, label_column, caption_column = _webdataset_fields(
+            dataset, image_column, label_column, caption_column
+        )
     columns = {"image": image_column}
     if label_column:
         columns["label"] = label_column
+    if caption_column:
+        columns["caption"] = caption_column
+    if image_column in (label_column, caption_column):
+        other = list(columns)[1]
+        raise ValueError(f"the images and the {other}s of {name} cannot both be the column {image_column!r}.")
     for role, column in columns.items():
         if column not in dataset.column_names:
             raise ValueError(
@@ -147,8 +168,10 @@ def _check_image_feature(feature: Any, column: str, name: str) -> None:
     raise ValueError(f"the column {column!r} of {name} holds no images (encoded bytes, or paths) but {feature}.")
 
 
-def _webdataset_fields(dataset: Any, image_column: str, label_column: str | None) -> tuple[str, str | None]:
-    """Webdatasets name fields by their file endings: the image's is jpg or png or another, the class's is cls."""
+def _webdataset_fields(
+    dataset: Any, image_column: str, label_column: str | None, caption_column: str | None
+) -> tuple[str, str | None, str | None]:
+    """Webdatasets name fields by their file endings: jpg or another has the image, cls the class, txt the caption."""
     endings = image_endings()
     images = [
         column
@@ -159,7 +182,9 @@ def _webdataset_fields(dataset: Any, image_column: str, label_column: str | None
         image_column = images[0]
     if label_column == "label" and "label" not in dataset.column_names:
         label_column = "cls"
-    return image_column, label_column
+    if caption_column == "caption" and "caption" not in dataset.column_names:
+        caption_column = "txt"
+    return image_column, label_column, caption_column
 
 
 def _load(

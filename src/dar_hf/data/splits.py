@@ -34,6 +34,9 @@ class DataArguments:
     validation_split: str | None = HfArg(default=None, help="split to validate on; default validation or test")
     image_column: str = HfArg(default="image", help="column with the images")
     label_column: str = HfArg(default="label", help="column with the classes")
+    caption_column: str | None = HfArg(
+        default=None, help="column with captions, for a language model that draws from text instead of classes"
+    )
     max_train_samples: int | None = HfArg(
         default=None,
         help="train on N random images; of a stream the first N (of each part, where several processes or workers "
@@ -47,7 +50,11 @@ class DataArguments:
 
     def source(self, with_labels: bool) -> dict[str, Any]:
         """What `load_images` and `stream_images` are told besides the split."""
-        columns = {"image_column": self.image_column, "label_column": self.label_column if with_labels else None}
+        columns: dict[str, str | None] = {"image_column": self.image_column, "label_column": None}
+        if with_labels and self.caption_column:
+            columns["caption_column"] = self.caption_column
+        elif with_labels:
+            columns["label_column"] = self.label_column
         return {"name": self.dataset_name, "config_name": self.dataset_config_name, **columns}
 
     def train_transform(self, size: tuple[int, int], channels: int) -> ImageTransform:
@@ -63,10 +70,12 @@ def image_splits(
 ) -> Splits:
     """Images to train on, images to validate on (plain centre crops) or None, and with labels the classes of both.
 
+    Where ``args`` name a column of captions, they are read instead of the labels, and there are no classes.
+
     Args:
         args: which images.
         size, channels: (height, width) and channels that they are brought to.
-        with_labels: whether labels are needed.
+        with_labels: whether labels or captions are needed.
         num_classes: of a stream whose labels have no names.
 
     Raises:
@@ -78,7 +87,7 @@ def image_splits(
         return _streamed_splits(args, size, channels, with_labels, num_classes)
     source = args.source(with_labels)
     train = load_images(**source, split=args.train_split)
-    classes = train.features["label"] if with_labels else None
+    classes = train.features.get("label")
     class_names = classes.names if classes else None
     validation = load_validation(args, partial(load_images, **source, class_names=class_names))
     if validation is None:
@@ -93,10 +102,10 @@ def _streamed_splits(
 ) -> Splits:
     """A stream to train on, and the first images of the validation split, where there is one."""
     stream = stream_images(**args.source(with_labels), split=args.train_split)
-    classes = _stream_classes(stream, num_classes) if with_labels else None
+    classes = _stream_classes(stream, num_classes) if "label" in stream.column_names else None
     if args.max_train_samples is not None:
         stream = stream.take(args.max_train_samples)
-    validation = load_validation(args, partial(_first_images, args, classes))
+    validation = load_validation(args, partial(_first_images, args, classes, with_labels))
     if validation is None:
         logger.warning("no split to validate on: images of a stream cannot be held out")
     count = classes.num_classes if classes else None
@@ -114,13 +123,15 @@ def _stream_classes(stream: datasets.IterableDataset, num_classes: int | None) -
     return datasets.ClassLabel(names=[str(label) for label in range(num_classes)])
 
 
-def _first_images(args: DataArguments, classes: datasets.ClassLabel | None, split: str) -> datasets.Dataset:
+def _first_images(
+    args: DataArguments, classes: datasets.ClassLabel | None, with_labels: bool, split: str
+) -> datasets.Dataset:
     """The first images of a streamed split to validate on, their labels among the classes of training."""
-    stream = stream_images(**args.source(classes is not None), split=split)
+    stream = stream_images(**args.source(with_labels), split=split)
     rows = first_rows(stream, args.max_validation_samples, args.dataset_name)
     if not rows:
         raise ValueError(f"split {split!r} of {args.dataset_name} holds no images.")
-    features = {"image": datasets.Image()}
+    features = {name: datasets.Value("string") for name in stream.column_names} | {"image": datasets.Image()}
     if classes:
         features["label"] = classes
         for row in rows:

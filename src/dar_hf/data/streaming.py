@@ -8,7 +8,7 @@ they come does not allow.
 import copy
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -44,10 +44,13 @@ class StreamedImages:
     """Images of a streaming data set, endlessly, as tensors in [-1, 1].
 
     Args:
-        dataset: columns "image" and perhaps "label".
+        dataset: columns "image" and perhaps "label" or "caption".
         transform: image to tensor.
         block_size: rows that are shuffled together, and held in memory (encoded) by every worker.
         num_classes: labels must lie below; None where there are none.
+
+    Attributes:
+        encode_captions: makes the ``label`` of each of a list of captions; None where there are none.
     """
 
     def __init__(
@@ -61,6 +64,12 @@ class StreamedImages:
         self.transform = transform
         self.block_size = block_size
         self.num_classes = num_classes
+        self.encode_captions: Callable[[list[str]], torch.Tensor] | None = None
+
+    def captions(self, count: int) -> list[str]:
+        """The first ``count`` captions."""
+        rows = islice(copy.deepcopy(self.dataset), count)  # its epoch lies in memory that all copies share
+        return [row["caption"] or "" for row in rows]
 
     def sample(self, row: dict, seed: int) -> dict:
         """``pixel_values (C, H, W)``, ``seed`` and perhaps ``label``.
@@ -82,6 +91,8 @@ class StreamedImages:
                     f"a streamed image has the label {row['label']}; the model has {self.num_classes} classes."
                 )
             sample["label"] = label
+        if self.encode_captions is not None:
+            (sample["label"],) = self.encode_captions([row["caption"] or ""])
         return sample
 
 

@@ -15,7 +15,7 @@ from ..utils.fingerprint import weights_fingerprint
 from ..utils.loading import load, load_pipeline
 from .arguments import EvaluationArguments
 
-_PATTERNS = ["*.json", "tokenizer/*", "transformer/*", "scheduler/*", "*.safetensors"]
+_PATTERNS = ["*.json", "tokenizer/*", "transformer/*", "scheduler/*", "text_tokenizer/*", "*.safetensors"]
 
 
 @dataclass

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from ..configuration_dar import DARConfig
 from ..modeling_dar import DARForCausalLM
@@ -59,9 +59,12 @@ def _describe_tokenizer(model: DARTokenizer) -> dict[str, str]:
 def _describe_transformer(model: DARForCausalLM) -> dict[str, str]:
     config = model.config
     scale = model.generation_config.guidance_scale
+    conditions = f"{config.num_classes} classes"
+    if config.text_vocab_size:
+        conditions = f"text of up to {config.max_text_tokens} of {config.text_vocab_size} tokens"
     return {
         "language model": f"Llama, {_count(model.num_parameters())} parameters, {config.num_hidden_layers} layers, "
-        f"{config.num_attention_heads} heads, width {config.hidden_size}, {config.num_classes} classes",
+        f"{config.num_attention_heads} heads, width {config.hidden_size}, {conditions}",
         "default guidance": "none" if scale is None else setting_text(scale),
     }
 
@@ -91,6 +94,13 @@ for output in pipe.stream(0):  # a preview as soon as each group of tokens exist
     output.images[0].save(f"step_{output.step}.png")"""
 _USE_TRANSFORMER = """
 codes = model.generate(torch.tensor([[model.config.class_token_id(0)]]))[:, 1:]  # tokens of one image of class 0"""
+_USE_TEXT_PIPELINE = """
+images = pipe(prompt="a red apple").images
+for output in pipe.stream(prompt="a red apple"):  # a preview as soon as each group of tokens exists
+    output.images[0].save(f"step_{output.step}.png")"""
+_USE_TEXT_TRANSFORMER = """
+prompt = model.config.text_token_ids([5, 3, 8])  # what the text tokenizer makes of a text
+codes = model.generate(torch.tensor([prompt]))[:, len(prompt) :]  # tokens of one image"""
 _USE_TOKENIZER = """
 codes = tokenizer.encode(pixel_values).codes  # images (B, 3, H, W) in [-1, 1]
 images = tokenizer.decode(codes).sample"""
@@ -135,9 +145,31 @@ _KINDS = {
 }
 
 
+# what is different about those that draw from text
+_TEXT_KINDS = {
+    "DARPipeline": replace(
+        _KINDS["DARPipeline"],
+        usage=_KINDS["DARPipeline"].usage.replace(_USE_PIPELINE, _USE_TEXT_PIPELINE),
+        pipeline_tag="text-to-image",
+    ),
+    "DARForCausalLM": replace(
+        _KINDS["DARForCausalLM"],
+        usage=_KINDS["DARForCausalLM"].usage.replace(_USE_TRANSFORMER, _USE_TEXT_TRANSFORMER),
+    ),
+}
+
+
+def _kind_of(model: Any) -> _Kind:
+    name = type(model).__name__
+    transformer = getattr(model, "transformer", model)
+    if name in _TEXT_KINDS and transformer.config.text_vocab_size:
+        return _TEXT_KINDS[name]
+    return _KINDS[name]
+
+
 def describe(model: Any) -> dict[str, str]:
     """Size and settings of a pipeline or one of its parts, as people write them: rows of its card's table."""
-    return _KINDS[type(model).__name__].describe(model)
+    return _kind_of(model).describe(model)
 
 
 def model_card(
@@ -176,7 +208,7 @@ def model_card(
     Returns:
         The card; ``str(card)`` is its text, ``card.save(path)`` writes it.
     """
-    kind = _KINDS[type(model).__name__]
+    kind = _kind_of(model)
     title = title or os.path.basename(os.path.abspath(repo_id))  # the folder one is in has a name, too
     tags = ["d-ar", PAPER_TAG, *metadata.pop("tags", [])]
     common: dict[str, Any] = {"license": "mit", "tags": tags} | metadata
@@ -232,10 +264,14 @@ def _empty_transformer(folder: Path) -> DARForCausalLM:
 
 
 def _empty_pipeline(folder: Path) -> DARPipeline:
+    text_tokenizer = None
+    if (folder / "text_tokenizer").is_dir():
+        text_tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
     return DARPipeline(
         _empty_tokenizer(folder / "tokenizer"),
         _empty_transformer(folder / "transformer"),
         FlowMatchAdamsBashforthScheduler.from_pretrained(folder / "scheduler"),
+        text_tokenizer=text_tokenizer,
     )
 
 

@@ -1,7 +1,9 @@
 """Stage 2: the language model on the codes of a finished tokenizer (D-AR, section 3.3)."""
 
 import copy
+import logging
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..acceleration_dar import SHORT_SEQUENCE
 from ..data import DataError, ImageSamples, SeedFor, StreamedImages, bernoulli_mask, image_splits, normal_noise
@@ -16,6 +19,7 @@ from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import DARPipeline
 from ..presets import PRESETS, get_preset, parse_options
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
+from ..text_dar import encode_texts
 from ..tokenizer_dar import DARTokenizer
 from ..utils.fingerprint import weights_fingerprint
 from ..utils.loading import load
@@ -24,13 +28,17 @@ from .arguments import ARArguments
 from .codes import ENCODE_BATCH, CodeSamples, code_splits, encode_all, in_batches
 from .fingerprint import data_fingerprint
 from .losses import LossTerm, cross_entropy_sum
-from .models import build_transformer, class_names, sizes_of
+from .models import build_text_tokenizer, build_transformer, class_names, sizes_of, text_sizes
 from .muon import matrices_of_blocks
 from .stage import Stage
+from .text import caption_tokens, text_fingerprint
+
+logger = logging.getLogger(__name__)
 
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_SAMPLE_ROWS = 10
 SAMPLE_COLUMNS = 8
+STREAMED_CAPTIONS = 10_000  # of a stream, from which a text tokenizer is learned
 
 
 def add_adapters(model: DARForCausalLM, rank: int, alpha: int, train_classes: bool = False) -> nn.Module:
@@ -54,16 +62,24 @@ def add_adapters(model: DARForCausalLM, rank: int, alpha: int, train_classes: bo
     return get_peft_model(model, config)
 
 
+def _captions_of(samples: ImageSamples | StreamedImages | CodeSamples) -> list[str]:
+    """All captions, or the first ones of a stream."""
+    if isinstance(samples, StreamedImages):
+        return samples.captions(STREAMED_CAPTIONS)
+    return samples.labels
+
+
 class ARStage(Stage):
     """Trains a `DARForCausalLM`; the finished folder is a whole `DARPipeline`.
 
     Args:
         model: the language model.
         tokenizer: the trained tokenizer, frozen.
-        samples: labelled training images, or their codes.
+        samples: training images with labels or captions, or their codes.
         args: the recipe.
-        validation: labelled images for validation, or None.
+        validation: such images for validation, or None.
         id2label: class names.
+        text_tokenizer: of models that draw from text.
     """
 
     name = "ar"
@@ -77,10 +93,12 @@ class ARStage(Stage):
         args: ARArguments,
         validation: ImageSamples | None = None,
         id2label: dict[int, str] | None = None,
+        text_tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.model: Any = model
         self.args = args
         self.id2label = id2label
+        self.text_tokenizer = text_tokenizer
         if args.lora_rank:
             self.model = add_adapters(
                 model, args.lora_rank, args.lora_alpha or args.lora_rank, train_classes=bool(args.new_classes)
@@ -97,6 +115,7 @@ class ARStage(Stage):
                     "the warnings above name them."
                 )
         self.validation = validation
+        self.sample_conditions = self._prepare_conditions()
         self.terms = [LossTerm("cross_entropy", 1.0, "tokens", self._cross_entropy)]
         if args.guidance_scale is not None:
             scale = args.guidance_scale
@@ -121,6 +140,7 @@ class ARStage(Stage):
         overrides = parse_options(args.model_overrides)
         sizes = sizes_of(tokenizer, overrides)
         samples: Any
+        text_tokenizer = None
         if args.codes:
             samples, validation, classes = code_splits(args, args.codes, tokenizer)
         else:
@@ -131,11 +151,34 @@ class ARStage(Stage):
                 with_labels=True,
                 num_classes=overrides.get("num_classes"),
             )
-        model = build_transformer(args, sizes, classes.names)
+        if args.caption_column:
+            captions = _captions_of(samples)
+            text_tokenizer = build_text_tokenizer(args, captions)
+            sizes |= text_sizes(args, text_tokenizer, captions)
+        names = classes.names if classes else []
+        model = build_transformer(args, sizes, names)
         if torch.device(device).type == "cpu" and model.config.num_image_tokens <= SHORT_SEQUENCE:
             model.set_attn_implementation("eager")  # for training only: it is not saved
-        id2label = class_names(args, model.config.num_classes, classes.names)
-        return cls(model, tokenizer, samples, args, validation, id2label)
+        id2label = class_names(args, model.config.num_classes, names) or None
+        return cls(model, tokenizer, samples, args, validation, id2label, text_tokenizer)
+
+    def _prepare_conditions(self) -> dict[str, list]:
+        """What validation draws, as `DARForCausalLM.stream_codes` takes it; captions of all images become tokens."""
+        if self.text_tokenizer is None:
+            rows = min(self.model.config.num_classes, MAX_SAMPLE_ROWS)
+            return {"class_labels": [label for label in range(rows) for _ in range(SAMPLE_COLUMNS)]}
+        splits = [samples for samples in (self.samples, self.validation) if samples is not None]
+        captions = list(dict.fromkeys(_captions_of(splits[-1])))
+        shown = captions[:: -(-len(captions) // MAX_SAMPLE_ROWS)]  # spread evenly
+        logger.info("samples are drawn of: %s", "; ".join(shown))
+        encode = partial(caption_tokens, self.text_tokenizer, self.model.config)
+        for samples in splits:
+            if isinstance(samples, StreamedImages):
+                samples.encode_captions = partial(encode, warn=False)
+            else:
+                samples.labels = encode(samples.labels)
+        ids = encode_texts(self.text_tokenizer, shown, self.model.config.max_text_tokens)
+        return {"text_ids": [row for row in ids for _ in range(SAMPLE_COLUMNS)]}
 
     def prepare(self, accelerator: Accelerator) -> None:
         self.tokenizer.to(accelerator.device)
@@ -167,14 +210,20 @@ class ARStage(Stage):
     def _logits(
         self, model: nn.Module, codes: torch.Tensor, labels: torch.Tensor, drop_class: torch.Tensor
     ) -> torch.Tensor:
-        """Logits of every code: the last code is a target only, so it is not put in."""
-        class_tokens = (labels + self.model.config.codebook_size)[:, None]
-        tokens = torch.cat([class_tokens, codes[:, :-1]], dim=1)
-        return model(input_ids=tokens, use_cache=False, drop_class=drop_class.to(tokens.device)).logits
+        """Logits of every code: the last code is a target only, so it is not put in.
+
+        ``labels`` are classes ``(B,)`` or the tokens of texts ``(B, max_text_tokens)``.
+        """
+        prompts = labels
+        if labels.ndim == 1:
+            prompts = (labels + self.model.config.codebook_size)[:, None]
+        tokens = torch.cat([prompts, codes[:, :-1]], dim=1)
+        drop_class = drop_class.to(tokens.device)
+        return model(input_ids=tokens, use_cache=False, drop_class=drop_class, logits_to_keep=codes.shape[1]).logits
 
     @torch.no_grad()
     def validate(self, step: int) -> tuple[dict[str, float], dict[str, Image.Image]]:
-        """Cross-entropy on the validation images, and a grid of samples, one row per class."""
+        """Cross-entropy on the validation images, and a grid of samples, one row per class or caption."""
         metrics = {}
         if self.validation is not None:
             total = 0.0
@@ -184,18 +233,16 @@ class ARStage(Stage):
                 if not indices:
                     continue
                 codes = self.tokenizer.encode(images.to(self.model.device)).codes
-                labels = torch.tensor([self.validation.labels[i] for i in indices], device=codes.device)
+                labels = torch.as_tensor(self.validation.labels)[indices].to(codes.device)
                 logits = self._logits(self.model, codes, labels, torch.zeros(len(codes), dtype=torch.bool))
                 total += float(cross_entropy_sum(logits, codes))
                 count += len(indices)
             if count:
                 metrics["cross_entropy"] = total / (count * self.model.config.num_image_tokens)
-        rows = min(self.model.config.num_classes, MAX_SAMPLE_ROWS)
-        labels = [label for label in range(rows) for _ in range(SAMPLE_COLUMNS)]
         generator = torch.Generator(self.model.device).manual_seed(self.args.seed)
-        codes = torch.cat(list(self.model.stream_codes(labels, generator=generator)), dim=1)
+        codes = torch.cat(list(self.model.stream_codes(**self.sample_conditions, generator=generator)), dim=1)
         shape = (self.tokenizer.config.in_channels, *self.tokenizer.image_size)
-        noise = normal_noise(torch.arange(len(labels)), shape, codes.device)
+        noise = normal_noise(torch.arange(len(codes)), shape, codes.device)
         images = self.tokenizer.decode(codes, noise=noise, scheduler=self._scheduler()).sample
         return metrics, {"samples": image_grid(images, SAMPLE_COLUMNS)}
 
@@ -206,7 +253,7 @@ class ARStage(Stage):
         self._pipeline(model).save_pretrained(folder)
 
     def _pipeline(self, model: DARForCausalLM) -> DARPipeline:
-        return DARPipeline(self.tokenizer, model, self._scheduler(), self.id2label)
+        return DARPipeline(self.tokenizer, model, self._scheduler(), self.id2label, self.text_tokenizer)
 
     def _scheduler(self) -> FlowMatchAdamsBashforthScheduler:
         return FlowMatchAdamsBashforthScheduler(
@@ -230,7 +277,10 @@ class ARStage(Stage):
         tokenizer = weights_fingerprint(self.tokenizer.state_dict())
         config = self.model.config.to_diff_dict()
         config.pop("transformers_version", None)  # a run may be resumed with another one
-        return {**config, "tokenizer": tokenizer, **adapters}
+        texts = {}
+        if self.text_tokenizer is not None:
+            texts["text_tokenizer"] = text_fingerprint(self.text_tokenizer)
+        return {**config, "tokenizer": tokenizer, **texts, **adapters}
 
     def describe_data(self) -> dict[str, str]:
         return self._data

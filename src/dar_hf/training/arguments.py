@@ -9,6 +9,7 @@ from transformers.hf_argparser import HfArg
 
 from ..data.splits import DataArguments
 from ..utils.options import expand_path, reject_empty_texts, renamed_option
+from .text import NUM_BYTES
 
 
 @dataclass
@@ -178,6 +179,17 @@ class ARArguments(LoopArguments):
     tokenizer: str = HfArg(default="", help="folder or Hub id of the trained tokenizer")
     codes: str | None = HfArg(default=None, help="train on the codes of extract_codes.py, a folder or Hub id")
     cache_codes: bool = HfArg(default=False, help="encode the whole set once, before training: for small sets")
+    text_tokenizer: str | None = HfArg(
+        default=None,
+        help="with --caption_column, folder or Hub id of a tokenizer of transformers; default that of --init_from, or "
+        "one learned from the captions",
+    )
+    text_vocab_size: int = HfArg(
+        default=1024, help="tokens of a text tokenizer that is learned, at most; 256 at least"
+    )
+    max_text_tokens: int | None = HfArg(
+        default=None, help="longer texts are cut to this many tokens; default the longest caption's, up to 128"
+    )
     new_classes: str | None = HfArg(
         default=None,
         help="with --init_from, choose its classes anew, starting from: null (the null class), mean (of all) or fresh",
@@ -191,6 +203,14 @@ class ARArguments(LoopArguments):
         super().__post_init__()
         if not self.label_column:
             raise ValueError("label_column is missing: stage 2 needs the classes.")
+        _require(self, ("max_text_tokens",), lambda value: value >= 1, "be at least 1")
+        _require(self, ("text_vocab_size",), lambda value: value >= NUM_BYTES, f"be at least {NUM_BYTES}")
+        if self.text_tokenizer and not self.caption_column:
+            raise ValueError("a text tokenizer is for captions: give --caption_column with --text_tokenizer.")
+        if self.new_classes and self.caption_column:
+            raise ValueError("captions are no classes: --new_classes and --caption_column exclude each other.")
+        if self.init_from and self.max_text_tokens:
+            raise ValueError("max_text_tokens is that of the saved model: leave it out with --init_from.")
         if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):
             raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
         if not all(0 <= scale < math.inf for scale in self.guidance_scale or []):

@@ -81,11 +81,11 @@ class CodeSamples(torch.utils.data.Dataset):
 
     Args:
         codes: ``codes[index]`` is ``(variants, tokens)``.
-        labels: class of each image.
+        labels: what each image is of, as in `ImageSamples`.
         transform: what makes the variants of images.
     """
 
-    def __init__(self, codes: Any, labels: list[int], transform: ImageTransform):
+    def __init__(self, codes: Any, labels: Any, transform: ImageTransform):
         self.codes = codes
         self.labels = labels
         self.transform = transform
@@ -126,7 +126,7 @@ class _StoredCodes:
 
 
 def load_codes(source: str, tokenizer: DARTokenizer, transform: ImageTransform) -> datasets.Dataset:
-    """A stored set of codes, with the columns "codes" and "label" (a `datasets.ClassLabel`).
+    """A stored set of codes, with the columns "codes" and "label" (a `datasets.ClassLabel`) or "caption".
 
     Args:
         source: folder or Hub id.
@@ -152,21 +152,32 @@ def load_codes(source: str, tokenizer: DARTokenizer, transform: ImageTransform) 
 
 def code_splits(
     args: DataArguments, source: str, tokenizer: DARTokenizer
-) -> tuple[CodeSamples, ImageSamples | None, datasets.ClassLabel]:
-    """Stored codes to train on, images to validate on where ``args`` name a data set, and the classes of both."""
+) -> tuple[CodeSamples, ImageSamples | None, datasets.ClassLabel | None]:
+    """Stored codes to train on, images to validate on where ``args`` name a data set, and the classes of both.
+
+    With captions, where ``args`` name a column of them, there are no classes.
+
+    Raises:
+        ValueError: for codes without the labels or captions that are needed, and as `load_codes`.
+    """
     size = tokenizer.image_size
     channels = tokenizer.config.in_channels
     transform = args.train_transform(size, channels)
     dataset = load_codes(source, tokenizer, transform)
-    classes = dataset.features["label"]
+    column = "caption" if args.caption_column else "label"
+    if column not in dataset.features:
+        held = "captions: give --caption_column" if column == "label" else "labels: leave out --caption_column"
+        raise ValueError(f"the codes in {source} have no {column}s but {held}, or extract them again.")
+    classes = dataset.features.get("label")
     validation = None
     if args.dataset_name:
-        load_split = partial(load_images, **args.source(with_labels=True), class_names=classes.names)
+        class_names = classes.names if classes else None
+        load_split = partial(load_images, **args.source(with_labels=True), class_names=class_names)
         validation = load_validation(args, load_split)
     if validation is None:
         logger.warning("no split to validate on: images of stored codes cannot be held out")
     dataset = random_subset(dataset, args.max_train_samples, args.seed)
-    samples = CodeSamples(_StoredCodes(dataset), dataset["label"][:], transform)
+    samples = CodeSamples(_StoredCodes(dataset), dataset[column][:], transform)
     return samples, validation_samples(validation, size, channels, args), classes
 
 

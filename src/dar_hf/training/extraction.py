@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from ..data import ImageSamples, ImageTransform, load_images
+from ..data.batches import LABELS
 from ..hub import advice, matching_files, prepare_repository, push_card
 from ..hub.blocks import sign
 from ..tokenizer_dar import DARTokenizer
@@ -54,6 +55,7 @@ class ExtractArguments:
     dataset_config_name: str | None = HfArg(default=None, help="configuration of a Hub data set")
     image_column: str = HfArg(default="image", help="column with the images")
     label_column: str = HfArg(default="label", help="column with the classes")
+    caption_column: str | None = HfArg(default=None, help="column with captions, to be stored instead of classes")
     crop: str = HfArg(default="ten", help="center or ten")
     flip: bool = HfArg(default=False, help="also the mirrored images; the ten crops hold them in any case")
     batch_size: int = HfArg(default=128, help="images per forward pass")
@@ -91,6 +93,7 @@ def extract_codes(args: ExtractArguments, accelerator: Accelerator) -> dict[str,
             config_name=args.dataset_config_name,
             image_column=args.image_column,
             label_column=args.label_column,
+            caption_column=args.caption_column,
         )
     samples = ImageSamples(dataset, transform, memory_budget=0)
     stamp = make_stamp(tokenizer, transform) | {
@@ -201,7 +204,8 @@ def _write_shards(
     """This process's share of the shards, each complete or absent."""
     dtype = "uint16" if stamp["codebook_size"] <= UINT16_CODES else "int32"
     shape = (stamp["variants"], stamp["num_tokens"])
-    features = datasets.Features({"codes": datasets.Array2D(shape, dtype), "label": samples.dataset.features["label"]})
+    (column,) = set(LABELS) & set(samples.dataset.features)
+    features = datasets.Features({"codes": datasets.Array2D(shape, dtype), column: samples.dataset.features[column]})
     starts = range(0, len(samples), stamp["shard_size"])
     own = range(accelerator.process_index, len(starts), accelerator.num_processes)
     for shard in tqdm(own, desc="shards", disable=not accelerator.is_main_process, mininterval=1.0):
@@ -210,7 +214,7 @@ def _write_shards(
             continue
         stop = min(starts[shard] + stamp["shard_size"], len(samples))
         codes, labels = encode_images(samples, in_batches(range(starts[shard], stop), batch_size), tokenizer)
-        columns = {"codes": codes.numpy().astype(dtype), "label": labels}
+        columns = {"codes": codes.numpy().astype(dtype), column: labels}
         temporary = path.with_name(f".{path.name}.tmp")
         datasets.Dataset.from_dict(columns, features=features).to_parquet(temporary)
         os.replace(temporary, path)

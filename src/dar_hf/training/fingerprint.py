@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from ..data import DataError, ImageSamples, StreamedImages
-from ..data.batches import image_path
+from ..data.batches import LABELS, image_path
 from ..utils.errors import one_line
 from .codes import CodeSamples
 
@@ -30,7 +30,7 @@ def data_fingerprint(samples: Any) -> dict[str, str]:
     """
     if isinstance(samples, StreamedImages):
         rows = _first_rows(samples.dataset)
-        labels = [row["label"] for row in rows] if rows and "label" in rows[0] else []
+        labels = [row[name] for name in LABELS for row in rows if name in row]
         images = (_image_bytes(row["image"]) for row in rows)
         return {"images": _digest(images), "labels": _digest(_words(labels, samples.dataset.features))}
     if isinstance(samples, ImageSamples):

@@ -1,6 +1,7 @@
 """The models that training starts from: new ones of a preset, or saved ones to fine-tune."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,23 +10,27 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from ..configuration_dar import DARConfig
 from ..modeling_dar import DARForCausalLM
 from ..pipeline_dar import names_by_id
 from ..presets import PRESETS, get_preset, parse_options
+from ..text_dar import encode_texts
 from ..tokenizer_dar import DARTokenizer
 from ..utils.files import read_object
 from ..utils.loading import LoadError, load
 from .arguments import ARArguments, TokenizerArguments
+from .text import learn_text_tokenizer
 
 logger = logging.getLogger(__name__)
 
 # of the language model's options, those that neither follow from others nor are about transformers' bookkeeping
-MODEL_OPTIONS = {*DARConfig.__annotations__, *LlamaConfig.__annotations__} - {"vocab_size", "max_position_embeddings"}
+MODEL_OPTIONS = {*DARConfig.__annotations__, *LlamaConfig.__annotations__}
+MODEL_OPTIONS -= {"vocab_size", "max_position_embeddings", "text_vocab_size", "max_text_tokens"}
 FRESH_STD = 0.02  # of class embeddings in a new model
 MAX_NAMED = 3  # classes that a warning names
+MAX_TEXT_TOKENS = 128  # of a new model, where longer captions do not ask for another number
 
 
 # The tokenizer
@@ -83,6 +88,35 @@ def _saved_tokenizer(source: str, overrides: dict[str, Any]) -> DARTokenizer:
 # The language model
 
 
+def build_text_tokenizer(args: ARArguments, captions: list[str]) -> PreTrainedTokenizerBase:
+    """The text tokenizer that ``args`` ask for: a given one, that of a saved model, or one learned from captions.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    # unless this says something, worker processes that are forked later print a warning
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if args.text_tokenizer:
+        return load(AutoTokenizer, _component(args.text_tokenizer, "text_tokenizer"), "text tokenizer")
+    if args.init_from:
+        transformer = Path(_component(args.init_from, "transformer"))
+        folder = transformer.expanduser().resolve().parent / "text_tokenizer"
+        if not folder.is_dir():
+            raise ValueError(f"init_from: there is no text tokenizer next to {transformer}: give --text_tokenizer.")
+        return load(AutoTokenizer, folder, "text tokenizer")
+    return learn_text_tokenizer(captions, args.text_vocab_size)
+
+
+def text_sizes(args: ARArguments, text_tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> dict[str, int]:
+    """Options of a new language model that follow from its text tokenizer and the captions; none of a saved one."""
+    if args.init_from:
+        return {}
+    most = args.max_text_tokens
+    if most is None:
+        most = max(1, *map(len, encode_texts(text_tokenizer, captions, MAX_TEXT_TOKENS)))
+    return {"text_vocab_size": len(text_tokenizer), "max_text_tokens": most}
+
+
 def sizes_of(tokenizer: DARTokenizer, overrides: dict[str, Any]) -> dict[str, int]:
     """Options of the language model that follow from the tokenizer.
 
@@ -103,8 +137,8 @@ def build_transformer(args: ARArguments, sizes: dict[str, int], class_names: lis
     """The language model that ``args`` ask for: a new one, or a saved one in float32.
 
     Args:
-        sizes: what follows from the tokenizer, see `sizes_of`.
-        class_names: classes of the data set by id.
+        sizes: what follows from the tokenizer, see `sizes_of`, and from the text tokenizer, see `text_sizes`.
+        class_names: classes of the data set by id; none where captions are read.
 
     Raises:
         ValueError: for impossible options, or a saved model that is not there or does not fit.
@@ -151,6 +185,10 @@ def _saved_transformer(
     for name, value in sizes.items():
         if (found := getattr(config, name)) != value:
             raise ValueError(f"init_from: {source} has {name}={found}, the tokenizer and data have {value}.")
+    if bool(config.text_vocab_size) != bool(args.caption_column):
+        advice = "give --caption_column" if config.text_vocab_size else "leave out --caption_column"
+        kind = "text" if config.text_vocab_size else "class labels"
+        raise ValueError(f"init_from: {source} draws from {kind}: {advice}.")
     if args.new_classes:
         renew_classes(model, num_classes, args.new_classes, args.seed)
     elif config.num_classes < num_classes:
