@@ -379,7 +379,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
 }
 TOKENIZER = get_preset("digits").tokenizer | {
     "in_channels": 3, "encoder_dim": 32, "decoder_dim": 32, "diffusion_dim": 32, "attention_head_dim": 16,
-    "num_encoder_layers": 1, "num_decoder_layers": 1, "diffusion_depth": 1, "codebook_size": 32,
+    "num_encoder_layers": 1, "num_decoder_layers": 1, "diffusion_depth": 1, "codebook_size": 32, "num_groups": 4,
 }  # fmt: skip
 TRANSFORMER = {
     "codebook_size": 32, "num_classes": 5, "num_image_tokens": 16, "tokens_per_group": 4, "hidden_size": 32,

@@ -21,6 +21,8 @@ TINY_TOKENIZER = {
     "num_decoder_layers": 1,
     "diffusion_depth": 1,
     "codebook_size": 16,
+    "num_groups": 4,
+    "condition_scope": "prefix",
 }
 TINY_TRANSFORMER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
