@@ -5,7 +5,7 @@ from datasets import Dataset
 from huggingface_hub import EvalResult
 
 from dar_hf import DARForCausalLM, DARPipeline, DARTokenizer
-from dar_hf.hub import empty_model, model_card
+from dar_hf.hub import describe, empty_model, model_card
 
 PARTS = ("tokenizer", "transformer", "scheduler")
 
@@ -72,6 +72,12 @@ def test_the_card_of_a_part_alone(tiny_pipeline, name):
     assert card.data.library_name == ("transformers" if name == "transformer" else "diffusers")
     assert "## Results" not in text and "## Recipe" not in text
     assert card.data.eval_results is None
+
+
+def test_a_card_says_which_conditions_a_step_sees(tiny_tokenizer):
+    assert describe(tiny_tokenizer)["tokenizer"].endswith("4 denoising steps")
+    tiny_tokenizer.register_to_config(condition_scope="prefix")
+    assert describe(tiny_tokenizer)["tokenizer"].endswith("each with the conditions of all groups so far")
 
 
 def test_a_self_contained_repository_says_how_to_load_its_code(tiny_pipeline):

@@ -49,10 +49,13 @@ def _describe_tokenizer(model: DARTokenizer) -> dict[str, str]:
     height, width = model.image_size
     # the head that REPA trains with takes no part in encoding or decoding
     parameters = sum(p.numel() for name, p in model.named_parameters() if "repa_head" not in name)
+    steps = f"{config.num_inference_steps} denoising steps"
+    if config.condition_scope == "prefix":
+        steps += ", each with the conditions of all groups so far"
     return {
         "images": f"{height} × {width} pixels",
         "tokenizer": f"{_count(parameters)} parameters, {config.num_tokens} tokens in {config.num_groups} groups, "
-        f"codebook {config.codebook_size} × {config.codebook_dim}, {config.num_inference_steps} denoising steps",
+        f"codebook {config.codebook_size} × {config.codebook_dim}, {steps}",
     }
 
 
