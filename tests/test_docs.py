@@ -111,6 +111,8 @@ def folder(make_tokenizer, make_transformer, image_sets, tmp_path, monkeypatch):
     )
     (tmp_path / "path/to/captioned").mkdir()
     captioned.rename_column("label", "caption").to_parquet(tmp_path / "path/to/captioned/train.parquet")
+    (tmp_path / "outputs/emoji").mkdir()
+    (tmp_path / "outputs/emoji/data").symlink_to(tmp_path / "path/to/captioned")
     (tmp_path / "path/to/images").symlink_to(image_sets["imagefolder"])
     (tmp_path / "path/to/mnist").mkdir()
     for split in ("train", "test"):
