@@ -37,7 +37,7 @@ def device_name() -> str:
     return f"cpu ({torch.get_num_threads()} of {os.cpu_count()} cores in use)"
 
 
-def subjects(pipe: DARPipeline, words: list[str]) -> dict[str, list[Any]]:
+def subjects(pipe: DARPipeline, words: list[str]) -> dict[str, Any]:
     """What to draw, as the argument of the pipeline's call: prompts or classes, default each class.
 
     Raises:
@@ -56,7 +56,7 @@ def subjects(pipe: DARPipeline, words: list[str]) -> dict[str, list[Any]]:
         raise CommandError(f"this pipeline draws from classes, not from text: {error}") from error
 
 
-def draw(pipe: DARPipeline, subject: dict[str, list[Any]], seed: int, path: Path) -> int:
+def draw(pipe: DARPipeline, subject: dict[str, Any], seed: int, path: Path) -> int:
     """One image of each subject into one picture; returns how many. Image i is drawn with ``seed + i``."""
     (count,) = map(len, subject.values())
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
