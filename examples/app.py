@@ -502,6 +502,10 @@ class Tab:
     action: Callable[..., Shown]
     inputs: list[Any]
 
+    def triggers(self) -> list[Any]:
+        """The button, and the Enter key where a text is written."""
+        return [self.button.click, *(box.submit for box in self.inputs if isinstance(box, gr.Textbox))]
+
 
 def unchecked(component: Any) -> Any:
     """A component whose value comes as it was sent: `number` says what is wrong, and with what; gradio would not."""
@@ -612,7 +616,8 @@ def build(artist: Artist) -> gr.Blocks:
         shared = [unchecked(guidance), unchecked(seed), new_seed, unchecked(pause), *negative]
         outputs = [view, seed, last]
         events = [
-            tab.button.click(
+            gr.on(
+                tab.triggers(),
                 handler(tab.action, artist),
                 shared + tab.inputs,
                 outputs,
@@ -625,7 +630,7 @@ def build(artist: Artist) -> gr.Blocks:
             for tab in actions
         ]
         for tab, event in zip(actions, events, strict=True):  # one drawing per visitor
-            tab.button.click(None, cancels=[other for other in events if other is not event])
+            gr.on(tab.triggers(), None, cancels=[other for other in events if other is not event])
         stop.click(None, cancels=events)
     return page.queue(max_size=WAITING, api_open=False)
 
