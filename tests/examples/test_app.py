@@ -311,6 +311,7 @@ def test_texts_with_images(app, text_artist, tmp_path):
     outputs = list(app.handler(app.reconstruct, text_artist)(*SHARED, "", path))
     expected = text_artist.pipe.reconstruct(picture(), generator=seeded(7)).images
     assert len(outputs) == 4 and outputs[-1][2].tobytes() == expected[0].tobytes()
+    assert len(list(app.handler(app.explain, text_artist)(*SHARED, "", path, path))) == 4
 
 
 def components(page, endpoint):
