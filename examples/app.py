@@ -3,9 +3,9 @@
     python examples/app.py                             # the pipeline that comes with the package
     python examples/app.py --model outputs/digits/pipeline --port 7861
 
-Also layout control, image-to-image, what the tokenizer keeps of an upload, and what each group of tokens holds. Needs
-gradio (`pip install -c constraints.txt -e ".[app]"`) and no network. Several visitors share one model: their streams
-take turns, a denoising step at a time.
+Where the pipeline draws from text, a prompt takes the place of the class. Also layout control, image-to-image, what
+the tokenizer keeps of an upload, and what each group of tokens holds. Needs gradio (`pip install -c constraints.txt -e
+".[app]"`) and no network. Several visitors share one model: their streams take turns, a denoising step at a time.
 """
 
 import argparse
@@ -21,8 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import gradio as gr
@@ -38,11 +37,13 @@ from dar_hf.utils.commands import command, device_option, port_option
 from dar_hf.utils.loading import load_pipeline
 from dar_hf.utils.pictures import image_grid
 from dar_hf.utils.threads import limit_threads
+from dar_hf.utils.untrusted import NO_UPLOAD, UploadError, number, only_uploads, text
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_FILE = 20 * 2**20  # bytes of an upload
 MIN_SIDE, MAX_SIDE, MAX_PIXELS = 4, 16_384, 50_000_000  # of an upload
-MAX_CLASSES = 10  # generated in one call
+MAX_CLASSES = 10  # or prompts: generated in one call
+MAX_PROMPT = 300  # characters
 SMALL = 128  # pixels per side; smaller images are shown pixel by pixel
 MIN_COLUMN = 60  # pixels of a column in the picture of exchanged groups, for its text to be readable
 MAX_SEED = 2**32 - 1
@@ -55,7 +56,6 @@ WAITING = 32  # at most; further ones are rejected
 # that its memory is used again
 READER = ThreadPoolExecutor(1, "reader")
 TOO_LARGE = f"This picture is too large: at most {MAX_PIXELS // 10**6} million pixels are taken."
-NO_UPLOAD = "This file was not uploaded here."
 
 # blocks of images above 32 MiB go back to the system when they are freed, and smaller ones may not
 Image.core.set_block_size(64 * 2**20)
@@ -102,7 +102,7 @@ CSS = """
 .view .empty { margin: 0; padding: 144px 16px; text-align: center; border: 1px dashed var(--border-color-primary);
     border-radius: 4px; color: var(--body-text-color-subdued) }
 """
-EMPTY = '<div class="view"><p class="empty">Choose a class and press Draw.</p></div>'
+EMPTY = '<div class="view"><p class="empty">{} and press Draw.</p></div>'
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class Artist:
         self.stops = sorted({stop for _, stop in pipe.tokenizer.step_windows(config.num_inference_steps)})
         id2label = {int(label): name for label, name in (pipe.config.id2label or {}).items()}
         self.names = [str(id2label.get(label, label)) for label in range(pipe.transformer.config.num_classes)]
+        self.from_text = pipe.transformer.config.text_vocab_size > 0  # then there are no classes
         # one scale, or the start and the end of a linear one, of which the page sets the end
         scale = pipe.transformer.generation_config.guidance_scale or 1.0
         self.first_guidance = None
@@ -174,6 +175,31 @@ class Artist:
                 return
             yield element
 
+    def subjects(self, values: list[Any]) -> tuple[list[str], dict[str, list]]:
+        """What to draw: names for people, and the argument of the pipeline's call.
+
+        Args:
+            values: classes by id, or prompts, as they come from the page.
+
+        Raises:
+            ValueError: for anything else, and where nothing is chosen.
+        """
+        if self.from_text:
+            prompts = [text("The prompt", value, MAX_PROMPT) for value in values]
+            if not all(prompts):
+                raise ValueError("The prompt is empty: write what to draw.")
+            return prompts, {"prompt": prompts}
+        if None in values:
+            raise ValueError("Choose a class first.")
+        labels = [int(number("The class", value, 0, len(self.names) - 1)) for value in values]
+        return [self.names[label] for label in labels], {"class_labels": labels}
+
+    def no_subject(self) -> dict[str, list]:
+        """The argument for calls in which the language model draws nothing that is seen."""
+        if self.from_text:
+            return {"prompt": [""]}
+        return {"class_labels": [0]}
+
     def scale(self, guidance: float) -> float | tuple[float, float]:
         """Guidance as the pipeline takes it: linear from the model's own start if its default is linear."""
         guidance = number("Guidance", guidance, 1.0, self.max_guidance)
@@ -186,61 +212,7 @@ class Artist:
         return read_upload(path, *self.pipe.tokenizer.image_size, self.pipe.tokenizer.config.in_channels)
 
 
-# Checks: whatever comes from a visitor is wrong until it is proved right
-
-
-def number(name: str, value: Any, low: float, high: float) -> float:
-    """A number in [low, high]; a whole one if ``low`` is an int.
-
-    Raises:
-        ValueError: that says what is accepted.
-    """
-    whole = isinstance(low, int)
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not valid or not low <= value <= high or (whole and value != int(value)):
-        accepted = f"whole number from {low} to {high}" if whole else f"number from {low:g} to {high:g}"
-        given = "empty" if value is None else repr(value)[:40]
-        raise ValueError(f"{name} must be a {accepted}, not {given}.")
-    if whole:
-        return int(value)
-    return float(value)
-
-
-class UploadError(ValueError):
-    """What is wrong with an upload, as its visitor is told."""
-
-
-def uploaded(path: Any, folder: str | Path) -> str:
-    """The path of an upload, links resolved. Nothing is opened.
-
-    Raises:
-        ValueError: for anything but a regular file below ``folder``, and without a word about what it is instead.
-    """
-    try:
-        resolved = Path(os.path.realpath(path, strict=True))
-        inside = resolved.is_relative_to(os.path.realpath(folder))
-        if inside and stat.S_ISREG(resolved.lstat().st_mode):
-            return str(resolved)
-    except (OSError, ValueError, TypeError) as error:
-        raise UploadError(NO_UPLOAD) from error
-    raise UploadError(NO_UPLOAD)
-
-
-def only_uploads(value: Any, folder: str | Path) -> Any:
-    """A value of a request in which every file is an upload, and named as gradio names one; no file becomes None.
-
-    Gradio looks only at files that carry a mark, which a request can leave out, and fetches addresses.
-
-    Raises:
-        ValueError: if it names another file.
-    """
-    if isinstance(value, list):
-        return [only_uploads(item, folder) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.get("path") is None:
-        return None
-    return {"path": uploaded(value["path"], folder), "meta": {"_type": "gradio.FileData"}}
+# Uploads: no request opens anything else
 
 
 class Page(gr.Blocks):
@@ -416,6 +388,7 @@ class Sampling:
     seed: float
     new_seed: bool
     pause: float
+    negative_prompt: str = ""
 
     def draw_seed(self) -> int:
         if self.new_seed:
@@ -423,12 +396,15 @@ class Sampling:
         return int(number("Seed", self.seed, 0, MAX_SEED))
 
 
-def show(artist: Artist, view: View, sampling: Sampling, labels: list[int], **call: Any) -> Shown:
+def show(artist: Artist, view: View, sampling: Sampling, subject: dict[str, list], **call: Any) -> Shown:
     """Run one call and show every step for a moment; image i has the generator ``seed + i``."""
+    (count,) = map(len, subject.values())
     seed = sampling.draw_seed()
     pause = number(PAUSE, sampling.pause, 0.0, MAX_PAUSE)
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(labels))]
-    call |= {"class_labels": labels, "generator": generators, "guidance_scale": artist.scale(sampling.guidance)}
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
+    call |= subject | {"generator": generators, "guidance_scale": artist.scale(sampling.guidance)}
+    if artist.from_text:
+        call["negative_prompt"] = text("The negative prompt", sampling.negative_prompt, MAX_PROMPT)
     for step in artist.steps(**call):
         last = step.step == step.num_steps or len(step.codes) == call.get("num_tokens")
         finished = gr.skip()
@@ -439,33 +415,37 @@ def show(artist: Artist, view: View, sampling: Sampling, labels: list[int], **ca
             time.sleep(pause)
 
 
-def draw(artist: Artist, sampling: Sampling, label: Any, tokens: float) -> Shown:
-    """A class from nothing."""
-    label = _label(artist, label)
+def draw(artist: Artist, sampling: Sampling, subject: Any, tokens: float) -> Shown:
+    """A class or a prompt from nothing."""
+    (name,), subject = artist.subjects([subject])
     tokens = number("Tokens", tokens, artist.stops[0], artist.num_tokens)
-    return show(artist, View(artist.names[label], artist.num_tokens), sampling, [label], num_tokens=tokens)
+    return show(artist, View(name, artist.num_tokens), sampling, subject, num_tokens=tokens)
 
 
-def lay_out(artist: Artist, sampling: Sampling, path: str | None, keep: float, labels: Any) -> Shown:
-    """Several classes with the first tokens of one image."""
+def lay_out(artist: Artist, sampling: Sampling, path: str | None, keep: float, subjects: Any) -> Shown:
+    """Several classes or prompts with the first tokens of one image."""
     keep = number("Tokens to keep", keep, 0, artist.num_tokens)
-    if not isinstance(labels, list) or not 1 <= len(labels) <= MAX_CLASSES:
-        raise ValueError(f"Choose 1 to {MAX_CLASSES} classes.")
-    labels = [_label(artist, label) for label in labels]
+    if artist.from_text and isinstance(subjects, str):
+        subjects = [line for line in subjects.splitlines() if line.strip()]
+    if not isinstance(subjects, list) or not 1 <= len(subjects) <= MAX_CLASSES:
+        what = "Write 1 to {} prompts, one per line." if artist.from_text else "Choose 1 to {} classes."
+        raise ValueError(what.format(MAX_CLASSES))
+    names, subject = artist.subjects(subjects)
+    if not artist.from_text:
+        names = [name.split(",")[0] for name in names]  # the first of several names of one class
     image, remark = artist.read(path)
-    names = ", ".join(artist.names[label].split(",")[0] for label in labels)
-    title = f"{names}: {keep} token{'s' * (keep != 1)} of the reference"
+    title = f"{', '.join(names)}: {keep} token{'s' * (keep != 1)} of the reference"
     view = View(title, artist.num_tokens, keep, _pixels(image), remark or "reference")
-    return show(artist, view, sampling, labels, layout_image=image, layout_tokens=keep)
+    return show(artist, view, sampling, subject, layout_image=image, layout_tokens=keep)
 
 
-def vary(artist: Artist, sampling: Sampling, path: str | None, label: Any, strength: float) -> Shown:
+def vary(artist: Artist, sampling: Sampling, path: str | None, subject: Any, strength: float) -> Shown:
     """Image-to-image."""
-    label = _label(artist, label)
+    (name,), subject = artist.subjects([subject])
     strength = number("Strength", strength, 0.0, 1.0)
     image, remark = artist.read(path)
-    view = View(artist.names[label], artist.num_tokens, 0, _pixels(image), remark or "start")
-    return show(artist, view, sampling, [label], image=image, strength=strength)
+    view = View(name, artist.num_tokens, 0, _pixels(image), remark or "start")
+    return show(artist, view, sampling, subject, image=image, strength=strength)
 
 
 def reconstruct(artist: Artist, sampling: Sampling, path: str | None) -> Shown:
@@ -473,7 +453,7 @@ def reconstruct(artist: Artist, sampling: Sampling, path: str | None) -> Shown:
     image, remark = artist.read(path)
     pixels = _pixels(image)
     view = View("reconstruction", artist.num_tokens, 0, pixels, remark or "upload", compare=True)
-    return show(artist, view, sampling, [0], image=image, strength=0.0)
+    return show(artist, view, sampling, artist.no_subject(), image=image, strength=0.0)
 
 
 def explain(artist: Artist, sampling: Sampling, first: str | None, second: str | None) -> Shown:
@@ -487,12 +467,6 @@ def explain(artist: Artist, sampling: Sampling, first: str | None, second: str |
             time.sleep(pause)
 
 
-def _label(artist: Artist, label: Any) -> int:
-    if label is None:
-        raise ValueError("Choose a class first.")
-    return int(number("The class", label, 0, len(artist.names) - 1))
-
-
 def _pixels(image: Image.Image) -> torch.Tensor:
     return to_tensor(image)[None] / 2 + 0.5
 
@@ -504,7 +478,11 @@ def handler(action: Callable[..., Shown], artist: Artist) -> Callable[..., Shown
         try:
             if not isinstance(new_seed, bool):
                 raise ValueError(f"{NEW_SEED} must be true or false, not {repr(new_seed)[:40]}.")
-            yield from action(artist, Sampling(guidance, seed, new_seed, pause), *inputs)
+            sampling = Sampling(guidance, seed, new_seed, pause)
+            if artist.from_text:
+                sampling = replace(sampling, negative_prompt=inputs[0])
+                inputs = inputs[1:]
+            yield from action(artist, sampling, *inputs)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -524,6 +502,10 @@ class Tab:
     action: Callable[..., Shown]
     inputs: list[Any]
 
+    def triggers(self) -> list[Any]:
+        """The button, and the Enter key where a text is written."""
+        return [self.button.click, *(box.submit for box in self.inputs if isinstance(box, gr.Textbox))]
+
 
 def unchecked(component: Any) -> Any:
     """A component whose value comes as it was sent: `number` says what is wrong, and with what; gradio would not."""
@@ -531,11 +513,29 @@ def unchecked(component: Any) -> Any:
     return component
 
 
-def choose_class(artist: Artist) -> Any:
+def write(label: str, longest: int = MAX_PROMPT, **options: Any) -> Any:
+    """A text of at most ``longest`` characters."""
+    return unchecked(gr.Textbox(label=label, max_length=longest, **options))
+
+
+def choose_subject(artist: Artist) -> Any:
+    """A class, or a prompt."""
+    if artist.from_text:
+        return write("Prompt", placeholder="what to draw")
     choices = [(name, label) for label, name in enumerate(artist.names)]
     if len(choices) <= MAX_CLASSES:
         return unchecked(gr.Radio(choices, value=0, label="Class"))
     return unchecked(gr.Dropdown(choices, value=0, label="Class", filterable=True))
+
+
+def choose_subjects(artist: Artist) -> Any:
+    """Several classes, or prompts."""
+    if artist.from_text:
+        info = f"one per line, at most {MAX_CLASSES}"
+        return write("Prompts", MAX_CLASSES * (MAX_PROMPT + 1), info=info, lines=3)
+    names = [(name, number) for number, name in enumerate(artist.names)]
+    chosen = [number for _, number in names[:MAX_CLASSES]]
+    return unchecked(gr.Dropdown(names, value=chosen, label="Classes", multiselect=True, max_choices=MAX_CLASSES))
 
 
 def choose_picture(label: str, last: gr.State) -> gr.Image:
@@ -562,24 +562,22 @@ def tabs(artist: Artist, last: gr.State) -> list[Tab]:
     group = artist.stops[0]
     most = artist.num_tokens
     with gr.Tab("Draw"):
-        label = choose_class(artist)
+        subject = choose_subject(artist)
         tokens = gr.Slider(
             group, most, most, step=math.gcd(*artist.stops), label="Tokens", info="fewer: it ends at a preview"
         )
-        drawn = Tab(gr.Button("Draw", variant="primary"), draw, [label, unchecked(tokens)])
+        drawn = Tab(gr.Button("Draw", variant="primary"), draw, [subject, unchecked(tokens)])
     with gr.Tab("Layout"):
         reference = choose_picture("Reference", last)
         keep = gr.Slider(
             0, most, max(1, group // 8), step=1, label="Tokens to keep", info="the first ones carry the layout"
         )
-        names = [(name, number) for number, name in enumerate(artist.names)]
-        chosen = [number for _, number in names[:MAX_CLASSES]]
-        classes = gr.Dropdown(names, value=chosen, label="Classes", multiselect=True, max_choices=MAX_CLASSES)
-        inputs = [reference, unchecked(keep), unchecked(classes)]
-        laid = Tab(gr.Button("Draw the classes", variant="primary"), lay_out, inputs)
+        inputs = [reference, unchecked(keep), choose_subjects(artist)]
+        what = "prompts" if artist.from_text else "classes"
+        laid = Tab(gr.Button(f"Draw the {what}", variant="primary"), lay_out, inputs)
     with gr.Tab("Image to image"):
         start = choose_picture("Start", last)
-        target = choose_class(artist)
+        target = choose_subject(artist)
         strength = gr.Slider(0.0, 1.0, 0.5, step=0.05, label="Strength", info="the share of the steps drawn anew")
         varied = Tab(gr.Button("Change it", variant="primary"), vary, [start, target, unchecked(strength)])
     with gr.Tab("Reconstruct"):
@@ -601,20 +599,25 @@ def build(artist: Artist) -> gr.Blocks:
             with gr.Column(elem_classes="actions"):
                 actions = tabs(artist, last)
             with gr.Column(elem_classes="result"):
-                view = gr.HTML(EMPTY, label="Result")
+                first = "Write what to draw" if artist.from_text else "Choose a class"
+                view = gr.HTML(EMPTY.format(first), label="Result")
                 stop = gr.Button("Stop", size="sm")
             with gr.Column(elem_classes="settings"):
                 guidance = gr.Slider(1.0, artist.max_guidance, artist.guidance, step=0.1, label="Guidance")
+                negative = []
+                if artist.from_text:
+                    negative.append(write("Negative prompt", info="what guidance leads away from"))
                 with gr.Group():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
                     new_seed = gr.Checkbox(True, label=NEW_SEED)
                 pause = gr.Slider(0.0, MAX_PAUSE, 0.2, step=0.1, label=PAUSE)
         facts = " · ".join(f"{name}: {fact}" for name, fact in describe(artist.pipe).items())
         gr.Markdown(f"<small>{html.escape(facts)}</small>")
-        shared = [unchecked(guidance), unchecked(seed), new_seed, unchecked(pause)]
+        shared = [unchecked(guidance), unchecked(seed), new_seed, unchecked(pause), *negative]
         outputs = [view, seed, last]
         events = [
-            tab.button.click(
+            gr.on(
+                tab.triggers(),
                 handler(tab.action, artist),
                 shared + tab.inputs,
                 outputs,
@@ -627,14 +630,14 @@ def build(artist: Artist) -> gr.Blocks:
             for tab in actions
         ]
         for tab, event in zip(actions, events, strict=True):  # one drawing per visitor
-            tab.button.click(None, cancels=[other for other in events if other is not event])
+            gr.on(tab.triggers(), None, cancels=[other for other in events if other is not event])
         stop.click(None, cancels=events)
     return page.queue(max_size=WAITING, api_open=False)
 
 
 def warm_up(artist: Artist) -> None:
     """Whatever happens once in a process happens before the first visitor waits for it."""
-    next(artist.steps(class_labels=0, num_tokens=artist.stops[0]))
+    next(artist.steps(**artist.no_subject(), num_tokens=artist.stops[0]))
     with contextlib.suppress(ImportError):  # gradio asks for this at its first event, which takes most of a second
         import matplotlib
 

@@ -24,6 +24,7 @@ import torch
 from dar_hf import DARPipeline
 from dar_hf.data import read_image
 from dar_hf.utils.commands import check_output, command, device_option, path_option, seed_option, writing
+from dar_hf.utils.labels import ids_and_names
 from dar_hf.utils.loading import load_pipeline
 from dar_hf.utils.pictures import image_grid, save_animation, save_picture
 
@@ -64,13 +65,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def call_options(args: argparse.Namespace, pipe: DARPipeline) -> dict[str, Any]:
     """The arguments of the pipeline's call, without its generators."""
-    labels: list[str | int] = list(range(min(pipe.transformer.config.num_classes, MAX_COLUMNS)))
+    labels: list[str | int] = list(range(min(pipe.transformer.config.num_classes, MAX_COLUMNS)))  # none for text
     if args.class_labels:
-        labels = list(args.class_labels)
-    for index, label in enumerate(labels):  # none where text is drawn
-        # a number is an id, unless a class has it as its name
-        if label not in pipe.labels and str(label).isdecimal():
-            labels[index] = int(label)
+        labels = ids_and_names(args.class_labels, pipe.labels)
     guidance = args.guidance_scale
     if guidance and len(guidance) == 1:
         guidance = guidance[0]

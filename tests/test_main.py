@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipeline_helpers import seeded
+from tiny_models import make_text_pipeline
 
 import dar_hf
 from dar_hf.__main__ import main
@@ -38,6 +40,42 @@ def test_of_many_classes_it_draws_the_first_ten(make_transformer, tiny_tokenizer
     dar_hf.DARPipeline(tiny_tokenizer, make_transformer(num_classes=30), scheduler).save_pretrained(tmp_path / "m")
     main(["--model", str(tmp_path / "m"), "--output", str(tmp_path / "a.png")])
     assert "10 images in" in capsys.readouterr().out
+
+
+def test_it_draws_the_classes_it_is_told(tiny_pipeline, tmp_path, capsys):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    main(["shark", "4", "--pipeline", str(tmp_path / "model"), "--output", str(tmp_path / "a.png"), "--seed", "3"])
+    images = tiny_pipeline([2, 4], generator=[seeded(3), seeded(4)], output_type="pt").images
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "a.png")), np.asarray(image_grid(images * 2 - 1, columns=2))
+    )
+    assert "2 images in" in capsys.readouterr().out
+
+
+@pytest.fixture
+def text_pipeline(tiny_tokenizer, tmp_path):
+    pipeline = make_text_pipeline(tiny_tokenizer)
+    pipeline.save_pretrained(tmp_path / "model")
+    return pipeline
+
+
+def test_it_draws_texts(text_pipeline, tmp_path, capsys):
+    prompts = ["a red apple", "a book", "a red apple"]
+    main([*prompts, "--pipeline", str(tmp_path / "model"), "--output", str(tmp_path / "a.png"), "--seed", "3"])
+    generators = [seeded(3), seeded(4), seeded(5)]
+    images = text_pipeline(prompt=prompts, generator=generators, output_type="pt").images
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "a.png")), np.asarray(image_grid(images * 2 - 1, columns=3))
+    )
+    assert "3 images in" in capsys.readouterr().out
+
+
+def test_texts_that_are_missing_are_one_line(text_pipeline, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--pipeline", str(tmp_path / "model"), "--output", str(tmp_path / "a.png")])
+    assert caught.value.code == 2 and not (tmp_path / "a.png").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dar-hf: error: this pipeline draws from text: say what to draw")
 
 
 def test_a_wrong_model_is_one_line(tmp_path, capsys):

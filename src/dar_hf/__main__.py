@@ -1,4 +1,9 @@
-"""What is installed, where it runs, and one picture of each class: ``python -m dar_hf``, or ``dar-hf``."""
+"""What is installed, where it runs, and images of classes or texts: ``python -m dar_hf``, or ``dar-hf``.
+
+python -m dar_hf                                                  # one image of each class
+python -m dar_hf 3 7                                              # of these, by name or id
+python -m dar_hf --pipeline outputs/text "a red apple" "a book"   # of a pipeline that draws from text
+"""
 
 import argparse
 import os
@@ -6,6 +11,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -13,7 +19,8 @@ import transformers
 
 from . import DARPipeline, __version__, sample_pipeline
 from .hub import describe
-from .utils.commands import check_output, command, path_option, seed_option, writing
+from .utils.commands import CommandError, check_output, command, path_option, seed_option, writing
+from .utils.labels import ids_and_names
 from .utils.loading import load_pipeline
 from .utils.pictures import image_grid, save_picture
 from .utils.threads import limit_threads
@@ -30,20 +37,42 @@ def device_name() -> str:
     return f"cpu ({torch.get_num_threads()} of {os.cpu_count()} cores in use)"
 
 
-def draw(pipe: DARPipeline, seed: int, path: Path) -> int:
-    """One image of each class into one picture; returns how many. Class i is drawn with ``seed + i``."""
-    labels = list(range(min(pipe.transformer.config.num_classes, MAX_CLASSES)))
-    generators = [torch.Generator().manual_seed(seed + label) for label in labels]
-    images = torch.as_tensor(pipe(labels, generator=generators, output_type="pt", return_dict=False)[0])
+def subjects(pipe: DARPipeline, words: list[str]) -> dict[str, Any]:
+    """What to draw, as the argument of the pipeline's call: prompts or classes, default each class.
+
+    Raises:
+        CommandError: if the pipeline draws from text and there is none, or from classes and a word is none of them.
+    """
+    config = pipe.transformer.config
+    if config.text_vocab_size:
+        if not words:
+            raise CommandError('this pipeline draws from text: say what to draw, as in dar-hf "a red apple".')
+        return {"prompt": words}
+    if not words:
+        return {"class_labels": list(range(min(config.num_classes, MAX_CLASSES)))}
+    try:
+        return {"class_labels": pipe.prepare_labels(ids_and_names(words, pipe.labels))}
+    except ValueError as error:
+        raise CommandError(f"this pipeline draws from classes, not from text: {error}") from error
+
+
+def draw(pipe: DARPipeline, subject: dict[str, Any], seed: int, path: Path) -> int:
+    """One image of each subject into one picture; returns how many. Image i is drawn with ``seed + i``."""
+    (count,) = map(len, subject.values())
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
+    images = torch.as_tensor(pipe(**subject, generator=generators, output_type="pt", return_dict=False)[0])
     with writing(path):
-        save_picture(image_grid(images * 2 - 1, COLUMNS), path)
-    return len(labels)
+        save_picture(image_grid(images * 2 - 1, min(count, COLUMNS)), path)
+    return count
 
 
 @command("dar-hf: error")  # as argparse begins its own
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dar-hf", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="pipeline folder or Hub id; default the one that comes with the package")
+    parser.add_argument(
+        "words", nargs="*", help="what to draw: class names or ids, default each class; or texts, for a text pipeline"
+    )
+    parser.add_argument("--pipeline", "--model", help="folder or Hub id; default the one that comes with the package")
     parser.add_argument("--output", type=path_option, default=Path("samples.png"), help="picture to write (PNG)")
     parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
@@ -51,17 +80,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(", ".join([f"dar_hf {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]))
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    model = sample_pipeline() if args.model is None else args.model
+    source = sample_pipeline() if args.pipeline is None else args.pipeline
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(model, device=device)
+    pipe = load_pipeline(source, device=device)
+    subject = subjects(pipe, args.words)
     pipe.set_progress_bar_config(disable=True)
     limit_threads(pipe.tokenizer, pipe.transformer)
     print(f"device: {device_name()}")
-    print("model:", model)
+    print("model:", source)
     for name, fact in describe(pipe).items():
         print(f"  {name}: {fact}")
     started = time.perf_counter()
-    count = draw(pipe, args.seed, args.output)
+    count = draw(pipe, subject, args.seed, args.output)
     print(f"{args.output}: {count} images in {time.perf_counter() - started:.1f} s")
 
 

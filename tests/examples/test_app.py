@@ -19,6 +19,7 @@ from dar_hf.evaluation import draw_swaps, swap_groups
 
 gr = pytest.importorskip("gradio")
 from pipeline_helpers import picture, seeded, tensor_of  # noqa: E402
+from tiny_models import make_text_pipeline  # noqa: E402
 
 APP = Path(__file__).parents[2] / "examples" / "app.py"
 SHARED = (2.0, 7, False, 0.0)  # guidance, seed, another seed each time, pause
@@ -267,6 +268,69 @@ def test_absurd_input_becomes_a_message(app, artist, shared, inputs, message):
     with pytest.raises(gr.Error, match=message):
         list(draw(*shared, *inputs))
     assert len(list(draw(*SHARED, 0, 16))) == 4  # and the next one works
+
+
+# Of a pipeline that draws from text
+
+
+@pytest.fixture
+def text_artist(app, tiny_tokenizer):
+    return app.Artist(make_text_pipeline(tiny_tokenizer))
+
+
+def test_a_drawing_from_text(app, text_artist):
+    outputs = list(app.handler(app.draw, text_artist)(*SHARED, "", "a <b>red</b>\n apple", 16))
+    call = {"prompt": "a <b>red</b> apple", "guidance_scale": 2.0}
+    expected = list(text_artist.pipe.stream(**call, generator=seeded(7), output_type="pil"))
+    assert len(outputs) == 4 and outputs[-1][2].tobytes() == expected[-1].images[0].tobytes()
+    for index, (html, seed, _) in enumerate(outputs):
+        assert seed == 7 and f"a &lt;b&gt;red&lt;/b&gt; apple · step {index + 1} of 4" in html and "<b>" not in html
+
+
+def test_a_negative_prompt(app, text_artist):
+    plain, away = (
+        finals(app.handler(app.draw, text_artist)(*SHARED, negative, "apple", 16))[2] for negative in ("", "book")
+    )
+    call = {"prompt": "apple", "negative_prompt": "book", "guidance_scale": 2.0}
+    expected = text_artist.pipe(**call, generator=seeded(7)).images[0]
+    assert away.tobytes() == expected.tobytes() != plain.tobytes()
+
+
+def test_texts_with_images(app, text_artist, tmp_path):
+    path = saved(tmp_path / "a.png", picture())
+    call = {"generator": [seeded(7), seeded(8)], "guidance_scale": 2.0}
+    outputs = list(app.handler(app.lay_out, text_artist)(*SHARED, "", path, 5, "red apple, big\n\n green book\n"))
+    layout = {"prompt": ["red apple, big", "green book"], "layout_image": picture(), "layout_tokens": 5}
+    expected = text_artist.pipe(**layout, **call).images
+    assert outputs[-1][2].tobytes() == expected[0].tobytes()
+    assert "red apple, big, green book: 5 tokens of the reference" in outputs[-1][0]
+    outputs = list(app.handler(app.vary, text_artist)(*SHARED, "", path, "red apple", 0.5))
+    call["generator"] = seeded(7)
+    expected = text_artist.pipe(prompt="red apple", image=picture(), strength=0.5, **call).images
+    assert len(outputs) == 2 and outputs[-1][2].tobytes() == expected[0].tobytes()
+    outputs = list(app.handler(app.reconstruct, text_artist)(*SHARED, "", path))
+    expected = text_artist.pipe.reconstruct(picture(), generator=seeded(7)).images
+    assert len(outputs) == 4 and outputs[-1][2].tobytes() == expected[0].tobytes()
+    assert len(list(app.handler(app.explain, text_artist)(*SHARED, "", path, path))) == 4
+
+
+def components(page, endpoint):
+    """Types and labels of what a button takes."""
+    config = page.get_config_file()
+    by_id = {component["id"]: component for component in config["components"]}
+    (event,) = (event for event in config["dependencies"] if event["api_name"] == endpoint)
+    return [(by_id[index]["type"], by_id[index]["props"]["label"]) for index in event["inputs"]]
+
+
+def test_what_the_pages_ask_for(app, artist, text_artist):
+    shared = [("slider", "Guidance"), ("number", "Seed"), ("checkbox", app.NEW_SEED), ("slider", app.PAUSE)]
+    of_classes, of_text = app.build(artist), app.build(text_artist)
+    assert components(of_classes, "draw") == [*shared, ("radio", "Class"), ("slider", "Tokens")]
+    assert components(of_classes, "lay_out")[-1] == ("dropdown", "Classes")
+    shared.append(("textbox", "Negative prompt"))
+    assert components(of_text, "draw") == [*shared, ("textbox", "Prompt"), ("slider", "Tokens")]
+    assert components(of_text, "lay_out")[-1] == ("textbox", "Prompts")
+    app.warm_up(text_artist)
 
 
 # Several visitors

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import make_text_pipeline
 
 import dar_hf
 from dar_hf.utils.pictures import image_grid
@@ -56,13 +57,13 @@ def answers(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.fixture(scope="module")
-def address():
-    """A page served by the command."""
+@contextmanager
+def serving(*options):
+    """A page served by the command; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(APP), "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, str(APP), "--host", "127.0.0.1", "--port", str(port), *options]
     server = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     try:
         deadline = time.monotonic() + 300
@@ -75,6 +76,13 @@ def address():
     finally:
         server.terminate()
         server.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def address():
+    """The page of the pipeline that comes with the package."""
+    with serving() as address:
+        yield address
 
 
 class Browser:
@@ -128,6 +136,10 @@ class Browser:
 
     def fill(self, label, value):
         self.do(lambda: self.field(label).send_keys(Keys.CONTROL, "a", Keys.NULL, str(value), Keys.TAB))
+
+    def write(self, *keys):
+        """The prompt."""
+        self.do(lambda: self.visible("[role=tabpanel] :is(textarea, input[type=text])")[0].send_keys(*keys))
 
     def upload(self, path):
         def give():
@@ -232,3 +244,23 @@ def test_the_page(address, tmp_path):
         one.driver.save_screenshot(str(tmp_path / "phone.png"))
         loaded = one.driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
         assert loaded and all(name.startswith((address, "data:")) for name in loaded)
+
+
+def test_the_page_of_a_pipeline_that_draws_from_text(tiny_tokenizer, tmp_path):
+    pipe = make_text_pipeline(tiny_tokenizer)
+    pipe.save_pretrained(tmp_path / "pipe")
+    options = {"prompt": "a red apple", "generator": torch.Generator().manual_seed(7), "output_type": "pt"}
+    expected = pipe(**options).images
+    with serving("--model", str(tmp_path / "pipe")) as address, visitor(address, tmp_path / "one") as one:
+        assert "Write what to draw" in one.text()
+        one.uncheck()
+        one.fill("Seed", 7)
+        one.write("a red apple")
+        one.press("Draw")
+        seen = one.seen()
+        assert len({source for *_, source in seen}) >= 3 and one.text().startswith("a red apple ·")
+        assert np.array_equal(decoded(seen[-1][-1]), np.asarray(image_grid(expected * 2 - 1, 1, gap=0)))
+        one.driver.execute_script(WATCH)
+        one.write(" and a book", Keys.ENTER)
+        assert len(one.seen()) >= 3 and one.text().startswith("a red apple and a book ·")
+        one.driver.save_screenshot(str(tmp_path / "text.png"))

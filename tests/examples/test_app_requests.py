@@ -15,6 +15,7 @@ from PIL import Image
 
 pytest.importorskip("gradio")
 from pipeline_helpers import picture
+from tiny_models import make_text_pipeline
 
 APP = Path(__file__).parents[2] / "examples" / "app.py"
 SHARED = [2.0, 7, False, 0.0]  # guidance, seed, another seed each time, pause
@@ -60,7 +61,8 @@ class Visitor:
 
 
 @pytest.fixture
-def visitor(app, tiny_pipeline, tmp_path, monkeypatch):
+def serve(app, tmp_path, monkeypatch):
+    """A function that serves the page of a pipeline; returns a visitor."""
     (tmp_path / "uploads").mkdir()
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     opened, open_regular = [], app.open_regular
@@ -70,10 +72,21 @@ def visitor(app, tiny_pipeline, tmp_path, monkeypatch):
         return open_regular(path)
 
     monkeypatch.setattr(app, "open_regular", recorded)
-    page = app.build(app.Artist(tiny_pipeline))
-    _, address, _ = app.launch(page, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
-    yield Visitor(address, opened)
-    page.close(verbose=False)
+    pages = []
+
+    def start(pipeline):
+        pages.append(app.build(app.Artist(pipeline)))
+        _, address, _ = app.launch(pages[-1], prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+        return Visitor(address, opened)
+
+    yield start
+    for page in pages:
+        page.close(verbose=False)
+
+
+@pytest.fixture
+def visitor(serve, tiny_pipeline):
+    return serve(tiny_pipeline)
 
 
 def png_of(image):
@@ -150,6 +163,23 @@ def test_inputs_of_another_number_or_type_are_clear_errors(visitor):
     for new_seed in ("no", 0, None, [], 2.5):
         event = json.loads(visitor.send("call/draw", {"data": [2.0, 7, new_seed, 0.0, 1, 16]}))["event_id"]
         assert "must be true or false" in visitor.send(f"call/draw/{event}")
+
+
+def test_prompts_name_no_file(serve, tiny_tokenizer, tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png_of(picture()))
+    visitor = serve(make_text_pipeline(tiny_tokenizer))
+    assert visitor.press("draw", "", "a red apple", 16)[0] == "complete"
+    assert "? apple \\u732b" in visitor.press("draw", "", "\ud800 apple 猫", 16)[1]  # half of a surrogate pair
+    assert str(secret) in visitor.press("draw", "", str(secret), 16)[1]  # a text like any other
+    for file in ({"path": str(secret)}, {"path": str(secret), "meta": MARK}):
+        for inputs in (("", file, 16), (file, "apple", 16)):
+            kind, data = visitor.press("draw", *inputs)
+            assert kind == "error" and REFUSED in data
+        assert REFUSED in visitor.press("lay_out", "", None, 4, [file])[1]
+    assert "The prompt must be a text, not empty" in visitor.press("draw", "", {"url": "http://[::1]/"}, 16)[1]
+    assert "at most 300 characters, not 100000" in visitor.press("draw", "", "a" * 100_000, 16)[1]
+    assert visitor.opened == []
 
 
 def test_no_request_uses_the_machines_hub_token(visitor, monkeypatch):

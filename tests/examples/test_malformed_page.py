@@ -7,8 +7,10 @@ import PIL.Image
 import pytest
 from malformed_helpers import HUGE, INF, NAN, check, short, unique
 from pipeline_helpers import picture
+from tiny_models import make_text_pipeline
 
 from dar_hf.data import read_image
+from dar_hf.utils.untrusted import uploaded
 
 
 def content(file_format, image=None, **options):
@@ -73,7 +75,7 @@ def test_uploads(data, app, tmp_path):
 def test_paths(name, app, tmp_path):
     check(lambda: read_image(tmp_path / name), (str(tmp_path),))
     check(lambda: app.read_upload(str(tmp_path / name), 8, 8, 3), ("picture",))
-    check(lambda: app.uploaded(str(tmp_path / name), tmp_path), ("not uploaded",))
+    check(lambda: uploaded(str(tmp_path / name), tmp_path), ("not uploaded",))
 
 
 # The page
@@ -127,6 +129,52 @@ def test_page(button, settings, changes, word, app, tiny_pipeline, tmp_path):
         inputs[place] = value
     press = app.handler(getattr(app, button), app.Artist(tiny_pipeline))
     check(lambda: list(press(*settings.values(), *inputs)), (word,), app.gr.Error)
+
+
+# The page of a pipeline that draws from text
+
+NOT_PROMPTS = [None, 3, 2.5, True, [], ["a"], {}, {"path": "/etc/passwd"}, b"a", NAN, "a" * 301]
+TEXT_PAGE_INPUTS = {
+    ("draw", 0): ("negative prompt", NOT_PROMPTS),
+    ("draw", 1): ("The prompt", [*NOT_PROMPTS, "", " \n\t"]),
+    ("draw", 2): ("Tokens", [*NOT_NUMBERS, 0, 17]),
+    ("lay_out", 0): ("negative prompt", NOT_PROMPTS),
+    ("lay_out", 3): (
+        "rompt",
+        [*NOT_PROMPTS, "", "\n \n", "a\n" * 11, ["a", 3], ["a", ""], [["a"]], "a\n" + "b" * 301],
+    ),
+    ("vary", 0): ("negative prompt", NOT_PROMPTS),
+    ("vary", 2): ("The prompt", [*NOT_PROMPTS, ""]),
+    ("reconstruct", 0): ("negative prompt", NOT_PROMPTS),
+}
+
+
+def text_page_cases():
+    for (button, place), (word, values) in TEXT_PAGE_INPUTS.items():
+        for value in values:
+            if (button, place, value) != ("lay_out", 3, ["a"]):  # prompts as a list are taken
+                yield f"{button}-{place}-{short(value)}", button, {place: value}, word
+
+
+@pytest.fixture(scope="module")
+def text_artist(app, make_tokenizer):
+    return app.Artist(make_text_pipeline(make_tokenizer()))
+
+
+@pytest.mark.parametrize("button, changes, word", unique(text_page_cases()))
+def test_text_page(button, changes, word, app, text_artist, tmp_path):
+    path = str(tmp_path / "upload.png")
+    picture().save(path)
+    inputs = {
+        "draw": ["", "a red apple", 16],
+        "lay_out": ["", path, 4, "a red apple"],
+        "vary": ["", path, "a red apple", 0.5],
+        "reconstruct": ["", path],
+    }[button]
+    for place, value in changes.items():
+        inputs[place] = value
+    press = app.handler(getattr(app, button), text_artist)
+    check(lambda: list(press(*SETTINGS.values(), *inputs)), (word,), app.gr.Error)
 
 
 def test_there_are_many_inputs():

@@ -1,6 +1,7 @@
 """Class names by id: ImageNet's, and those a user has in a file."""
 
 import json
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -9,6 +10,19 @@ def imagenet_labels() -> dict[int, str]:
     """Names of ImageNet's 1,000 classes by id (in the order of their WordNet ids), synonyms separated by commas."""
     text = resources.files("dar_hf").joinpath("assets/imagenet_classes.txt").read_text(encoding="utf-8")
     return dict(enumerate(text.splitlines()))
+
+
+def ids_and_names(words: Iterable[str], labels: Mapping[str, int]) -> list[int | str]:
+    """Classes as commands get them: a number is an id, unless a class has it as its name.
+
+    Args:
+        labels: class ids by name, of a pipeline.
+    """
+    found: list[int | str] = list(words)
+    for index, word in enumerate(found):
+        if word not in labels and str(word).isdecimal():
+            found[index] = int(word)
+    return found
 
 
 def read_labels(path: str | Path, num_classes: int) -> dict[int, str]:
