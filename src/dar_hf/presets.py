@@ -112,7 +112,7 @@ PRESETS: dict[str, Preset] = {
         ),
         tokenizer_recipe=dict(
             dataset_name="digits",
-            max_train_steps=1_000,
+            max_train_steps=1_200,
             # each image at two times: as much for the denoiser as 64 at one, and half the cost for all else
             train_batch_size=32,
             times_per_image=2,
@@ -123,7 +123,7 @@ PRESETS: dict[str, Preset] = {
             encoder_learning_rate=6e-4,
             muon_learning_rate=0.01,  # +2.6 dB in the same time (docs/experiments.md)
             adam_epsilon=1e-6,
-            warmup_steps=50,
+            warmup_steps=60,
             decay_fraction=0.4,
             ema_decay=0.995,
             # open gates, nonzero adaLN and conditions as large as positions: information flows from the first step
@@ -135,11 +135,11 @@ PRESETS: dict[str, Preset] = {
             rotary_bias_std=0.5,
             token_embed_std=0.2,
             # first unquantized latents, then a codebook initialized from them, then dead codes are replaced
-            unquantized_steps=125,
+            unquantized_steps=150,
             dead_code_interval=10,
             revive_until=0.8,
             max_validation_samples=360,
-            validation_steps=500,
+            validation_steps=600,
         ),
         ar_recipe=dict(
             dataset_name="digits",
