@@ -114,10 +114,10 @@ TRAINED: dict[str, dict[str, Any]] = {
             "data": "scikit-learn's digits: first 1,437 to train, other 360 to test",
             "made by": "`make demo` (preset `digits`, seed 0), 2026-11-29",
             "machine": "2 cores of an AMD EPYC (Zen 4, AVX-512 bf16)",
-            "time": "3 min 17 s: tokenizer 2 min 13 s, language model 52 s, evaluation 12 s",
+            "time": "3 min 58 s: tokenizer 2 min 47 s, language model 59 s, evaluation 12 s",
         },
         "sections": {
-            "Limits": "Groups 6 and 7 add little, and the last step loses 0.3 dB. Seeds and processors with other "
+            "Limits": "Groups 6 and 7 add little, and the last step loses 0.4 dB. Seeds and processors with other "
             "rounding move the PSNR by about 0.5 dB ([experiments](../docs/experiments.md))."
         },
         "tags": ["class-conditional"],
