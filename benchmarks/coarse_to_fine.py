@@ -144,7 +144,7 @@ def main() -> None:
     print(f"{len(images)} images to train, {len(held_out)} to measure", flush=True)
     results = []
     for seed, scope, shift in product(args.seeds, args.scopes, args.shifts):
-        folder = args.output_dir / f"{scope}-{shift:g}-{seed}"
+        folder = args.output_dir / f"{scope}-{shift:g}-{args.steps}-{seed}"
         if not (folder / "config.json").is_file():
             train_tokenizer(args, folder, scope, shift, seed)
         metrics, shown = measure(DARTokenizer.from_pretrained(folder), held_out, network)

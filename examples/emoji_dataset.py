@@ -3,8 +3,8 @@
     pip install -c constraints.txt -e ".[emoji]"
     python examples/emoji_dataset.py --output_dir outputs/emoji/data      # 6 MB downloaded, half a minute
 
-One row per drawing: `image`, `label` (group of emoji), `caption` ("noto red apple"), `style`, `name`, `emoji`. Of the
-validation split, training shows every name in the two other styles only; the names of the test split it shows in none.
+One row per drawing: `image`, `label` (group of emoji), `caption` ("noto red apple"), `style`, `name`, `emoji`. Each
+name of the validation split appears in training, but only in the other two styles; those of the test split do not.
 The same seed gives the same rows.
 """
 
@@ -108,7 +108,7 @@ Images: {counts}.
 Every image is one drawing of an emoji, {size}x{size} RGB on white. `label` is the emoji's group; `caption` is the
 style, the emoji's name and, where it has one, the skin tone.
 
-- `validation`: training shows these names in the two other styles only.
+- `validation`: each of these names appears in training, but only in the other two styles.
 - `test`: training shows these names in no style.
 
 Every drawing without a skin tone is in it, and of each emoji with skin tones one tone per style, by chance. Drawings

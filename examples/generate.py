@@ -93,9 +93,9 @@ def call_options(args: argparse.Namespace, pipe: DARPipeline) -> dict[str, Any]:
 
 
 def generate(
-    pipe: DARPipeline, options: dict[str, Any], generators: list[torch.Generator]
+    pipe: DARPipeline, options: dict[str, Any], generators: list[torch.Generator], with_states: bool
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Previews and noisy states after every step, ``(B, C, H, W)``, previews in [-1, 1]."""
+    """Previews and, where asked for, noisy states after every step, ``(B, C, H, W)``, previews in [-1, 1]."""
     states: list[torch.Tensor] = []
 
     def keep(pipe: DARPipeline, step: int, timestep: float, tensors: dict[str, torch.Tensor]) -> None:
@@ -105,7 +105,7 @@ def generate(
         **options,
         generator=generators,
         output_type="pt",
-        callback_on_step_end=keep,
+        callback_on_step_end=keep if with_states else None,
         callback_on_step_end_tensor_inputs=["latents"],
     )
     return [output.images.cpu() * 2 - 1 for output in stream], states
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = call_options(args, pipe)
     count = len(options["class_labels"] or args.prompt or []) * max(args.num_images_per_prompt, 1)
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(count)]
-    steps, states = generate(pipe, options, generators)
+    steps, states = generate(pipe, options, generators, with_states="noisy" in args.previews)
     with writing(args.output_dir):
         write(args, pipe, options, steps, states)
     print(f"{len(steps[-1])} images in {args.output_dir}")

@@ -2,14 +2,17 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from pipeline_helpers import OUTPUT_TYPES, picture, same, seeded
 from tiny_models import CAPTIONS, make_text_pipeline, make_text_transformer
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from dar_hf import DARPipeline, FlowMatchAdamsBashforthScheduler
+from dar_hf.text_dar import encode_texts, prompt_ids
 from dar_hf.training.text import learn_text_tokenizer
 
 PROMPTS = ["noto red apple", "", "a green book"]
@@ -112,6 +115,25 @@ def test_negative_prompt(text_pipeline):
     )
     with pytest.raises(ValueError, match="2 negative prompts for 3 prompts"):
         codes_of(text_pipeline, PROMPTS, negative_prompt=["a", "b"])
+
+
+def test_a_blank_negative_prompt_has_no_tokens_whatever_the_text_tokenizer_adds(text_pipeline):
+    tokenizer = text_pipeline.text_tokenizer
+    mark = tokenizer.convert_tokens_to_ids("!")
+    template = TemplateProcessing(single="! $A", special_tokens=[("!", mark)])
+    tokenizer.backend_tokenizer.post_processor = template
+    found = prompt_ids(tokenizer, 6, ["red", "book"], ["", "red"], repeats=2)
+    assert [row[0] for row in found["text_ids"]] == [mark] * 4
+    assert found["negative_text_ids"] == [[], [], *found["text_ids"][:2]]
+
+
+def test_threads_share_a_text_tokenizer(text_pipeline):
+    tokenizer = text_pipeline.text_tokenizer
+    with ThreadPoolExecutor(4) as threads:
+        calls = [["red"], ["red apple book noto green"]] * 100
+        rows = list(threads.map(lambda texts: encode_texts(tokenizer, texts, 3, warn=False)[0], calls))
+    assert [len(row) for row in rows] == [1, 3] * 100
+    assert tokenizer.backend_tokenizer.truncation is None  # it would be saved
 
 
 # Everything else of the call

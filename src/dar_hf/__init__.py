@@ -6,9 +6,9 @@ group into one denoising step and a preview, and `DARPipeline.stream` is their c
 From a class to an image, read ``pipeline_dar`` (`DARPipeline.stream`), ``modeling_dar``
 (`DARForCausalLM.stream_codes`) with ``sampling_dar`` (guidance), ``tokenizer_dar`` (`DARTokenizer.decode_stream`) with
 ``layers_dar``, and ``scheduling_dar``. The other files whose names end in ``_dar`` can wait: ``configuration_dar``,
-``images_dar`` (reading images), ``labels_dar`` (class names), ``checks_dar`` and ``weights_dar`` (what is refused),
-``acceleration_dar`` (what only buys speed). They stand flat and import only siblings, because a Hub repository that
-carries its own code needs each component as one file.
+``images_dar`` (reading images), ``labels_dar`` (class names), ``text_dar`` (prompts), ``checks_dar`` and
+``weights_dar`` (what is refused), ``acceleration_dar`` (what only buys speed). They stand flat and import only
+siblings, because a Hub repository that carries its own code needs each component as one file.
 
 Importing this package registers the classes with transformers' Auto classes and diffusers' pipeline loader, without
 which neither finds them, and adds what needs the rest of the package (`dar_hf.registration`). The garbage

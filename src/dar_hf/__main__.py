@@ -1,7 +1,7 @@
 """What is installed, where it runs, and images of classes or texts: ``python -m dar_hf``, or ``dar-hf``.
 
 python -m dar_hf                                                  # one image of each class
-python -m dar_hf 3 7                                              # of these, by name or id
+python -m dar_hf 3 7                                              # only of classes 3 and 7, by name or id
 python -m dar_hf --pipeline outputs/text "a red apple" "a book"   # of a pipeline that draws from text
 """
 
@@ -53,7 +53,7 @@ def subjects(pipe: DARPipeline, words: list[str]) -> dict[str, Any]:
     try:
         return {"class_labels": pipe.prepare_labels(ids_and_names(words, pipe.labels))}
     except ValueError as error:
-        raise CommandError(f"this pipeline draws from classes, not from text: {error}") from error
+        raise CommandError(f"this pipeline draws from classes: {error}") from error
 
 
 def draw(pipe: DARPipeline, subject: dict[str, Any], seed: int, path: Path) -> int:

@@ -182,7 +182,7 @@ class DARModel(DARPreTrainedModel, LlamaModel):
         cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Llama's forward. ``drop_class (B,)`` bool: which rows lose their prompt; drawn in training if missing."""
+        """Llama's forward. ``drop_class (B,)`` bool: whose prompt becomes null tokens; drawn in training if None."""
         if input_ids is not None:
             if drop_class is None and self.training and self.config.class_dropout > 0:
                 drop_class = torch.rand(len(input_ids), device=input_ids.device) < self.config.class_dropout

@@ -199,7 +199,7 @@ class DARPipeline(DiffusionPipeline):
                 tokens; None takes the default saved with the transformer, 1.0 switches it off.
             temperature, top_k, top_p: sampling of the codes; temperature 0 takes the most probable ones.
             num_inference_steps: denoising steps, any number up to 10000; default the tokenizer's. Fewer than the
-                tokenizer has groups leave groups out.
+                tokenizer has groups give some groups no step of their own.
             num_tokens: generate only this many codes; the preview shows the last complete group.
             num_images_per_prompt: images per label or prompt.
             prefix_codes: codes to start from: ``(1, n)`` for all images, or one row for each label or each image.

@@ -1,6 +1,7 @@
 """Texts of a pipeline: what users write, as the ids of the text tokenizer."""
 
 import logging
+import threading
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -8,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from .checks_dar import described
 
 logger = logging.getLogger(__name__)
+
+_LOCK = threading.Lock()  # a fast tokenizer keeps the truncation of a call, which another thread would change
 
 
 def text_list(name: str, texts: Any) -> list[str]:
@@ -33,7 +36,12 @@ def encode_texts(
     """The ids of each text, cut to ``max_tokens`` with a warning."""
     # what no encoding can hold, such as half of a surrogate pair, becomes a question mark
     texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-    rows = tokenizer(texts, padding=False, truncation=False, verbose=False).input_ids
+    with _LOCK:
+        rows = tokenizer(texts, padding=False, truncation=False, verbose=False).input_ids
+        cut = rows
+        if any(len(ids) > max_tokens for ids in rows):
+            cut = tokenizer(texts, padding=False, truncation=True, max_length=max_tokens).input_ids
+            tokenizer("", truncation=False)  # or the truncation would be saved with the tokenizer
     too_long = [text for text, ids in zip(texts, rows, strict=True) if len(ids) > max_tokens]
     if too_long and warn:
         logger.warning(
@@ -43,15 +51,15 @@ def encode_texts(
             max_tokens,
             too_long[0],
         )
-    if too_long:
-        rows = tokenizer(texts, padding=False, truncation=True, max_length=max_tokens).input_ids
-    return rows
+    return cut
 
 
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, max_tokens: int, prompt: Any, negative_prompt: Any = None, repeats: int = 1
 ) -> dict[str, list[list[int]]]:
     """What `DARForCausalLM.stream_codes` draws from: the ids of prompts and of negative ones, each ``repeats`` times.
+
+    A blank negative prompt is none: it has no tokens, also where the text tokenizer marks beginnings and ends.
 
     Raises:
         ValueError: for anything but texts, or another number of negative prompts than one or one for each.
@@ -63,10 +71,12 @@ def prompt_ids(
         if len(negative) not in (1, count):
             raise ValueError(f"got {len(negative)} negative prompts for {count} prompts: give one, or one for each.")
         texts["negative_text_ids"] = negative * (count // len(negative))
-    return {
-        name: [ids for ids in encode_texts(tokenizer, several, max_tokens) for _ in range(repeats)]
-        for name, several in texts.items()
-    }
+    rows = {name: encode_texts(tokenizer, several, max_tokens) for name, several in texts.items()}
+    if negative_prompt is not None:
+        negative = texts["negative_text_ids"]
+        pairs = zip(negative, rows["negative_text_ids"], strict=True)
+        rows["negative_text_ids"] = [ids if text.strip() else [] for text, ids in pairs]
+    return {name: [ids for ids in several for _ in range(repeats)] for name, several in rows.items()}
 
 
 def check_text_tokenizer(tokenizer: Any, text_vocab_size: int) -> None:

@@ -310,7 +310,7 @@ class DARTokenizer(ModelMixin, AttentionMixin, ConfigMixin):
     def step_windows(self, num_inference_steps: int) -> list[tuple[int, int]]:
         """Tokens [start, stop) of the group that each of ``num_inference_steps`` steps belongs to.
 
-        Fewer steps than groups leave groups out. A step sees these tokens' conditions, and with
+        With fewer steps than groups some have no step of their own. A step sees these tokens' conditions, and with
         ``condition_scope="prefix"`` also those of all tokens before them.
         """
         starts = self.group_start(torch.arange(num_inference_steps, dtype=torch.float64) / num_inference_steps)

@@ -96,7 +96,7 @@ def test_missing_captions_are_empty(tmp_path, caplog):
 
 def test_what_is_no_caption(tmp_path):
     source = write_parquet(tmp_path / "a.parquet", [["a", "b"]], feature=datasets.List(datasets.Value("string")))
-    with pytest.raises(ValueError, match="are no texts, one for each image"):
+    with pytest.raises(ValueError, match="must be one text for each image"):
         load_images(source, caption_column="caption")
     source = write_parquet(tmp_path / "b.parquet", [b"\xff\xfe"], feature=datasets.Value("binary"))
     with pytest.raises(ValueError, match=r"cannot load .*b\.parquet"):
@@ -128,7 +128,7 @@ def test_captions_of_a_stream(write, tmp_path):
 
 def test_a_stream_without_texts(tmp_path):
     source = write_parquet(tmp_path / "a.parquet", [["a", "b"]], feature=datasets.List(datasets.Value("string")))
-    with pytest.raises(ValueError, match="are no texts, one for each image"):
+    with pytest.raises(ValueError, match="must be one text for each image"):
         stream_images(source, caption_column="caption")
 
 
@@ -138,3 +138,12 @@ def test_validation_of_a_stream(tmp_path):
     args = DataArguments(str(tmp_path), streaming=True, caption_column="caption")
     _, validation, _ = image_splits(args, (4, 4), 3, with_labels=True)
     assert validation.labels == ["unseen", "a red apple"]
+
+
+def test_missing_captions_of_a_streamed_validation_are_empty(tmp_path):
+    write_parquet(tmp_path / "train.parquet", TEXTS)
+    write_parquet(tmp_path / "validation.parquet", ["a book", None, "a red book"])
+    args = DataArguments(dataset_name=str(tmp_path), streaming=True, caption_column="caption")
+    stream, validation, _ = image_splits(args, (4, 4), 3, with_labels=True)
+    assert validation.labels == ["a book", "", "a red book"]
+    assert stream.captions(3) == TEXTS[:3]

@@ -45,5 +45,5 @@ def test_images_that_are_not_finite_end_the_run_and_leave_no_report(generation, 
 
 def test_generation_is_measured_of_class_models_only(generation, process, workplace, tiny_tokenizer):
     make_text_pipeline(tiny_tokenizer).save_pretrained(workplace / "text")
-    with pytest.raises(ValueError, match="draws from text: generation is measured of class models only"):
+    with pytest.raises(ValueError, match="draws from text: measuring generation supports class models only"):
         evaluate_generation(generation(pipeline=str(workplace / "text")), process())

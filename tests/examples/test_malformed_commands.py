@@ -354,7 +354,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("dar_hf --model {w}/pipe --output {w}/empty", "is a folder"),
         ("dar_hf --model {w}/pipe --output {w}/full/x.png", "No space left"),
         ("dar_hf --model {w}/pipe --output {w}/x.png --seed 1.5", "--seed"),
-        ("dar_hf 'a red apple' --pipeline {w}/pipe", "draws from classes, not from text: unknown class name 'a red"),
+        ("dar_hf 'a red apple' --pipeline {w}/pipe", "draws from classes: unknown class name 'a red"),
         ("dar_hf 0 99999 --pipeline {w}/pipe", "got 99999"),
         ("dar_hf '' --pipeline {w}/pipe", "unknown class name ''"),
         ("dar_hf 3 --pipeline {w}/none", "there is no such folder"),

@@ -74,6 +74,7 @@ def runs(tmp_path_factory, environment):
     (folder / "poisoned.py").write_text(POISON + RUNNER)
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     options = COMMON | OPTIONS | {"tokenizer": folder / "tokenizer", "learning_rate": 3e-4, "ema_decay": 0}
+    options["muon_learning_rate"] = 0
     model = TRANSFORMER_MODEL | NO_DROPOUT
 
     def command(name, environment=environment, model=model, **changes):

@@ -61,7 +61,7 @@ def test_stage_1_in_half_precision_and_compiled(tokenizers):
 
 
 def test_stage_2_in_half_precision_compiled_and_spread(tokenizers, tmp_path):
-    options = {"tokenizer": tokenizers[0] / "half", "learning_rate": 1e-3}
+    options = {"tokenizer": tokenizers[0] / "half", "learning_rate": 1e-3, "muon_learning_rate": 0}
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--num_processes", "1"]
     variants = {
         "single": {"mixed_precision": "no"},
@@ -87,6 +87,7 @@ def test_stage_2_in_half_precision_compiled_and_spread(tokenizers, tmp_path):
 def test_a_spread_run_is_resumed(tokenizers, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--num_processes", "1"]
     options = {"tokenizer": tokenizers[0] / "half", "learning_rate": 1e-3, "launcher": launch}
+    options["muon_learning_rate"] = 0
     whole = train("ar", tmp_path / "run", TINY_TRANSFORMER, **options)
     again = train("ar", tmp_path / "run", TINY_TRANSFORMER, **options, resume_from_checkpoint="checkpoint-20")
     assert (losses(again, "cross_entropy") / losses(whole, "cross_entropy") - 1).abs().max() < 1e-3

@@ -452,3 +452,10 @@ def test_what_can_fail_comes_after_what_is_saved(tmp_path):
     loop.start_step = args.max_train_steps
     loop.train_and_save()
     assert saved == [True]
+
+
+def test_runs_of_before_the_scope_of_conditions_can_be_resumed(tmp_path):
+    """A tokenizer whose steps see their own group's conditions is described as it was then."""
+    for scope in ("group", "prefix"):
+        stage, _ = tokenizer_stage(tmp_path / scope, {"condition_scope": scope})
+        assert stage.describe().get("condition_scope") == {"group": None, "prefix": "prefix"}[scope]

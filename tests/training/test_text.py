@@ -198,6 +198,8 @@ def test_fine_tuning(tmp_path, tokenizer, captioned):
     assert again.model.config.max_text_tokens == stage.model.config.max_text_tokens
     with pytest.raises(ValueError, match=r"draws from text: give --caption_column\."):
         ar_stage(tmp_path / "third", tokenizer, **options)
+    with pytest.raises(ValueError, match="brings its own text tokenizer: leave out --text_tokenizer"):
+        text_stage(tmp_path / "third", tokenizer, captioned, **options, text_tokenizer=str(tmp_path / "saved"))
     with pytest.raises(ValueError, match="there is no text tokenizer next to"):
         stage.model.save_pretrained(tmp_path / "alone" / "transformer")
         text_stage(tmp_path / "third", tokenizer, captioned, **options | {"init_from": str(tmp_path / "alone")})
@@ -224,7 +226,7 @@ def test_adapters(tmp_path, tokenizer, captioned):
         ({"text_vocab_size": 255}, "text_vocab_size must be at least 256"),
         ({"max_text_tokens": 0}, "max_text_tokens must be at least 1"),
         ({"caption_column": None, "text_tokenizer": "t5"}, "give --caption_column with --text_tokenizer"),
-        ({"init_from": "x", "new_classes": "null"}, "captions are no classes"),
+        ({"init_from": "x", "new_classes": "null"}, "--new_classes cannot be combined with"),
         ({"init_from": "x", "max_text_tokens": 3}, "max_text_tokens is that of the saved model"),
         ({"model_overrides": ["max_text_tokens=3"]}, "DARConfig has no options max_text_tokens"),
         ({"caption_column": "missing"}, "has no column 'missing' for the captions"),

@@ -172,7 +172,7 @@ def test_the_pipeline_generates_in_a_fresh_process(ar_runs, environment, tmp_pat
     command = [sys.executable, "-c", GENERATE, str(folder), str(tmp_path / "three.png")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split() == ["4", "10"]
+    assert result.stdout.split() == ["8", "10"]
     assert Image.open(tmp_path / "three.png").size == (8, 8)
 
 

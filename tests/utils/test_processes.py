@@ -17,10 +17,12 @@ def test_one_process():
 @pytest.mark.slow
 def test_processes_of_torchrun_find_each_other_without_a_gpu(tmp_path):
     (tmp_path / "job.py").write_text(
+        "import os\n"
         "from dar_hf.utils.processes import join_processes\n"
         "accelerator = join_processes()\n"
         "rank, count = accelerator.process_index, accelerator.num_processes\n"
-        "print(f'{rank} of {count} on {accelerator.device.type}', flush=True)\n"
+        # in one piece: print may write the end of the line by itself, and the other process before it
+        "os.write(1, f'{rank} of {count} on {accelerator.device.type}\\n'.encode())\n"
         "accelerator.end_training()\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}

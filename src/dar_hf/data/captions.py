@@ -17,7 +17,7 @@ def check_captions(feature: Any, name: str) -> None:
         ValueError: that says what it holds.
     """
     if not isinstance(feature, datasets.Value):
-        raise ValueError(f"the captions of {name} are no texts, one for each image, but {feature}.")
+        raise ValueError(f"the captions of {name} must be one text for each image, got {feature}.")
 
 
 def with_captions(dataset: datasets.Dataset, name: str) -> datasets.Dataset:

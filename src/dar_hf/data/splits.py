@@ -131,6 +131,9 @@ def _first_images(
     rows = first_rows(stream, args.max_validation_samples, args.dataset_name)
     if not rows:
         raise ValueError(f"split {split!r} of {args.dataset_name} holds no images.")
+    for row in rows:
+        if "caption" in row:
+            row["caption"] = row["caption"] or ""
     features = {name: datasets.Value("string") for name in stream.column_names} | {"image": datasets.Image()}
     if classes:
         features["label"] = classes

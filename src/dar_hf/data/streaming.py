@@ -68,7 +68,8 @@ class StreamedImages:
 
     def captions(self, count: int) -> list[str]:
         """The first ``count`` captions."""
-        rows = islice(copy.deepcopy(self.dataset), count)  # its epoch lies in memory that all copies share
+        captions = self.dataset.select_columns("caption")  # without the images
+        rows = islice(copy.deepcopy(captions), count)  # its epoch lies in memory that all copies share
         return [row["caption"] or "" for row in rows]
 
     def sample(self, row: dict, seed: int) -> dict:

@@ -34,7 +34,7 @@ class Generation(Evaluation):
             raise ValueError(f"{args.pipeline} holds a tokenizer only: generation needs a pipeline.")
         self.pipeline = self.model.pipeline
         if self.pipeline.transformer.config.text_vocab_size:
-            raise ValueError(f"{args.pipeline} draws from text: generation is measured of class models only.")
+            raise ValueError(f"{args.pipeline} draws from text: measuring generation supports class models only.")
         self.count = args.num_images or DEFAULT_COUNT
         self.num_classes = self.pipeline.transformer.config.num_classes
         self.guidance = _guidance(args.guidance_scale)

@@ -157,7 +157,8 @@ class ARStage(Stage):
             sizes |= text_sizes(args, text_tokenizer, captions)
         names = classes.names if classes else []
         model = build_transformer(args, sizes, names)
-        if torch.device(device).type == "cpu" and model.config.num_image_tokens <= SHORT_SEQUENCE:
+        length = model.config.prompt_length + model.config.num_image_tokens - 1  # the last code is not put in
+        if torch.device(device).type == "cpu" and length <= SHORT_SEQUENCE:
             model.set_attn_implementation("eager")  # for training only: it is not saved
         id2label = class_names(args, model.config.num_classes, names) or None
         return cls(model, tokenizer, samples, args, validation, id2label, text_tokenizer)

@@ -184,9 +184,7 @@ class ARArguments(LoopArguments):
         help="with --caption_column, folder or Hub id of a tokenizer of transformers; default that of --init_from, or "
         "one learned from the captions",
     )
-    text_vocab_size: int = HfArg(
-        default=1024, help="tokens of a text tokenizer that is learned, at most; 256 at least"
-    )
+    text_vocab_size: int = HfArg(default=1024, help="maximum vocabulary of a learned text tokenizer, at least 256")
     max_text_tokens: int | None = HfArg(
         default=None, help="longer texts are cut to this many tokens; default the longest caption's, up to 128"
     )
@@ -208,7 +206,7 @@ class ARArguments(LoopArguments):
         if self.text_tokenizer and not self.caption_column:
             raise ValueError("a text tokenizer is for captions: give --caption_column with --text_tokenizer.")
         if self.new_classes and self.caption_column:
-            raise ValueError("captions are no classes: --new_classes and --caption_column exclude each other.")
+            raise ValueError("--new_classes cannot be combined with --caption_column.")
         if self.init_from and self.max_text_tokens:
             raise ValueError("max_text_tokens is that of the saved model: leave it out with --init_from.")
         if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):

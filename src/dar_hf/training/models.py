@@ -94,8 +94,10 @@ def build_text_tokenizer(args: ARArguments, captions: list[str]) -> PreTrainedTo
     Raises:
         ValueError: if it is not there.
     """
-    # unless this says something, worker processes that are forked later print a warning
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # worker processes that are forked after threads of a tokenizer ran could wait for them for ever
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if args.text_tokenizer and args.init_from and Path(args.init_from, "text_tokenizer").expanduser().is_dir():
+        raise ValueError("init_from: the saved pipeline brings its own text tokenizer: leave out --text_tokenizer.")
     if args.text_tokenizer:
         return load(AutoTokenizer, _component(args.text_tokenizer, "text_tokenizer"), "text tokenizer")
     if args.init_from:

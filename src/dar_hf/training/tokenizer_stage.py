@@ -311,7 +311,10 @@ class TokenizerStage(Stage):
         self.model.save_pretrained(folder)
 
     def describe(self) -> dict:
-        return {k: v for k, v in dict(self.model.config).items() if not k.startswith("_")}
+        config = {k: v for k, v in dict(self.model.config).items() if not k.startswith("_")}
+        if config["condition_scope"] == "group":
+            del config["condition_scope"]  # which runs of earlier versions do not note
+        return config
 
 
 def use_unfused_attention(model: DARTokenizer) -> None:
