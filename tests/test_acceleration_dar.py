@@ -199,14 +199,14 @@ def test_a_change_of_weights_is_seen_whoever_holds_them_packed(model, change):
 
 @torch.no_grad()
 def test_kept_copies_save_packing_until_they_are_released(model):
-    accelerated(model, dtype=torch.bfloat16, pack=True, keep=True)
+    accelerated(model, pack=True, keep=True)
     weight = layers(acceleration_dar._KEPT[model])[0].weight
-    again = accelerated(model, dtype=torch.bfloat16, pack=True, keep=True)
+    again = accelerated(model, pack=True, keep=True)
     assert layers(again)[0].weight is weight
     release(model)
     release(model)
     assert model not in acceleration_dar._KEPT
-    accelerated(model, dtype=torch.bfloat16, pack=True, keep=True)
+    accelerated(model, pack=True, keep=True)
     accelerated(model)  # another kind of copy is wanted now
     assert model not in acceleration_dar._KEPT
 
