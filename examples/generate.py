@@ -23,7 +23,7 @@ import torch
 
 from dar_hf import DARPipeline
 from dar_hf.data import read_image
-from dar_hf.utils.commands import check_output, command, device_option, path_option, seed_option, writing
+from dar_hf.utils.commands import add_precision_options, check_output, command, path_option, seed_option, writing
 from dar_hf.utils.labels import ids_and_names
 from dar_hf.utils.loading import load_pipeline
 from dar_hf.utils.pictures import image_grid, save_animation, save_picture
@@ -54,9 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--strength", type=float, help="share of the steps that are generated anew, in [0, 1]")
     parser.add_argument("--previews", nargs="+", choices=["strip", "noisy", "gif"], default=[])
     parser.add_argument("--seed", type=seed_option, default=0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=device_option, default=device)
+    add_precision_options(parser)
     parser.add_argument(
         "--timing", action="store_true", help="also print the time to the first preview and of the whole call"
     )

@@ -16,9 +16,9 @@ import torch
 from dar_hf.data import ImageTransform, add_input_options, load_inputs
 from dar_hf.metrics import psnr
 from dar_hf.utils.commands import (
+    add_precision_options,
     check_output,
     command,
-    device_option,
     path_option,
     positive_option,
     seed_option,
@@ -41,9 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--height", type=positive_option, help="for a tokenizer that takes other sizes than its own")
     parser.add_argument("--width", type=positive_option)
     parser.add_argument("--seed", type=seed_option, default=0, help="of the start noise")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=device_option, default=device)
+    add_precision_options(parser)
     return parser.parse_args(argv)
 
 

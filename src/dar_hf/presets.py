@@ -76,6 +76,11 @@ def _llama(layers: int, heads: int, dim: int, guidance: list[float] | None = Non
     return Preset(transformer=transformer, ar_recipe=_IMAGENET_AR_RECIPE | scale, sampling=sampling)
 
 
+# open gates, nonzero adaLN and conditions as large as positions: information flows from the first step
+_OPEN_START = dict(gate_start=0.5, modulation_std=0.02, output_std=0.02, post_quant_std=0.35)
+# attention tells places apart from the first step; else it takes hundreds, and luck (docs/experiments.md)
+_PLACES_APART = dict(rotary_bias_std=0.5, token_embed_std=0.2)
+
 PAPER_SIZES = ("B", "L", "XL", "XXL", "3B")  # of the language model
 
 PRESETS: dict[str, Preset] = {
@@ -126,14 +131,8 @@ PRESETS: dict[str, Preset] = {
             warmup_steps=60,
             decay_fraction=0.4,
             ema_decay=0.995,
-            # open gates, nonzero adaLN and conditions as large as positions: information flows from the first step
-            gate_start=0.5,
-            modulation_std=0.02,
-            output_std=0.02,
-            post_quant_std=0.35,
-            # attention tells places apart from the first step; else it takes hundreds, and luck (docs/experiments.md)
-            rotary_bias_std=0.5,
-            token_embed_std=0.2,
+            **_OPEN_START,
+            **_PLACES_APART,
             # first unquantized latents, then a codebook initialized from them, then dead codes are replaced
             unquantized_steps=150,
             dead_code_interval=10,
@@ -197,10 +196,7 @@ PRESETS: dict[str, Preset] = {
             warmup_steps=200,
             decay_fraction=0.4,
             ema_decay=0.999,
-            gate_start=0.5,
-            modulation_std=0.02,
-            output_std=0.02,
-            post_quant_std=0.35,
+            **_OPEN_START,
             unquantized_steps=600,
             group_dropout=0.3,
             dead_code_interval=20,
@@ -258,12 +254,8 @@ PRESETS: dict[str, Preset] = {
             warmup_steps=300,
             decay_fraction=0.4,
             ema_decay=0.998,
-            gate_start=0.5,
-            modulation_std=0.02,
-            output_std=0.02,
-            post_quant_std=0.35,
-            rotary_bias_std=0.5,
-            token_embed_std=0.2,
+            **_OPEN_START,
+            **_PLACES_APART,
             unquantized_steps=1_000,
             dead_code_interval=20,
             revive_until=0.8,

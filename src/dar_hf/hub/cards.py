@@ -107,10 +107,12 @@ codes = model.generate(torch.tensor([prompt]))[:, len(prompt) :]  # tokens of on
 _USE_TOKENIZER = """
 codes = tokenizer.encode(pixel_values).codes  # images (B, 3, H, W) in [-1, 1]
 images = tokenizer.decode(codes).sample"""
+_LOAD_PIPELINE = 'from dar_hf import DARPipeline\n\npipe = DARPipeline.from_pretrained("{id}")'
+_LOAD_TRANSFORMER = 'import torch\nfrom dar_hf import DARForCausalLM\n\nmodel = DARForCausalLM.from_pretrained("{id}")'
 
 _KINDS = {
     "DARPipeline": _Kind(
-        'from dar_hf import DARPipeline\n\npipe = DARPipeline.from_pretrained("{id}")' + _USE_PIPELINE,
+        _LOAD_PIPELINE + _USE_PIPELINE,
         "from diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("{id}", trust_remote_code=True)',
         "diffusers",
@@ -125,8 +127,7 @@ _KINDS = {
         _describe_tokenizer,
     ),
     "DARForCausalLM": _Kind(
-        'import torch\nfrom dar_hf import DARForCausalLM\n\nmodel = DARForCausalLM.from_pretrained("{id}")'
-        + _USE_TRANSFORMER,
+        _LOAD_TRANSFORMER + _USE_TRANSFORMER,
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("{id}", trust_remote_code=True)',
         "transformers",
@@ -152,12 +153,12 @@ _KINDS = {
 _TEXT_KINDS = {
     "DARPipeline": replace(
         _KINDS["DARPipeline"],
-        usage=_KINDS["DARPipeline"].usage.replace(_USE_PIPELINE, _USE_TEXT_PIPELINE),
+        usage=_LOAD_PIPELINE + _USE_TEXT_PIPELINE,
         pipeline_tag="text-to-image",
     ),
     "DARForCausalLM": replace(
         _KINDS["DARForCausalLM"],
-        usage=_KINDS["DARForCausalLM"].usage.replace(_USE_TRANSFORMER, _USE_TEXT_TRANSFORMER),
+        usage=_LOAD_TRANSFORMER + _USE_TEXT_TRANSFORMER,
     ),
 }
 

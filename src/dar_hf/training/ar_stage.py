@@ -227,6 +227,7 @@ class ARStage(Stage):
         """Cross-entropy on the validation images, and a grid of samples, one row per class or caption."""
         metrics = {}
         if self.validation is not None:
+            all_labels = torch.as_tensor(self.validation.labels)
             total = 0.0
             count = 0
             for batch in in_batches(range(len(self.validation)), ENCODE_BATCH):
@@ -234,7 +235,7 @@ class ARStage(Stage):
                 if not indices:
                     continue
                 codes = self.tokenizer.encode(images.to(self.model.device)).codes
-                labels = torch.as_tensor(self.validation.labels)[indices].to(codes.device)
+                labels = all_labels[indices].to(codes.device)
                 logits = self._logits(self.model, codes, labels, torch.zeros(len(codes), dtype=torch.bool))
                 total += float(cross_entropy_sum(logits, codes))
                 count += len(indices)

@@ -214,6 +214,13 @@ def device_option(name: str) -> torch.device:
     return found
 
 
+def add_precision_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dtype`` and ``--device`` of a command that loads a pipeline."""
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_option, default=device)
+
+
 def path_option(value: str) -> Path:
     """A file or folder, as the ``type`` of an option."""
     try:
