@@ -34,7 +34,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     # the mark of a typed package, class names, the template of cards, a small trained pipeline
-    package_data={"dar_hf": ["py.typed", "assets/*", "assets/sample/*", "assets/sample/*/*"]},
+    package_data={"dar_hf": ["py.typed", "assets/*", "assets/*/*", "assets/*/*/*"]},
     entry_points={"console_scripts": ["dar-hf = dar_hf.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[

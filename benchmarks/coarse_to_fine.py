@@ -1,87 +1,57 @@
 """What makes groups divide the work: tokenizers of other condition scopes and time shifts, measured after every group.
 
-    python benchmarks/coarse_to_fine.py --dataset_name path/to/photos --output_dir outputs/coarse_to_fine
+    python examples/small_features.py --dataset_name path/to/photos --size 32 --output_dir outputs/photos/features
+    python benchmarks/coarse_to_fine.py --dataset_name path/to/photos --features_weights outputs/photos/features
 
 Trains one tokenizer for each scope, shift and seed, unless it is there already, and measures the reconstructions of
-images that were held out: PSNR, and a Fréchet distance on the features of a small classifier, which is trained first
-on the data set's labels. Writes results.jsonl, psnr.png and distance.png.
+images that were held out: PSNR, and a Fréchet distance on the features of a network, the small classifier of
+`examples/small_features.py` unless another is given. Writes results.jsonl, psnr.png and distance.png.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from dar_hf import DARTokenizer, FlowMatchAdamsBashforthScheduler
 from dar_hf.data import ImageSamples, ImageTransform, load_images, normal_noise
-from dar_hf.metrics import GaussianStatistics, frechet_distance, psnr
+from dar_hf.metrics import FeatureExtractor, GaussianStatistics, frechet_distance, load_feature_extractor, psnr
 from dar_hf.presets import get_preset
 from dar_hf.training import TokenizerArguments, TokenizerStage, make_accelerator, train
 from dar_hf.utils.memory import keep_freed_memory
 from dar_hf.utils.pictures import draw_curves, image_grid, save_picture
 
-FEATURES = 64
-CLASSIFIER_BATCH = 64
+FEATURES = Path(__file__).resolve().parent.parent / "examples" / "small_features.py"
 BATCH = 256
 NUM_SHOWN = 8
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset_name", required=True, help="images with labels")
+    parser.add_argument("--dataset_name", required=True, help="a folder, a parquet file or a Hub id")
+    parser.add_argument("--features", default=f"{FEATURES}:load", help="as of examples/measure.py")
+    parser.add_argument("--features_weights", required=True)
     parser.add_argument("--held_out", default="test", help="split that is measured")
     parser.add_argument("--preset", default="photos32")
     parser.add_argument("--scopes", nargs="+", default=["group", "prefix"])
     parser.add_argument("--shifts", nargs="+", type=float, default=[2.0, 8.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=1_500)
-    parser.add_argument("--classifier_steps", type=int, default=1_000)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/coarse_to_fine"))
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def load_pixels(args: argparse.Namespace, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images ``(n, C, H, W)`` in [-1, 1], and their labels."""
+def load_pixels(args: argparse.Namespace, split: str) -> torch.Tensor:
+    """Images ``(n, C, H, W)`` in [-1, 1]."""
     options = get_preset(args.preset).tokenizer
     size = options["sample_size"]
     transform = ImageTransform((size, size), channels=options.get("in_channels", 3))
-    samples = ImageSamples(load_images(args.dataset_name, split), transform)
-    return samples.stack(range(len(samples))), torch.tensor(samples.labels)
-
-
-def classifier(channels: int, num_classes: int) -> nn.Sequential:
-    """Images to features; the last layer, to classes, is not used for them."""
-    layers: list[nn.Module] = []
-    for width in (32, 64, 128):
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU(), nn.MaxPool2d(2)]
-        channels = width
-    layers += [nn.Flatten(), nn.LazyLinear(FEATURES), nn.SiLU(), nn.Linear(FEATURES, num_classes)]
-    return nn.Sequential(*layers)
-
-
-def train_classifier(images: torch.Tensor, labels: torch.Tensor, steps: int) -> nn.Module:
-    """A network whose output are the features of images."""
-    torch.manual_seed(0)
-    network = classifier(images.shape[1], int(labels.max()) + 1)
-    network(images[:2])  # makes the lazy layer
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        batch = torch.randint(len(images), (CLASSIFIER_BATCH,))
-        pixels = images[batch]
-        if torch.rand(()) < 0.5:
-            pixels = pixels.flip(-1)
-        loss = F.cross_entropy(network(pixels), labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return network[:-1].eval()
+    samples = ImageSamples(load_images(args.dataset_name, split, label_column=None), transform)
+    return samples.stack(range(len(samples)))
 
 
 def train_tokenizer(args: argparse.Namespace, folder: Path, scope: str, shift: float, seed: int) -> None:
@@ -103,8 +73,14 @@ def train_tokenizer(args: argparse.Namespace, folder: Path, scope: str, shift: f
     train(TokenizerStage.build(options, accelerator.device), options, accelerator)
 
 
+def statistics_of(images: torch.Tensor, features: FeatureExtractor) -> GaussianStatistics:
+    """Mean and covariance of the features of images in [-1, 1]."""
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    return GaussianStatistics().update(features(pixels).pool)
+
+
 @torch.no_grad()
-def measure(tokenizer: DARTokenizer, images: torch.Tensor, network: nn.Module) -> tuple[dict, torch.Tensor]:
+def measure(tokenizer: DARTokenizer, images: torch.Tensor, features: FeatureExtractor) -> tuple[dict, torch.Tensor]:
     """Metrics after every group, and the first images above their previews."""
     scheduler = FlowMatchAdamsBashforthScheduler(shift=tokenizer.config.time_shift, solver_order=1)
     by_batch = []
@@ -113,10 +89,10 @@ def measure(tokenizer: DARTokenizer, images: torch.Tensor, network: nn.Module) -
         noise = normal_noise(indices, images.shape[1:], images.device)
         by_batch.append([p.sample for p in tokenizer.decode_stream([codes], noise=noise, scheduler=scheduler)])
     steps = [torch.cat(parts).clamp(-1, 1) for parts in zip(*by_batch, strict=True)]
-    real = GaussianStatistics().update(network(images))
+    real = statistics_of(images, features)
     distances = []
     for step in steps:
-        made = GaussianStatistics().update(network(step))
+        made = statistics_of(step, features)
         distances.append(frechet_distance(made.mean, made.covariance, real.mean, real.covariance))
     shown = torch.cat([images[:NUM_SHOWN], *(step[:NUM_SHOWN] for step in steps)])
     return {"psnr": [float(psnr(step, images).mean()) for step in steps], "distance": distances}, shown
@@ -135,19 +111,18 @@ def draw(results: list[dict], folder: Path) -> None:
         draw_curves(curves, folder / f"{name}.png", from_zero=name == "distance", **axes)
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
     keep_freed_memory()
-    images, labels = load_pixels(args, "train")
-    network = train_classifier(images, labels, args.classifier_steps)
-    held_out, _ = load_pixels(args, args.held_out)
-    print(f"{len(images)} images to train, {len(held_out)} to measure", flush=True)
+    features = load_feature_extractor(args.features, args.features_weights)
+    held_out = load_pixels(args, args.held_out)
+    print(f"{len(held_out)} images to measure", flush=True)
     results = []
     for seed, scope, shift in product(args.seeds, args.scopes, args.shifts):
         folder = args.output_dir / f"{scope}-{shift:g}-{args.steps}-{seed}"
         if not (folder / "config.json").is_file():
             train_tokenizer(args, folder, scope, shift, seed)
-        metrics, shown = measure(DARTokenizer.from_pretrained(folder), held_out, network)
+        metrics, shown = measure(DARTokenizer.from_pretrained(folder), held_out, features)
         save_picture(image_grid(shown, NUM_SHOWN), folder / "previews.png")
         results.append({"scope": scope, "shift": shift, "seed": seed, "steps": args.steps, **metrics})
         for name in ("psnr", "distance"):

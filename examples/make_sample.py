@@ -1,6 +1,6 @@
-"""Make a trained pipeline the one that the package ships: in half precision, without the files of its training.
+"""Make a trained pipeline one of those that the package ships: in half precision, without the files of its training.
 
-    python examples/make_sample.py --pipeline outputs/mnist/pipeline
+    python examples/make_sample.py --pipeline outputs/mnist/pipeline --name mnist
 
 Replaces the folder of `dar_hf.sample_pipeline` in one step, once the new one is complete and loads.
 """
@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from dar_hf.utils.commands import check_output, command, path_option
 from dar_hf.utils.files import new_folder, read_object, write_json
 from dar_hf.utils.loading import check_weights, load_pipeline
-from dar_hf.utils.sample import FOLDER
+from dar_hf.utils.sample import FOLDER, SAMPLES
 
-MAX_BYTES = 12_000_000
+MAX_BYTES = 14_000_000
 CONFIGS = (
     "model_index.json",
     "tokenizer/config.json",
@@ -28,6 +28,7 @@ CONFIGS = (
     "transformer/generation_config.json",
     "scheduler/scheduler_config.json",
 )
+TEXT_TOKENIZER = "text_tokenizer"  # of a pipeline that draws from text
 WEIGHTS = ("tokenizer/diffusion_pytorch_model.safetensors", "transformer/model.safetensors")
 
 
@@ -65,6 +66,8 @@ def convert(source: Path, target: Path) -> int:
     """
     for name in CONFIGS:
         write_config(source / name, target / name)
+    for path in sorted((source / TEXT_TOKENIZER).glob("*.json")):
+        write_config(path, target / TEXT_TOKENIZER / path.name)
     for name in WEIGHTS:
         write_half(source / name, target / name)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -105,8 +108,12 @@ def replace(source: Path, target: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", type=path_option, required=True, help="folder that stage 2 wrote")
-    parser.add_argument("--output_dir", type=path_option, default=FOLDER, help="default the package's own sample")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--name", choices=SAMPLES, help="the package's own sample of this name is replaced")
+    target.add_argument("--output_dir", type=path_option, help="or any folder")
     args = parser.parse_args(argv)
+    if args.output_dir is None:
+        args.output_dir = FOLDER / args.name
     check_output(args.output_dir)
     size = replace(args.pipeline, args.output_dir)
     print(f"{args.output_dir}: {size / 1e6:.2f} MB")

@@ -35,7 +35,7 @@ SMALL = {
     "train.py tokenizer": "--unquantized_steps 0",
     "extract_codes.py": "--batch_size 40",
     "measure.py": "--num_images 20",
-    "digits_features.py": "--steps 2",
+    "small_features.py": "--steps 2",
     "evaluate_digits.py": "--num_images 20",
     "generate.py": "--num_images_per_prompt 1",
 }

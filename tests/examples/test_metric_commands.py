@@ -30,10 +30,10 @@ def test_wrong_files_give_one_line_and_no_output(run_command, refusal, tmp_path)
 
 @pytest.mark.slow
 def test_the_digits_classifier_learns_and_measures(run_command, tmp_path):
-    said = run_command("digits_features.py", "--output_dir", tmp_path, "--steps", 600)
-    assert float(said.split("digits ")[1].split(",")[0]) > 0.9
-    extractor = load_feature_extractor(f"{EXAMPLES / 'digits_features.py'}:load", str(tmp_path))
+    said = run_command("small_features.py", "--output_dir", tmp_path, "--steps", 600)
+    assert float(said.split("images ")[1].split(",")[0]) > 0.9
+    extractor = load_feature_extractor(f"{EXAMPLES / 'small_features.py'}:load", str(tmp_path))
     features = extractor(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     assert features.pool.shape == (2, 32) and features.spatial.shape == (2, 64) and features.logits.shape == (2, 10)
     with pytest.raises(ValueError, match="needs features_weights"):
-        load_feature_extractor(f"{EXAMPLES / 'digits_features.py'}:load")
+        load_feature_extractor(f"{EXAMPLES / 'small_features.py'}:load")

@@ -70,9 +70,9 @@ def test_a_new_sample_replaces_the_old_one_only_when_it_is_good(run_command, tra
     save_file(good | {name: tensor + 1e6}, weights, metadata={"format": "pt"})
     refused = refusal(run_command, "make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert f"{name} holds values beyond the range of float16" in refused
-    save_file({"ballast": torch.zeros(7_000_000)} | good, weights, metadata={"format": "pt"})
+    save_file({"ballast": torch.zeros(8_000_000)} | good, weights, metadata={"format": "pt"})
     refused = refusal(run_command, "make_sample.py", "--pipeline", trained, "--output_dir", target)
-    assert "at most 12 are shipped" in refused
+    assert "at most 14 are shipped" in refused
     weights.write_bytes(b"damaged")
     refused = refusal(run_command, "make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert f"{weights} is damaged or cut off" in refused

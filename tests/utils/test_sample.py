@@ -55,6 +55,8 @@ def test_the_language_model_alone_loads_in_float32_too():
 
 def test_an_installation_without_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(sample, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match="no sample pipeline 'cats'; there are mnist"):
+        dar_hf.sample_pipeline("cats")
     with pytest.raises(FileNotFoundError, match="comes without its sample pipeline: .* holds no model_index.json"):
         dar_hf.sample_pipeline()
 
@@ -65,5 +67,5 @@ def test_an_installation_takes_it_along(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     folder = Path(dar_hf.sample_pipeline())
     for path in folder.rglob("*"):
-        installed = tmp_path / "dar_hf" / "assets" / "sample" / path.relative_to(folder)
+        installed = tmp_path / "dar_hf" / "assets" / "mnist" / path.relative_to(folder)
         assert path.is_dir() or installed.read_bytes() == path.read_bytes()

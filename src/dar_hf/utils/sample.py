@@ -1,23 +1,31 @@
-"""The small pipeline that comes with the package, so that nobody has to train before seeing what this is."""
+"""The small pipelines that come with the package, so that nobody has to train before seeing what this is."""
 
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "assets" / "sample"
+FOLDER = Path(__file__).resolve().parent.parent / "assets"
+SAMPLES = ("mnist",)
 
 
-def sample_pipeline() -> str:
-    """Folder of a small trained pipeline that comes with the package: handwritten digits, 32x32 grey, ten classes.
+def sample_pipeline(name: str = "mnist") -> str:
+    """Folder of a small trained pipeline that comes with the package.
 
     ``DARPipeline.from_pretrained(dar_hf.sample_pipeline())`` loads it, without a network. Its weights are stored in
-    half precision and load, like those of every pipeline, in float32 unless ``dtype`` says otherwise. It was trained
-    on MNIST: the copy used is labelled MIT, the digits are commonly given as CC BY-SA 3.0.
+    half precision and load, like those of every pipeline, in float32 unless ``dtype`` says otherwise.
+
+    Args:
+        name: "mnist" draws handwritten digits, 32x32 grey, ten classes. It was trained on MNIST: the copy used is
+            labelled MIT, the digits are commonly given as CC BY-SA 3.0.
 
     Raises:
+        ValueError: for another name.
         FileNotFoundError: if this installation lacks it.
     """
-    if not (FOLDER / "model_index.json").is_file():
+    if name not in SAMPLES:
+        raise ValueError(f"no sample pipeline {name!r}; there are {', '.join(SAMPLES)}.")
+    folder = FOLDER / name
+    if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"this installation of dar_hf comes without its sample pipeline: {FOLDER} holds no model_index.json. "
+            f"this installation of dar_hf comes without its sample pipeline: {folder} holds no model_index.json. "
             "Install the package again, or give a pipeline of your own."
         )
-    return str(FOLDER)
+    return str(folder)
