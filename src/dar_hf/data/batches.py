@@ -62,6 +62,7 @@ class SeedFor(IntEnum):
     CODEBOOK = 6
     DISCRIMINATOR = 7
     GROUP_DROPOUT = 8
+    TEACHER = 9
 
 
 def draw_seed(*parts: int) -> int:

@@ -26,6 +26,7 @@ from ..utils.loading import load
 from ..utils.pictures import image_grid
 from .arguments import ARArguments
 from .codes import ENCODE_BATCH, CodeSamples, code_splits, encode_all, in_batches
+from .distillation import GuidedTeacher, divergence_sum
 from .fingerprint import data_fingerprint
 from .losses import LossTerm, cross_entropy_sum
 from .models import build_text_tokenizer, build_transformer, class_names, sizes_of, text_sizes
@@ -69,6 +70,16 @@ def _captions_of(samples: ImageSamples | StreamedImages | CodeSamples) -> list[s
     return samples.labels
 
 
+def _load_samples(args: ARArguments, tokenizer: DARTokenizer, num_classes: int | None) -> tuple[Any, Any, Any]:
+    """Images or codes to train on, images to validate on, and classes; all None where the teacher draws the codes."""
+    if args.distill_samples:
+        return None, None, None
+    if args.codes:
+        return code_splits(args, args.codes, tokenizer)
+    channels = tokenizer.config.in_channels
+    return image_splits(args, tokenizer.image_size, channels, with_labels=True, num_classes=num_classes)
+
+
 class ARStage(Stage):
     """Trains a `DARForCausalLM`; the finished folder is a whole `DARPipeline`.
 
@@ -80,6 +91,7 @@ class ARStage(Stage):
         validation: such images for validation, or None.
         id2label: class names.
         text_tokenizer: of models that draw from text.
+        teacher: whose distribution is learned, instead of the codes.
     """
 
     name = "ar"
@@ -94,18 +106,22 @@ class ARStage(Stage):
         validation: ImageSamples | None = None,
         id2label: dict[int, str] | None = None,
         text_tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher: GuidedTeacher | None = None,
     ):
         self.model: Any = model
         self.args = args
         self.id2label = id2label
         self.text_tokenizer = text_tokenizer
+        self.teacher = teacher
         if args.lora_rank:
             self.model = add_adapters(
                 model, args.lora_rank, args.lora_alpha or args.lora_rank, train_classes=bool(args.new_classes)
             )
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.samples: Any = samples
-        self._data = data_fingerprint(samples)  # of the images: their codes may differ between machines
+        self._data: dict[str, str] = {}
+        if not args.distill_samples:  # of the images: codes may differ between machines
+            self._data = data_fingerprint(samples)
         if args.cache_codes and isinstance(samples, ImageSamples):
             self.samples = encode_all(samples, tokenizer)
             num_corrupt = len(samples) - len(self.samples)
@@ -117,6 +133,8 @@ class ARStage(Stage):
         self.validation = validation
         self.sample_conditions = self._prepare_conditions()
         self.terms = [LossTerm("cross_entropy", 1.0, "tokens", self._cross_entropy)]
+        if teacher is not None:
+            self.terms = [LossTerm("divergence", 1.0, "tokens", self._divergence)]
         if args.guidance_scale is not None:
             scale = args.guidance_scale
             model.generation_config.guidance_scale = scale[0] if len(scale) == 1 else scale
@@ -139,18 +157,8 @@ class ARStage(Stage):
         tokenizer = load(DARTokenizer, args.tokenizer, "tokenizer").to(device)
         overrides = parse_options(args.model_overrides)
         sizes = sizes_of(tokenizer, overrides)
-        samples: Any
         text_tokenizer = None
-        if args.codes:
-            samples, validation, classes = code_splits(args, args.codes, tokenizer)
-        else:
-            samples, validation, classes = image_splits(
-                args,
-                tokenizer.image_size,
-                tokenizer.config.in_channels,
-                with_labels=True,
-                num_classes=overrides.get("num_classes"),
-            )
+        samples, validation, classes = _load_samples(args, tokenizer, overrides.get("num_classes"))
         if args.caption_column:
             captions = _captions_of(samples)
             text_tokenizer = build_text_tokenizer(args, captions)
@@ -161,7 +169,13 @@ class ARStage(Stage):
         if torch.device(device).type == "cpu" and length <= SHORT_SEQUENCE:
             model.set_attn_implementation("eager")  # for training only: it is not saved
         id2label = class_names(args, model.config.num_classes, names) or None
-        return cls(model, tokenizer, samples, args, validation, id2label, text_tokenizer)
+        teacher = None
+        if args.distill_guidance is not None:
+            teacher = GuidedTeacher(model, args.distill_guidance)
+            teacher.to(device)
+        if teacher is not None and args.distill_samples:
+            samples = teacher.draw(args.distill_samples, args.seed, args.train_transform(tokenizer.image_size, 1))
+        return cls(model, tokenizer, samples, args, validation, id2label, text_tokenizer, teacher)
 
     def _prepare_conditions(self) -> dict[str, list]:
         """What validation draws, as `DARForCausalLM.stream_codes` takes it; captions of all images become tokens."""
@@ -182,7 +196,10 @@ class ARStage(Stage):
         return {"text_ids": [row for row in ids for _ in range(SAMPLE_COLUMNS)]}
 
     def prepare(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self.tokenizer.to(accelerator.device)
+        if self.teacher is not None:
+            self.teacher.to(accelerator.device)
 
     def parameter_groups(self) -> list[dict]:
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -203,23 +220,33 @@ class ARStage(Stage):
         if "codes" not in batch:
             batch["codes"] = self.tokenizer.encode(batch["pixel_values"]).codes  # the loss term reads them there
         drop_class = bernoulli_mask(batch["seed"], self.model.config.class_dropout, SeedFor.CLASS_DROPOUT)
-        return self._logits(model, batch["codes"], batch["label"], drop_class)
+        batch["drop_class"] = drop_class.to(batch["codes"].device)  # the teacher's prompts are dropped as well
+        return self._logits(model, batch["codes"], batch["label"], batch["drop_class"])
 
     def _cross_entropy(self, logits: torch.Tensor, batch: dict, step: int) -> torch.Tensor:
         return cross_entropy_sum(logits, batch["codes"])
 
-    def _logits(
-        self, model: nn.Module, codes: torch.Tensor, labels: torch.Tensor, drop_class: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits of every code: the last code is a target only, so it is not put in.
+    def _divergence(self, logits: torch.Tensor, batch: dict, step: int) -> torch.Tensor:
+        assert self.teacher is not None and self._accelerator is not None
+        with self._accelerator.autocast():
+            targets = self.teacher.logits(self._tokens(batch["codes"], batch["label"]), batch["drop_class"])
+        return divergence_sum(logits, targets)
+
+    def _tokens(self, codes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What the language model reads: prompts, and all codes but the last, which is a target only.
 
         ``labels`` are classes ``(B,)`` or the tokens of texts ``(B, max_text_tokens)``.
         """
         prompts = labels
         if labels.ndim == 1:
             prompts = (labels + self.model.config.codebook_size)[:, None]
-        tokens = torch.cat([prompts, codes[:, :-1]], dim=1)
-        drop_class = drop_class.to(tokens.device)
+        return torch.cat([prompts, codes[:, :-1]], dim=1)
+
+    def _logits(
+        self, model: nn.Module, codes: torch.Tensor, labels: torch.Tensor, drop_class: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of every code."""
+        tokens = self._tokens(codes, labels)
         return model(input_ids=tokens, use_cache=False, drop_class=drop_class, logits_to_keep=codes.shape[1]).logits
 
     @torch.no_grad()
@@ -236,7 +263,8 @@ class ARStage(Stage):
                     continue
                 codes = self.tokenizer.encode(images.to(self.model.device)).codes
                 labels = all_labels[indices].to(codes.device)
-                logits = self._logits(self.model, codes, labels, torch.zeros(len(codes), dtype=torch.bool))
+                kept = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
+                logits = self._logits(self.model, codes, labels, kept)
                 total += float(cross_entropy_sum(logits, codes))
                 count += len(indices)
             if count:
@@ -282,7 +310,13 @@ class ARStage(Stage):
         texts = {}
         if self.text_tokenizer is not None:
             texts["text_tokenizer"] = text_fingerprint(self.text_tokenizer)
-        return {**config, "tokenizer": tokenizer, **texts, **adapters}
+        distillation = {}
+        if self.args.distill_guidance is not None:
+            distillation = {
+                "distill_guidance": self.args.distill_guidance,
+                "distill_samples": self.args.distill_samples,
+            }
+        return {**config, "tokenizer": tokenizer, **texts, **adapters, **distillation}
 
     def describe_data(self) -> dict[str, str]:
         return self._data

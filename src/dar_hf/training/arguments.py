@@ -195,6 +195,14 @@ class ARArguments(LoopArguments):
     lora_rank: int = HfArg(default=0, help="train adapters of this rank, merged at the end; 0 for all weights")
     lora_alpha: int | None = HfArg(default=None, help="scale of the adapters times their rank; default the rank")
     guidance_scale: list[float] | None = HfArg(default=None, help="default guidance, saved: one scale or two ends")
+    distill_guidance: list[float] | None = HfArg(
+        default=None,
+        help="learn the distribution that --init_from's model has with this guidance, one scale or two ends; the "
+        "result needs no guidance, and its saved default is 1",
+    )
+    distill_samples: int = HfArg(
+        default=0, help="with --distill_guidance, train on N sequences that the model draws first, without a data set"
+    )
     solver_order: int = HfArg(default=2, help="saved solver: 2 is the original's Adams-Bashforth, 1 Euler")
 
     def __post_init__(self):
@@ -209,10 +217,13 @@ class ARArguments(LoopArguments):
             raise ValueError("--new_classes cannot be combined with --caption_column.")
         if self.init_from and self.max_text_tokens:
             raise ValueError("max_text_tokens is that of the saved model: leave it out with --init_from.")
-        if self.guidance_scale is not None and len(self.guidance_scale) not in (1, 2):
-            raise ValueError(f"guidance_scale takes one scale or two ends, got {self.guidance_scale}.")
-        if not all(0 <= scale < math.inf for scale in self.guidance_scale or []):
-            raise ValueError(f"guidance_scale must be finite and not negative, got {self.guidance_scale}.")
+        for name in ("guidance_scale", "distill_guidance"):
+            scales = getattr(self, name)
+            if scales is not None and len(scales) not in (1, 2):
+                raise ValueError(f"{name} takes one scale or two ends, got {scales}.")
+            if not all(0 <= scale < math.inf for scale in scales or []):
+                raise ValueError(f"{name} must be finite and not negative, got {scales}.")
+        self._check_distillation()
         if self.solver_order not in (1, 2):
             raise ValueError(f"solver_order must be 1 or 2, got {self.solver_order}.")
         if self.lora_rank < 0 or (self.lora_alpha is not None and not self.lora_alpha > 0):
@@ -227,3 +238,18 @@ class ARArguments(LoopArguments):
             raise ValueError("codes are stored already: --codes and --cache_codes exclude each other.")
         if self.streaming and (self.codes or self.cache_codes):
             raise ValueError("--streaming reads images: it excludes --codes and --cache_codes.")
+
+    def _check_distillation(self) -> None:
+        _require(self, ("distill_samples",), lambda value: value >= 0, "not be negative")
+        if self.distill_samples and self.distill_guidance is None:
+            raise ValueError("distill_samples are drawn with guidance: give --distill_guidance with it.")
+        if self.distill_guidance is None:
+            return
+        if not self.init_from or self.new_classes:
+            raise ValueError(
+                "distill_guidance is that of a saved model: give --init_from with it, and leave out --new_classes."
+            )
+        for name in ("codes", "caption_column", "streaming"):
+            if self.distill_samples and getattr(self, name):
+                raise ValueError(f"distill_samples are of classes, and take the place of the data: leave out {name}.")
+        self.guidance_scale = [1.0]  # it is learned, whatever the preset says
