@@ -2,8 +2,9 @@
 
     python examples/quickstart.py --output_dir docs
 
-Writes samples.png (one column per class), previews.png (one row per image, one column per step) and layout.png (per
-row one reference and every class with its layout). `generate.py` has all options; this is the short version to read.
+Writes samples.png (one column per class), previews.png (for each image a row of noisy states and a row of previews,
+one column per step) and layout.png (per row one reference and every class with its layout). `generate.py` has all
+options; this is the short version to read.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from dar_hf.utils.threads import limit_threads
 
 CLASSES = list(range(10))
 SAMPLES = 4  # of each class
-DRAWINGS = [2, 3, 5, 8]  # classes in previews.png
+DRAWINGS = [3, 8]  # classes in previews.png
 REFERENCES = [4, 7, 0]  # classes of the references in layout.png
 
 
@@ -36,9 +37,21 @@ def samples(pipe: DARPipeline, seed: int) -> torch.Tensor:
 
 
 def previews(pipe: DARPipeline, seed: int) -> torch.Tensor:
-    """Images after every step ``(images * steps, C, H, W)``, image by image."""
-    stream = pipe.stream(DRAWINGS, generator=seeded(len(DRAWINGS), seed), output_type="pt")
-    return torch.stack([output.images for output in stream], dim=1).flatten(0, 1)
+    """For each drawing a row of the solver's noisy states in [0, 1], and a row of previews; one column per step."""
+    states: list[torch.Tensor] = []
+
+    def keep(pipe: DARPipeline, step: int, timestep: float, tensors: dict[str, torch.Tensor]) -> None:
+        states.append(tensors["latents"] / pipe.tokenizer.config.data_std / 2 + 0.5)
+
+    stream = pipe.stream(
+        DRAWINGS,
+        generator=seeded(len(DRAWINGS), seed),
+        output_type="pt",
+        callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=["latents"],
+    )
+    images = [output.images for output in stream]
+    return torch.stack([torch.stack(states), torch.stack(images)]).permute(2, 0, 1, 3, 4, 5).flatten(0, 2)
 
 
 def layouts(pipe: DARPipeline, seed: int, layout_tokens: int) -> torch.Tensor:
