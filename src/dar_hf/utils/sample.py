@@ -3,23 +3,25 @@
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets"
-SAMPLES = ("mnist",)
+SAMPLES = ("mnist",)  # the default first
 
 
-def sample_pipeline(name: str = "mnist") -> str:
+def sample_pipeline(name: str | None = None) -> str:
     """Folder of a small trained pipeline that comes with the package.
 
     ``DARPipeline.from_pretrained(dar_hf.sample_pipeline())`` loads it, without a network. Its weights are stored in
     half precision and load, like those of every pipeline, in float32 unless ``dtype`` says otherwise.
 
     Args:
-        name: "mnist" draws handwritten digits, 32x32 grey, ten classes. It was trained on MNIST: the copy used is
-            labelled MIT, the digits are commonly given as CC BY-SA 3.0.
+        name: "mnist", the default, draws handwritten digits, 32x32 grey, ten classes. It was trained on MNIST: the
+            copy used is labelled MIT, the digits are commonly given as CC BY-SA 3.0.
 
     Raises:
         ValueError: for another name.
         FileNotFoundError: if this installation lacks it.
     """
+    if name is None:
+        name = SAMPLES[0]
     if name not in SAMPLES:
         raise ValueError(f"no sample pipeline {name!r}; there are {', '.join(SAMPLES)}.")
     folder = FOLDER / name
