@@ -81,8 +81,9 @@ def test_the_teacher_draws_each_class_alike_whatever_the_batches(pipeline, monke
 
 def test_a_run_brings_the_model_near_its_own_guided_distribution(tmp_path, tokenizer, pipeline):
     recipe = {"max_train_steps": 60, "train_batch_size": 32, "learning_rate": 3e-3}
-    recipe["model_overrides"] = ["resid_dropout=0", "ffn_dropout=0", "token_dropout=0"]
     stage, args = distilled(tmp_path / "run", tokenizer, pipeline, **recipe)
+    config = stage.model.config
+    assert (config.token_dropout, config.resid_dropout, config.ffn_dropout) == (0, 0, 0)
     before = divergence(stage)
     train(stage, args, make_accelerator(args))
     assert divergence(stage) < 0.3 * before

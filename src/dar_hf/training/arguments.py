@@ -11,6 +11,8 @@ from ..data.splits import DataArguments
 from ..utils.options import expand_path, reject_empty_texts, renamed_option
 from .text import NUM_BYTES
 
+NO_DROPOUT = ("token_dropout=0", "resid_dropout=0", "ffn_dropout=0")
+
 
 @dataclass
 class LoopArguments(DataArguments):
@@ -253,3 +255,5 @@ class ARArguments(LoopArguments):
             if self.distill_samples and getattr(self, name):
                 raise ValueError(f"distill_samples are of classes, and take the place of the data: leave out {name}.")
         self.guidance_scale = [1.0]  # it is learned, whatever the preset says
+        # a distribution is learned, not codes: there is nothing to memorize, and dropout only adds noise
+        self.model_overrides = [*NO_DROPOUT, *(self.model_overrides or [])]
