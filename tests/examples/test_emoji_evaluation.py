@@ -1,0 +1,97 @@
+"""The judge of emoji and what it says of a pipeline: right drawings, styles, copies, and every preview."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import make_text_pipeline
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STYLES = ["noto", "fluent", "twemoji"]
+
+
+def drawing(index):
+    """A coloured bar on white, at a place and in a colour of its own."""
+    pixels = np.full((16, 16, 3), 255, dtype=np.uint8)
+    pixels[index % 14 : index % 14 + 3, :, index % 3] = 40 * (index % 5)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+    """Folder of a data set such as emoji_dataset.py makes."""
+    folder = tmp_path_factory.mktemp("emoji")
+    features = {
+        "image": datasets.Image(),
+        "caption": datasets.Value("string"),
+        "style": datasets.ClassLabel(names=STYLES),
+    }
+    for split, rows in (("train", range(30)), ("validation", range(30, 39))):
+        columns = {
+            "image": [drawing(index) for index in rows],
+            "caption": [f"{STYLES[index % 3]} bar {index}" for index in rows],
+            "style": [index % 3 for index in rows],
+        }
+        datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(
+            folder / f"{split}.parquet"
+        )
+    return folder
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """evaluate_emoji.py imports its neighbour."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield
+    sys.modules.pop("emoji_judge", None)
+
+
+def test_a_drawing_is_nearest_to_itself_and_ranks_count_nearer_ones(scripts):
+    from emoji_judge import ranks
+
+    drawings = torch.eye(3)
+    assert ranks(drawings, drawings).tolist() == [0, 0, 0]
+    assert ranks(torch.tensor([[0.5, 0.4, 0.9]]).expand(3, -1), drawings).tolist() == [1, 2, 0]
+
+
+def test_a_judge_learns_which_drawings_are_the_same_and_their_styles(scripts, run_command, drawings, tmp_path):
+    said = run_command("emoji_judge.py", "--dataset_name", drawings, "--output_dir", tmp_path, "--steps", 60)
+    found, right = re.search(r"found among 9: (\S+), styles right: (\S+)", said).groups()
+    assert float(found) >= 0.7 and 0 <= float(right) <= 1
+    from emoji_judge import Judge, load
+
+    judge = load(tmp_path)
+    assert type(judge) is Judge and not judge.training
+    embeddings, styles = judge.judge(torch.rand(5, 3, 40, 40) * 2 - 1)
+    assert torch.allclose(embeddings.norm(dim=-1), torch.ones(5)) and styles.shape == (5,)
+
+
+def test_an_evaluation_says_what_is_drawn_and_chooses_the_guidance(
+    scripts, run_command, drawings, make_tokenizer, tmp_path
+):
+    run_command("emoji_judge.py", "--dataset_name", drawings, "--output_dir", tmp_path / "judge", "--steps", 1)
+    pipe = make_text_pipeline(make_tokenizer())
+    pipe.save_pretrained(tmp_path / "pipeline")
+    options = ["--pipeline", tmp_path / "pipeline", "--dataset_name", drawings, "--judge", tmp_path / "judge"]
+    said = run_command(
+        "evaluate_emoji.py", *options, "--num_captions", 6, "--guidance_scale", 1, 3, "--output_dir", tmp_path / "out"
+    )
+    assert "guidance 1: top1 " in said and "guidance 3: top1 " in said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    groups = pipe.tokenizer.config.num_groups
+    by_name = {}
+    for entry in report["metrics"]:
+        by_name.setdefault(entry["name"], []).append(entry["value"])
+    assert report["settings"]["guidance_scale"] in (1.0, 3.0) and report["settings"]["training_captions"] == 6
+    for split in ("training", "validation"):
+        assert len(by_name[f"right drawing is the nearest ({split} captions)"]) == groups
+        assert len(by_name[f"Fréchet distance × 100 ({split} captions)"]) == groups
+    copied = by_name["pixels' distance to the nearest training drawing, real (validation captions)"]
+    assert copied[0] > 0
+    assert all((tmp_path / "out" / name).stat().st_size > 0 for name in ("samples.png", "preview_strip.png"))
