@@ -363,6 +363,14 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("evaluate_digits --pipeline {w}/pipe --num_images 3 --output_dir {w}/new", "--num_images"),
         ("evaluate_digits --pipeline {w}/pipe --dataset_name {w}/none --output_dir {w}/new", "no such file"),
         ("evaluate_digits --pipeline {w}/pipe --output_dir {w}/file", "not a folder"),
+        ("small_features --steps 1 --size 12 --output_dir {w}/new", "8, 16, 32"),
+        ("emoji_judge --steps 0", "--steps"),
+        ("emoji_judge --steps 1 --dataset_name {w}/none --output_dir {w}/new", "no such file"),
+        ("evaluate_emoji --pipeline {w}/none --output_dir {w}/new", "there is no such folder"),
+        ("evaluate_emoji --pipeline {w}/pipe --judge {w}/none --output_dir {w}/new", "no such file"),
+        ("evaluate_emoji --num_captions 0 --output_dir {w}/new", "--num_captions"),
+        ("make_sample --pipeline {w}/pipe", "--name --output_dir is required"),
+        ("make_sample --pipeline {w}/pipe --name cats", "invalid choice: 'cats'"),
         ("small_features --steps 0", "--steps"),
         ("small_features --seed x", "--seed"),
         ("small_features --steps 1 --output_dir {w}/file", "not a folder"),
@@ -485,12 +493,13 @@ def world(tmp_path_factory):
 def mains():
     """The main function of each command."""
     found = {"dar_hf": dar_hf.__main__.main}
-    sys.path.insert(0, str(BENCHMARKS))  # speed.py imports its siblings
+    siblings = [str(BENCHMARKS), str(EXAMPLES)]  # which speed.py and evaluate_emoji.py import
+    sys.path[:0] = siblings
     for path in (*EXAMPLES.glob("*.py"), BENCHMARKS / "speed.py"):
         if path.stem == "app" and importlib.util.find_spec("gradio") is None:
             continue
         found[path.stem] = load_script(path).main
-    sys.path.remove(str(BENCHMARKS))
+    sys.path[:2] = []
     return found
 
 
