@@ -124,7 +124,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             train_tokenizer(args, folder, scope, shift, seed)
         metrics, shown = measure(DARTokenizer.from_pretrained(folder), held_out, features)
         save_picture(image_grid(shown, NUM_SHOWN), folder / "previews.png")
-        results.append({"scope": scope, "shift": shift, "seed": seed, "steps": args.steps, **metrics})
+        results.append(
+            {
+                "scope": scope,
+                "shift": shift,
+                "seed": seed,
+                "steps": args.steps,
+                "features": features.identity,
+                **metrics,
+            }
+        )
         for name in ("psnr", "distance"):
             print(f"{folder.name}: {name}", *(f"{value:.2f}" for value in metrics[name]), flush=True)
     (args.output_dir / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))

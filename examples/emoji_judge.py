@@ -1,4 +1,4 @@
-"""A judge of drawn emoji: a small network that learns, from real drawings alone, which pictures are the same drawing.
+"""A judge of drawn emoji: a small network that learns, from real drawings alone, which images are of the same drawing.
 
     python examples/emoji_judge.py --dataset_name outputs/emoji/data --output_dir outputs/emoji/judge    # ten minutes
 

@@ -6,8 +6,8 @@
 For 500 captions of the training split and all of the validation split, an image is drawn, and the judge (see
 emoji_judge.py, which has seen real drawings only) looks for the nearest of the real drawings of those captions.
 Several values of --guidance_scale are tried on 200 other training captions first; the best one is judged. Writes
-report.json and pictures: samples.png (real drawings above generated ones) and preview_strip.png (previews of
-validation captions, one row per group).
+report.json, samples.png (real drawings above generated ones) and preview_strip.png (previews of validation captions,
+one row per group).
 """
 
 import argparse
@@ -25,7 +25,15 @@ from dar_hf.evaluation import metric, versions, write_report
 from dar_hf.evaluation.measure import table
 from dar_hf.evaluation.report import public_name
 from dar_hf.metrics import GaussianStatistics, codebook_statistics, frechet_distance, psnr
-from dar_hf.utils.commands import check_output, command, path_option, positive_option, seed_option, writing
+from dar_hf.utils.commands import (
+    CommandError,
+    check_output,
+    command,
+    path_option,
+    positive_option,
+    seed_option,
+    writing,
+)
 from dar_hf.utils.loading import load_pipeline
 from dar_hf.utils.pictures import image_grid, interleave_rows, save_picture
 
@@ -162,6 +170,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = pipe.tokenizer.config.sample_size
     training = load_split(args.dataset_name, "train", size)
     held_out = load_split(args.dataset_name, "validation", size)
+    if args.num_captions >= len(training.captions):
+        raise CommandError(
+            f"--num_captions must be less than {len(training.captions)}, the captions of the training split: guidance "
+            "is chosen on others."
+        )
     order = torch.randperm(len(training.captions), generator=torch.Generator().manual_seed(args.seed))
     known = training.take(order[: args.num_captions])
     tuning = training.take(order[args.num_captions :][:TUNING_CAPTIONS])

@@ -39,6 +39,7 @@ class SmallClassifier(nn.Module):
         halvings = (size // 4).bit_length() - 1
         if size != 4 << halvings or halvings < 1:
             raise ValueError(f"the classifier sees images of 8, 16, 32, … pixels per side, not {size}.")
+        self.size = size
         self.channels = channels
         self.first = nn.Conv2d(channels, 32, 3, padding=1)
         widths = [32] + [WIDTH] * halvings
@@ -49,6 +50,8 @@ class SmallClassifier(nn.Module):
         self.head = nn.Linear(FEATURES, num_classes)
 
     def forward(self, images: torch.Tensor) -> ImageFeatures:
+        if images.shape[-2:] != (self.size, self.size):
+            raise ValueError(f"the classifier sees {self.size}x{self.size} images, not {tuple(images.shape[-2:])}.")
         x = images.float() / 127.5 - 1
         if self.channels == 1:
             x = x.mean(dim=1, keepdim=True)
@@ -104,9 +107,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output(args.output_dir)
     images, labels = load_split(args.dataset_name, "train", args.size)
     test_images, test_labels = load_split(args.dataset_name, "test", args.size)
-    grey = bool((images == images[:, :1]).all())
+    channels = 3
+    if (images == images[:, :1]).all():  # grey
+        channels = 1
     torch.manual_seed(args.seed)
-    network = SmallClassifier(args.size, 1 if grey else 3, int(labels.max()) + 1)
+    network = SmallClassifier(args.size, channels, int(labels.max()) + 1)
     train(network, images, labels, args.steps)
     with torch.no_grad():
         logits = torch.cat([network(batch).logits for batch in test_images.split(1_000)])

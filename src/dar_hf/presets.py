@@ -159,7 +159,7 @@ PRESETS: dict[str, Preset] = {
             solver_order=1,  # closer to the input, and every preview closer than the one before (docs/experiments.md)
         ),
     ),
-    # handwritten digits at 32x32 (60,000 of MNIST): an hour for stage 1 on one CPU core, and half an hour for stage 2
+    # handwritten digits at 32x32 (60,000 of MNIST): an hour for stage 1 on one CPU core, and forty minutes for stage 2
     "mnist": Preset(
         tokenizer=dict(
             sample_size=32,

@@ -499,7 +499,8 @@ def mains():
         if path.stem == "app" and importlib.util.find_spec("gradio") is None:
             continue
         found[path.stem] = load_script(path).main
-    sys.path[:2] = []
+    for folder in siblings:
+        sys.path.remove(folder)
     return found
 
 

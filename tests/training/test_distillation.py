@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dar_hf import DARPipeline
-from dar_hf.data import ImageTransform
 from dar_hf.sampling_dar import guidance_schedule
 from dar_hf.training import ARStage, make_accelerator, train
 from dar_hf.training.distillation import GuidedTeacher, divergence_sum
@@ -13,7 +12,6 @@ from dar_hf.utils.pictures import read_history
 from .helpers import TINY_TRANSFORMER, ar_args, ar_stage, batch_of, fresh_process
 
 SCALE = [1.5, 3.0]
-CENTER = ImageTransform((8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +69,12 @@ def test_the_teacher_says_what_guided_generation_says(pipeline):
 def test_the_teacher_draws_each_class_alike_whatever_the_batches(pipeline, monkeypatch):
     model = DARPipeline.from_pretrained(pipeline).transformer
     teacher = GuidedTeacher(model, SCALE)
-    drawn = teacher.draw(20, seed=1, transform=CENTER)
+    drawn = teacher.draw(20, seed=1)
     assert drawn.codes.shape == (20, 1, model.config.num_image_tokens)
     assert drawn.labels == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] * 2
     monkeypatch.setattr("dar_hf.training.distillation.ENCODE_BATCH", 7)
-    assert torch.equal(teacher.draw(20, seed=1, transform=CENTER).codes, drawn.codes)
-    assert not torch.equal(teacher.draw(20, seed=2, transform=CENTER).codes, drawn.codes)
+    assert torch.equal(teacher.draw(20, seed=1).codes, drawn.codes)
+    assert not torch.equal(teacher.draw(20, seed=2).codes, drawn.codes)
 
 
 def test_a_run_brings_the_model_near_its_own_guided_distribution(tmp_path, tokenizer, pipeline):
@@ -95,6 +93,12 @@ def test_a_run_brings_the_model_near_its_own_guided_distribution(tmp_path, token
     assert saved.config.id2label == DARPipeline.from_pretrained(pipeline).config.id2label
     teacher = DARPipeline.from_pretrained(pipeline).transformer.state_dict()
     assert all(torch.equal(teacher[name], value) for name, value in stage.teacher.model.state_dict().items())
+
+
+def test_drawn_codes_are_of_no_crop(tmp_path, tokenizer, pipeline):
+    stage, _ = distilled(tmp_path, tokenizer, pipeline, crop="ten", flip=True)
+    for seed in range(20):
+        assert torch.equal(stage.samples[3, seed]["codes"], stage.samples.codes[3, 0])
 
 
 def test_codes_of_a_data_set_are_learned_from_too(tmp_path, tokenizer, pipeline):
@@ -125,7 +129,7 @@ def test_adapters_are_distilled_into(tmp_path, tokenizer, pipeline):
         ({"distill_guidance": [-1.0]}, "distill_guidance must be finite and not negative"),
         ({"distill_samples": 8}, "give --distill_guidance with it"),
         ({"distill_guidance": [2.0], "distill_samples": -1}, "distill_samples must not be negative"),
-        ({"distill_guidance": [2.0], "distill_samples": 8, "caption_column": "text"}, "leave out caption_column"),
+        ({"distill_guidance": [2.0], "distill_samples": 8, "caption_column": "text"}, "give a data set instead"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, tokenizer, pipeline, options, message):
@@ -140,6 +144,11 @@ def test_a_scale_of_one_is_nothing_to_distill(tmp_path, tokenizer, pipeline):
 
 def test_another_scale_is_another_run(tmp_path, tokenizer, pipeline):
     first, _ = distilled(tmp_path / "a", tokenizer, pipeline)
+    again, _ = distilled(tmp_path / "a", tokenizer, pipeline)
+    assert again.describe() == first.describe()
+    with torch.no_grad():
+        again.teacher.model.lm_head.weight += 1
+    assert again.describe() != first.describe()  # of another teacher
     second, _ = distilled(tmp_path / "b", tokenizer, pipeline, distill_guidance=[2.0])
     assert first.describe() != second.describe()
     assert "distill_guidance" not in ar_stage(tmp_path / "c", tokenizer, TINY_TRANSFORMER)[0].describe()

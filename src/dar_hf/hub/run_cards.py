@@ -151,6 +151,8 @@ def _describe_run(folder: Path) -> dict[str, Any]:
         runs = {"tokenizer": (earlier.parent, _read_record(earlier.parent))} | runs
     count = training.get("num_samples")  # a stream has none
     facts = {"trained on": f"{dataset[1]}, {count:,} images" if count else dataset[1]}
+    if options.get("distill_samples"):
+        facts = {"trained on": f"{options['distill_samples']:,} sequences that the model drew itself, with guidance"}
     last = training["max_train_steps"]
     if training.get("trained_steps", last) < last:
         facts["state"] = f"unfinished, after {training['trained_steps']:,} of {last:,} steps"

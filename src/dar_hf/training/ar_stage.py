@@ -113,6 +113,7 @@ class ARStage(Stage):
         self.id2label = id2label
         self.text_tokenizer = text_tokenizer
         self.teacher = teacher
+        self._accelerator: Accelerator | None = None
         if args.lora_rank:
             self.model = add_adapters(
                 model, args.lora_rank, args.lora_alpha or args.lora_rank, train_classes=bool(args.new_classes)
@@ -172,9 +173,9 @@ class ARStage(Stage):
         teacher = None
         if args.distill_guidance is not None:
             teacher = GuidedTeacher(model, args.distill_guidance)
-            teacher.to(device)
         if teacher is not None and args.distill_samples:
-            samples = teacher.draw(args.distill_samples, args.seed, args.train_transform(tokenizer.image_size, 1))
+            teacher.to(device)
+            samples = teacher.draw(args.distill_samples, args.seed)
         return cls(model, tokenizer, samples, args, validation, id2label, text_tokenizer, teacher)
 
     def _prepare_conditions(self) -> dict[str, list]:
@@ -311,8 +312,9 @@ class ARStage(Stage):
         if self.text_tokenizer is not None:
             texts["text_tokenizer"] = text_fingerprint(self.text_tokenizer)
         distillation = {}
-        if self.args.distill_guidance is not None:
+        if self.teacher is not None:
             distillation = {
+                "teacher": weights_fingerprint(self.teacher.model.state_dict()),
                 "distill_guidance": self.args.distill_guidance,
                 "distill_samples": self.args.distill_samples,
             }

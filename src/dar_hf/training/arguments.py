@@ -200,7 +200,7 @@ class ARArguments(LoopArguments):
     distill_guidance: list[float] | None = HfArg(
         default=None,
         help="learn the distribution that --init_from's model has with this guidance, one scale or two ends; the "
-        "result needs no guidance, and its saved default is 1",
+        "result needs no guidance: its saved default is 1, whatever --guidance_scale says",
     )
     distill_samples: int = HfArg(
         default=0, help="with --distill_guidance, train on N sequences that the model draws first, without a data set"
@@ -251,9 +251,15 @@ class ARArguments(LoopArguments):
             raise ValueError(
                 "distill_guidance is that of a saved model: give --init_from with it, and leave out --new_classes."
             )
-        for name in ("codes", "caption_column", "streaming"):
+        if self.distill_samples and self.caption_column:
+            raise ValueError(
+                "distill_samples are of classes: for a model that draws from text, give a data set instead."
+            )
+        for name in ("codes", "streaming"):
             if self.distill_samples and getattr(self, name):
-                raise ValueError(f"distill_samples are of classes, and take the place of the data: leave out {name}.")
+                raise ValueError(f"distill_samples take the place of a data set: leave out {name}.")
+        if self.distill_samples:
+            self.dataset_name = ""  # which the preset may name: nothing is trained on it
         self.guidance_scale = [1.0]  # it is learned, whatever the preset says
         # a distribution is learned, not codes: there is nothing to memorize, and dropout only adds noise
         self.model_overrides = [*NO_DROPOUT, *(self.model_overrides or [])]

@@ -17,6 +17,8 @@ from ..modeling_dar import DARForCausalLM
 from ..sampling_dar import GuidanceScale, apply_guidance, guidance_schedule
 from .codes import ENCODE_BATCH, CodeSamples, in_batches
 
+ONE_VARIANT = ImageTransform((1, 1))  # codes that are drawn are of no crop
+
 
 class GuidedTeacher:
     """The language model as a run begins, with guidance: what the run's model is to say without it.
@@ -45,7 +47,7 @@ class GuidedTeacher:
     def logits(self, tokens: torch.Tensor, drop_class: torch.Tensor) -> torch.Tensor:
         """Guided logits ``(B, N, codebook_size)`` of every code, of prompts and codes ``(B, prompt + N - 1)``.
 
-        Where ``drop_class (B,)`` is true there is nothing to guide to, and they are those without a prompt.
+        Where ``drop_class (B,)`` is true, there is nothing to guide to: the result is the unconditional logits.
         """
         unconditional = self.model.model.to_unconditional(tokens)
         both = torch.cat([torch.where(drop_class[:, None], unconditional, tokens), unconditional])
@@ -53,8 +55,8 @@ class GuidedTeacher:
         return apply_guidance(self.model(both, use_cache=False, logits_to_keep=num_codes).logits, self.scales)
 
     @torch.no_grad()
-    def draw(self, count: int, seed: int, transform: ImageTransform) -> CodeSamples:
-        """Sequences of codes that the teacher draws, as many of each class; every process has them all.
+    def draw(self, count: int, seed: int) -> CodeSamples:
+        """Sequences of codes that the teacher draws, the same number of each class; every process has them all.
 
         They do not depend on the number of processes.
         """
@@ -71,7 +73,7 @@ class GuidedTeacher:
             gathered = gather_object([parts])
         codes = torch.cat([codes for parts in gathered for codes, _ in parts])
         labels = [label for parts in gathered for _, batch in parts for label in batch]
-        return CodeSamples(codes[:, None], labels, transform)
+        return CodeSamples(codes[:, None], labels, ONE_VARIANT)
 
 
 def divergence_sum(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
