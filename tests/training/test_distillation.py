@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dar_hf import DARPipeline
+from dar_hf.hub.run_cards import run_card
 from dar_hf.sampling_dar import guidance_schedule
 from dar_hf.training import ARStage, make_accelerator, train
 from dar_hf.training.distillation import GuidedTeacher, divergence_sum
@@ -91,6 +92,10 @@ def test_a_run_brings_the_model_near_its_own_guided_distribution(tmp_path, token
     saved = DARPipeline.from_pretrained(tmp_path / "run")
     assert saved.transformer.generation_config.guidance_scale == 1.0
     assert saved.config.id2label == DARPipeline.from_pretrained(pipeline).config.id2label
+    card = str(run_card(tmp_path / "run", "me/digits"))
+    assert (
+        "64 sequences that the model drew itself" in card and "scikit-learn" not in card and str(tmp_path) not in card
+    )
     teacher = DARPipeline.from_pretrained(pipeline).transformer.state_dict()
     assert all(torch.equal(teacher[name], value) for name, value in stage.teacher.model.state_dict().items())
 
