@@ -18,7 +18,8 @@ from statistics import mean
 import torch
 
 from dar_hf import DARTokenizer, FlowMatchAdamsBashforthScheduler
-from dar_hf.data import ImageSamples, ImageTransform, load_images, normal_noise
+from dar_hf.data import ImageSamples, ImageTransform, load_images
+from dar_hf.evaluation import reconstruct_steps, to_uint8
 from dar_hf.metrics import FeatureExtractor, GaussianStatistics, frechet_distance, load_feature_extractor, psnr
 from dar_hf.presets import get_preset
 from dar_hf.training import TokenizerArguments, TokenizerStage, make_accelerator, train
@@ -75,20 +76,13 @@ def train_tokenizer(args: argparse.Namespace, folder: Path, scope: str, shift: f
 
 def statistics_of(images: torch.Tensor, features: FeatureExtractor) -> GaussianStatistics:
     """Mean and covariance of the features of images in [-1, 1]."""
-    pixels = ((images + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
-    return GaussianStatistics().update(features(pixels).pool)
+    return GaussianStatistics().update(features(to_uint8(images)).pool)
 
 
-@torch.no_grad()
 def measure(tokenizer: DARTokenizer, images: torch.Tensor, features: FeatureExtractor) -> tuple[dict, torch.Tensor]:
     """Metrics after every group, and the first images above their previews."""
     scheduler = FlowMatchAdamsBashforthScheduler(shift=tokenizer.config.time_shift, solver_order=1)
-    by_batch = []
-    for indices in torch.arange(len(images)).split(BATCH):
-        codes = tokenizer.encode(images[indices]).codes
-        noise = normal_noise(indices, images.shape[1:], images.device)
-        by_batch.append([p.sample for p in tokenizer.decode_stream([codes], noise=noise, scheduler=scheduler)])
-    steps = [torch.cat(parts).clamp(-1, 1) for parts in zip(*by_batch, strict=True)]
+    steps = [sample for _, sample in reconstruct_steps(tokenizer, images, scheduler, BATCH)[0]]
     real = statistics_of(images, features)
     distances = []
     for step in steps:

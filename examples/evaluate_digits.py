@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from sklearn.svm import SVC
 
 from dar_hf import DARPipeline
-from dar_hf.data import ImageSamples, ImageTransform, load_images, normal_noise
-from dar_hf.evaluation import metric, versions, write_report
+from dar_hf.data import ImageSamples, ImageTransform, load_images
+from dar_hf.evaluation import generation_report, metric, reconstruct_steps, write_report
 from dar_hf.evaluation.measure import table
-from dar_hf.evaluation.report import public_name
 from dar_hf.metrics import codebook_statistics, psnr
 from dar_hf.utils.commands import CommandError, check_output, command, path_option, seed_option, writing
 from dar_hf.utils.loading import load_pipeline
@@ -62,27 +61,18 @@ class Judge:
         return float((torch.from_numpy(self.classifier.predict(self._features(images))) == labels).double().mean())
 
 
-@torch.no_grad()
 def measure_reconstruction(pipe: DARPipeline, images: torch.Tensor, labels: torch.Tensor, judge: Judge) -> tuple:
     """Metrics of every preview of the test digits' reconstructions, and the finished images."""
-    tokenizer = pipe.tokenizer
-    previews = []
-    all_codes = []
-    for indices in torch.arange(len(images)).split(BATCH):
-        codes = tokenizer.encode(images[indices]).codes
-        noise = normal_noise(indices, images.shape[1:], images.device)
-        all_codes.append(codes)
-        previews.append(list(tokenizer.decode_stream([codes], noise=noise, scheduler=pipe.scheduler)))
+    steps, codes = reconstruct_steps(pipe.tokenizer, images, pipe.scheduler, BATCH)
     metrics = []
-    for step in zip(*previews, strict=True):
-        sample = torch.cat([part.sample for part in step])
-        which = {"num_tokens": step[0].num_tokens, "mode": "reconstruction"}
+    for num_tokens, sample in steps:
+        which = {"num_tokens": num_tokens, "mode": "reconstruction"}
         metrics.append(metric("psnr", float(psnr(sample, images).mean()), **which))
         agreement = judge.agreement(sample, labels)
         metrics.append(metric("label_agreement", agreement, "label agreement of reconstructions (SVM)", **which))
-    for name, value in codebook_statistics(torch.cat(all_codes), tokenizer.config.codebook_size).items():
+    for name, value in codebook_statistics(codes, pipe.tokenizer.config.codebook_size).items():
         metrics.append(metric(f"codebook_{name}", value, mode="reconstruction"))
-    return metrics, sample
+    return metrics, steps[-1][1]
 
 
 def measure_generation(pipe: DARPipeline, count: int, judge: Judge, guidance_scale: float | None, seed: int) -> tuple:
@@ -145,27 +135,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if histories := {title: history for title, history in histories.items() if history}:
         with writing(folder):
             plot_history(histories, folder / "loss.png")
-    report = {
-        "mode": "generation",
-        "model": {"name": args.pipeline, "revision": None},
-        "data": {
-            "dataset": public_name(args.dataset_name),
-            "split": "test",
-            "description": DESCRIPTIONS.get(args.dataset_name, f"{len(train_images)} to train, {len(images)} to test"),
-            "count": len(images),
-        },
-        "settings": {
-            "count": args.num_images,
-            "seed": args.seed,
-            "guidance_scale": pipe.guidance_scale,
-            "num_tokens": generation[-1]["num_tokens"],
-            "judge": "support-vector classifier of the training digits",
-            "judge_accuracy_on_test_digits": judge.agreement(images, labels),
-        },
-        "metrics": generation + reconstruction,
-        "versions": versions(),
-        "seconds": round(time.perf_counter() - started, 1),
+    data = {
+        "dataset": args.dataset_name,
+        "split": "test",
+        "description": DESCRIPTIONS.get(args.dataset_name, f"{len(train_images)} to train, {len(images)} to test"),
+        "count": len(images),
     }
+    settings = {
+        "count": args.num_images,
+        "seed": args.seed,
+        "guidance_scale": pipe.guidance_scale,
+        "num_tokens": generation[-1]["num_tokens"],
+        "judge": "support-vector classifier of the training digits",
+        "judge_accuracy_on_test_digits": judge.agreement(images, labels),
+    }
+    report = generation_report(args.pipeline, data, settings, generation + reconstruction, started)
     with writing(folder):
         write_report(folder, report)
     print(json.dumps(report["settings"], indent=2), table(report["metrics"]), sep="\n")

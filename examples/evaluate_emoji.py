@@ -20,10 +20,8 @@ import torch
 from emoji_judge import Judge, Split, load, load_split, ranks
 
 from dar_hf import DARPipeline
-from dar_hf.data import normal_noise
-from dar_hf.evaluation import metric, versions, write_report
+from dar_hf.evaluation import generation_report, metric, reconstruct_steps, write_report
 from dar_hf.evaluation.measure import table
-from dar_hf.evaluation.report import public_name
 from dar_hf.metrics import GaussianStatistics, codebook_statistics, frechet_distance, psnr
 from dar_hf.utils.commands import (
     CommandError,
@@ -50,8 +48,11 @@ NAMES = {
 }
 
 
-def generate(pipe: DARPipeline, captions: list[str], guidance_scale: float | None, seed: int) -> list[torch.Tensor]:
-    """Every preview of an image of each caption: one tensor ``(n, 3, H, W)`` in [-1, 1] for each group."""
+Steps = list[tuple[int, torch.Tensor]]  # for each preview the number of codes so far, and images (n, 3, H, W)
+
+
+def generate(pipe: DARPipeline, captions: list[str], guidance_scale: float, seed: int) -> Steps:
+    """Every preview, in [-1, 1], of an image of each caption."""
     batches = []
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(captions), BATCH):
@@ -61,41 +62,35 @@ def generate(pipe: DARPipeline, captions: list[str], guidance_scale: float | Non
             generator=generator,
             output_type="pt",
         )
-        batches.append([output.images * 2 - 1 for output in outputs])
-    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+        batches.append(list(outputs))
+    return [
+        (step[0].num_tokens, torch.cat([part.images for part in step]) * 2 - 1) for step in zip(*batches, strict=True)
+    ]
 
 
-@torch.no_grad()
-def reconstruct(pipe: DARPipeline, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Every preview of the images' reconstructions, and their codes."""
-    batches = []
-    all_codes = []
-    for indices in torch.arange(len(images)).split(BATCH):
-        codes = pipe.tokenizer.encode(images[indices]).codes
-        noise = normal_noise(indices, images.shape[1:], images.device)
-        previews = pipe.tokenizer.decode_stream([codes], noise=noise, scheduler=pipe.scheduler)
-        batches.append([preview.sample.clamp(-1, 1) for preview in previews])
-        all_codes.append(codes)
-    return [torch.cat(parts) for parts in zip(*batches, strict=True)], torch.cat(all_codes)
+class RealDrawings:
+    """The real drawings of a split, as the judge sees them, and what it says of images of their captions."""
 
+    def __init__(self, judge: Judge, split: Split):
+        self.judge = judge
+        self.split = split
+        self.embeddings, self.styles_seen = judge.judge(split.images)
+        self.statistics = GaussianStatistics().update(self.embeddings)
 
-def retrieval(judge: Judge, made: torch.Tensor, split: Split) -> dict[str, float]:
-    """How often the right drawing of the split is the nearest, or among the nearest five, and the style is right."""
-    embeddings, styles = judge.judge(made)
-    drawings, _ = judge.judge(split.images)
-    found = ranks(embeddings, drawings)
-    return {
-        "top1": float((found == 0).double().mean()),
-        "top5": float((found < TOP).double().mean()),
-        "style": float((styles == split.styles).double().mean()),
-    }
+    def compare(self, images: torch.Tensor) -> tuple[dict[str, float], float]:
+        """How often the right drawing is the nearest, or among the nearest five, and the style is right; and the
+        Fréchet distance of the embeddings, times 100."""
+        embeddings, styles = self.judge.judge(images)
+        found = ranks(embeddings, self.embeddings)
+        shares = {"top1": found == 0, "top5": found < TOP, "style": styles == self.split.styles}
+        made = GaussianStatistics().update(embeddings)
+        real = self.statistics
+        distance = frechet_distance(made.mean, made.covariance, real.mean, real.covariance)
+        return {name: float(share.double().mean()) for name, share in shares.items()}, 100 * distance
 
-
-def distance(judge: Judge, made: torch.Tensor, real: torch.Tensor) -> float:
-    """Fréchet distance of the judge's embeddings, times 100."""
-    first = GaussianStatistics().update(judge.judge(made)[0])
-    second = GaussianStatistics().update(judge.judge(real)[0])
-    return 100 * frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+    def style_accuracy(self) -> float:
+        """How often the judge names the style of the real drawings."""
+        return float((self.styles_seen == self.split.styles).double().mean())
 
 
 def copying(judge: Judge, images: torch.Tensor, training: torch.Tensor) -> dict[str, float]:
@@ -113,37 +108,40 @@ def draw(folder: Path, real: torch.Tensor, steps: list[torch.Tensor]) -> None:
     save_picture(image_grid(torch.cat([step[:COLUMNS] for step in steps]), COLUMNS), folder / "preview_strip.png")
 
 
-def choose_scale(pipe: DARPipeline, judge: Judge, split: Split, scales: list[float], seed: int) -> float:
+def choose_scale(pipe: DARPipeline, drawings: RealDrawings, scales: list[float], seed: int) -> float:
     """The guidance scale with the most right drawings and styles."""
     best = (-1.0, scales[0])
     for scale in scales:
-        found = retrieval(judge, generate(pipe, split.captions, scale, seed)[-1], split)
+        _, images = generate(pipe, drawings.split.captions, scale, seed)[-1]
+        found, _ = drawings.compare(images)
         print(f"guidance {scale:g}:", ", ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)
         best = max(best, (found["top1"] + found["style"], scale))
     return best[1]
 
 
-def measure_generation(judge: Judge, steps: list[torch.Tensor], split: Split, which: str, lengths: list[int]) -> list:
+def measure_generation(drawings: RealDrawings, steps: Steps, which: str) -> list:
     """Metrics of every preview of the images of a split's captions."""
     metrics = []
-    for step, length in zip(steps, lengths, strict=True):
-        for kind, value in retrieval(judge, step, split).items():
-            metrics.append(metric(kind, value, f"{NAMES[kind]} ({which} captions)", num_tokens=length))
-        value = distance(judge, step, split.images)
-        metrics.append(metric("frechet", value, f"Fréchet distance × 100 ({which} captions)", num_tokens=length))
+    for num_tokens, images in steps:
+        found, distance = drawings.compare(images)
+        for kind, value in found.items():
+            metrics.append(metric(kind, value, f"{NAMES[kind]} ({which} captions)", num_tokens=num_tokens))
+        name = f"Fréchet distance × 100 ({which} captions)"
+        metrics.append(metric("frechet", distance, name, num_tokens=num_tokens))
     return metrics
 
 
-def measure_reconstruction(pipe: DARPipeline, judge: Judge, split: Split, lengths: list[int]) -> list:
+def measure_reconstruction(pipe: DARPipeline, drawings: RealDrawings) -> list:
     """Metrics of every preview of the split's drawings through the tokenizer."""
-    previews, codes = reconstruct(pipe, split.images)
+    originals = drawings.split.images
+    steps, codes = reconstruct_steps(pipe.tokenizer, originals, pipe.scheduler, BATCH)
     metrics = []
-    for step, length in zip(previews, lengths, strict=True):
-        which = {"num_tokens": length, "mode": "reconstruction"}
-        metrics.append(metric("psnr", float(psnr(step, split.images).mean()), **which))
-        value = distance(judge, step, split.images)
-        metrics.append(metric("frechet", value, "Fréchet distance × 100 (reconstructions)", **which))
-    for kind, value in retrieval(judge, previews[-1], split).items():
+    for num_tokens, images in steps:
+        which = {"num_tokens": num_tokens, "mode": "reconstruction"}
+        found, distance = drawings.compare(images)
+        metrics.append(metric("psnr", float(psnr(images, originals).mean()), **which))
+        metrics.append(metric("frechet", distance, "Fréchet distance × 100 (reconstructions)", **which))
+    for kind, value in found.items():  # of the finished ones
         metrics.append(metric(kind, value, f"{NAMES[kind]} (reconstructions)", mode="reconstruction"))
     for name, value in codebook_statistics(codes, pipe.tokenizer.config.codebook_size).items():
         metrics.append(metric(f"codebook_{name}", value, mode="reconstruction"))
@@ -178,40 +176,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = torch.randperm(len(training.captions), generator=torch.Generator().manual_seed(args.seed))
     known = training.take(order[: args.num_captions])
     tuning = training.take(order[args.num_captions :][:TUNING_CAPTIONS])
-    scale = choose_scale(pipe, judge, tuning, args.guidance_scale, args.seed + 1)
-    groups = pipe.tokenizer.config.num_groups
-    lengths = [pipe.tokenizer.config.tokens_per_group * group for group in range(1, groups + 1)]
-    metrics = measure_generation(judge, generate(pipe, known.captions, scale, args.seed), known, "training", lengths)
+    scale = choose_scale(pipe, RealDrawings(judge, tuning), args.guidance_scale, args.seed + 1)
+    metrics = measure_generation(
+        RealDrawings(judge, known), generate(pipe, known.captions, scale, args.seed), "training"
+    )
+    drawings = RealDrawings(judge, held_out)
     steps = generate(pipe, held_out.captions, scale, args.seed)
-    metrics += measure_generation(judge, steps, held_out, "validation", lengths)
-    for what, images in (("generated", steps[-1]), ("real", held_out.images)):
+    metrics += measure_generation(drawings, steps, "validation")
+    num_tokens, finished = steps[-1]
+    for what, images in (("generated", finished), ("real", held_out.images)):
         for kind, value in copying(judge, images, training.images).items():
             metrics.append(metric(kind, value, f"{NAMES[kind]}, {what} (validation captions)"))
-    metrics += measure_reconstruction(pipe, judge, held_out, lengths)
+    metrics += measure_reconstruction(pipe, drawings)
     with writing(folder):
-        draw(folder, held_out.images, steps)
-    report = {
-        "mode": "generation",
-        "model": {"name": args.pipeline, "revision": None},
-        "data": {
-            "dataset": public_name(args.dataset_name),
-            "split": "validation",
-            "description": f"{len(training.captions)} to train, {len(held_out.captions)} to test",
-            "count": len(held_out.captions),
-        },
-        "settings": {
-            "count": len(held_out.captions),
-            "training_captions": args.num_captions,
-            "seed": args.seed,
-            "guidance_scale": scale,
-            "num_tokens": lengths[-1],
-            "judge": "contrastive network of the real training drawings (emoji_judge.py)",
-            "judge_style_accuracy_on_real_drawings": retrieval(judge, held_out.images, held_out)["style"],
-        },
-        "metrics": metrics,
-        "versions": versions(),
-        "seconds": round(time.perf_counter() - started, 1),
+        draw(folder, held_out.images, [images for _, images in steps])
+    data = {
+        "dataset": args.dataset_name,
+        "split": "validation",
+        "description": f"{len(training.captions)} to train, {len(held_out.captions)} to test",
+        "count": len(held_out.captions),
     }
+    settings = {
+        "count": len(held_out.captions),
+        "training_captions": args.num_captions,
+        "seed": args.seed,
+        "guidance_scale": scale,
+        "num_tokens": num_tokens,
+        "judge": "contrastive network of the real training drawings (emoji_judge.py)",
+        "judge_style_accuracy_on_real_drawings": drawings.style_accuracy(),
+    }
+    report = generation_report(args.pipeline, data, settings, metrics, started)
     with writing(folder):
         write_report(folder, report)
     print(json.dumps(report["settings"], indent=2), table(report["metrics"]), sep="\n")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dar_hf.data import ImageSamples, ImageTransform, load_images
+from dar_hf.evaluation import to_uint8
 from dar_hf.metrics import ImageFeatures, label_agreement
 from dar_hf.metrics.weights import load_exactly, read_weights, write_weights
 from dar_hf.utils.commands import check_output, command, path_option, positive_option, seed_option, writing
@@ -79,8 +80,7 @@ def load(weights: str | None) -> SmallClassifier:
 def load_split(name: str, split: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 images ``(n, 3, size, size)`` and labels."""
     samples = ImageSamples(load_images(name, split), ImageTransform((size, size)))
-    pixels = samples.stack(range(len(samples)))
-    return ((pixels + 1) * 127.5).round().to(torch.uint8), torch.tensor(samples.labels)
+    return to_uint8(samples.stack(range(len(samples)))), torch.tensor(samples.labels)
 
 
 def train(network: SmallClassifier, images: torch.Tensor, labels: torch.Tensor, steps: int) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from scripts import load_script
 
 from dar_hf import DARPipeline, FlowMatchAdamsBashforthScheduler
+from dar_hf.data import normal_noise
 from dar_hf.evaluation import read_report
 from dar_hf.metrics import psnr
 
@@ -54,7 +55,7 @@ def test_any_labelled_digits(command, run, make_tokenizer, make_transformer, ima
         assert {("label_agreement", None, tokens), ("label_agreement", "reconstruction", tokens)} <= set(figures)
     images, labels = command.load_split(str(data), "test", pipe)
     assert images.shape == (200, 1, 8, 8) and labels.tolist() == sorted(labels.tolist())
-    noise = command.normal_noise(torch.arange(200), images.shape[1:], images.device)
+    noise = normal_noise(torch.arange(200), images.shape[1:], images.device)
     whole = pipe.tokenizer.decode(pipe.tokenizer.encode(images).codes, noise=noise).sample  # in one batch
     assert figures["psnr", "reconstruction", 16] == pytest.approx(float(psnr(whole, images).mean()), abs=1e-3)
     for name in ("samples", "reconstructions", "previews", "preview_strip"):
