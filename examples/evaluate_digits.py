@@ -23,12 +23,12 @@ from sklearn.svm import SVC
 
 from dar_hf import DARPipeline
 from dar_hf.data import ImageSamples, ImageTransform, load_images
-from dar_hf.evaluation import generation_report, metric, reconstruct_steps, write_report
+from dar_hf.evaluation import draw_losses, generation_report, metric, reconstruct_steps, write_report
 from dar_hf.evaluation.measure import table
 from dar_hf.metrics import codebook_statistics, psnr
 from dar_hf.utils.commands import CommandError, check_output, command, path_option, seed_option, writing
 from dar_hf.utils.loading import load_pipeline
-from dar_hf.utils.pictures import image_grid, interleave_rows, plot_history, read_history, save_picture
+from dar_hf.utils.pictures import image_grid, interleave_rows, save_picture
 
 SHOWN = 8  # samples of each class in samples.png
 JUDGED_SIZE = 16  # pixels per side that the judge sees at most: enough for digits, and four times as fast as 32
@@ -128,13 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     generation, steps = measure_generation(pipe, args.num_images, judge, args.guidance_scale, args.seed)
     with writing(folder):
         draw(folder, images, reconstructed, steps)
-    histories = {
-        "tokenizer": read_history(folder / "tokenizer" / "history.jsonl"),
-        "language model": read_history(folder / "pipeline" / "history.jsonl"),
-    }
-    if histories := {title: history for title, history in histories.items() if history}:
-        with writing(folder):
-            plot_history(histories, folder / "loss.png")
+        draw_losses(folder)
     data = {
         "dataset": args.dataset_name,
         "split": "test",

@@ -6,8 +6,9 @@
 For 500 captions of the training split and all of the validation split, an image is drawn, and the judge (see
 emoji_judge.py, which has seen real drawings only) looks for the nearest of the real drawings of those captions.
 Several values of --guidance_scale are tried on 200 other training captions first; the best one is judged. Writes
-report.json, samples.png (real drawings above generated ones) and preview_strip.png (previews of validation captions,
-one row per group).
+report.json, samples.png (real validation drawings above those drawn from their captions), reconstructions.png (the
+same above their reconstructions), preview_strip.png (previews of validation captions, one row per group) and loss.png
+(of the runs in the output folder's tokenizer/ and pipeline/).
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 from emoji_judge import Judge, Split, load, load_split, ranks
 
 from dar_hf import DARPipeline
-from dar_hf.evaluation import generation_report, metric, reconstruct_steps, write_report
+from dar_hf.evaluation import draw_losses, generation_report, metric, reconstruct_steps, write_report
 from dar_hf.evaluation.measure import table
 from dar_hf.metrics import GaussianStatistics, codebook_statistics, frechet_distance, psnr
 from dar_hf.utils.commands import (
@@ -38,6 +39,7 @@ from dar_hf.utils.pictures import image_grid, interleave_rows, save_picture
 TUNING_CAPTIONS = 200
 BATCH = 100
 COLUMNS = 10
+SHOWN = 4 * COLUMNS
 TOP = 5
 NAMES = {
     "top1": "right drawing is the nearest",
@@ -101,10 +103,10 @@ def copying(judge: Judge, images: torch.Tensor, training: torch.Tensor) -> dict[
     return {"nearest_pixels": float(pixels.median()), "nearest_similarity": float(similarity.median())}
 
 
-def draw(folder: Path, real: torch.Tensor, steps: list[torch.Tensor]) -> None:
-    shown = min(4 * COLUMNS, len(real))
-    pairs = interleave_rows(real[:shown], steps[-1][:shown], columns=COLUMNS)
-    save_picture(image_grid(pairs, COLUMNS), folder / "samples.png")
+def draw(folder: Path, real: torch.Tensor, reconstructed: torch.Tensor, steps: list[torch.Tensor]) -> None:
+    for name, images in (("samples", steps[-1]), ("reconstructions", reconstructed)):
+        pairs = interleave_rows(real[:SHOWN], images[:SHOWN], columns=COLUMNS)
+        save_picture(image_grid(pairs, COLUMNS), folder / f"{name}.png")
     save_picture(image_grid(torch.cat([step[:COLUMNS] for step in steps]), COLUMNS), folder / "preview_strip.png")
 
 
@@ -131,8 +133,8 @@ def measure_generation(drawings: RealDrawings, steps: Steps, which: str) -> list
     return metrics
 
 
-def measure_reconstruction(pipe: DARPipeline, drawings: RealDrawings) -> list:
-    """Metrics of every preview of the split's drawings through the tokenizer."""
+def measure_reconstruction(pipe: DARPipeline, drawings: RealDrawings) -> tuple[list, torch.Tensor]:
+    """Metrics of every preview of the split's drawings through the tokenizer, and the finished images."""
     originals = drawings.split.images
     steps, codes = reconstruct_steps(pipe.tokenizer, originals, pipe.scheduler, BATCH)
     metrics = []
@@ -145,7 +147,7 @@ def measure_reconstruction(pipe: DARPipeline, drawings: RealDrawings) -> list:
         metrics.append(metric(kind, value, f"{NAMES[kind]} (reconstructions)", mode="reconstruction"))
     for name, value in codebook_statistics(codes, pipe.tokenizer.config.codebook_size).items():
         metrics.append(metric(f"codebook_{name}", value, mode="reconstruction"))
-    return metrics
+    return metrics, images
 
 
 @command("evaluate_emoji.py")
@@ -187,9 +189,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what, images in (("generated", finished), ("real", held_out.images)):
         for kind, value in copying(judge, images, training.images).items():
             metrics.append(metric(kind, value, f"{NAMES[kind]}, {what} (validation captions)"))
-    metrics += measure_reconstruction(pipe, drawings)
+    reconstruction, reconstructed = measure_reconstruction(pipe, drawings)
+    metrics += reconstruction
     with writing(folder):
-        draw(folder, held_out.images, [images for _, images in steps])
+        draw(folder, held_out.images, reconstructed, [images for _, images in steps])
+        draw_losses(folder)
     data = {
         "dataset": args.dataset_name,
         "split": "validation",

@@ -18,7 +18,7 @@ def millions(module):
 
 
 def test_names():
-    assert set(PRESETS) == {"digits", "mnist", "photos32", "v1", "B", "L", "XL", "XXL", "3B"}
+    assert set(PRESETS) == {"digits", "emoji", "mnist", "photos32", "v1", "B", "L", "XL", "XXL", "3B"}
 
 
 def test_v1_is_the_tokenizer_of_the_paper():

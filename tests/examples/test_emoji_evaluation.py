@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -49,7 +50,8 @@ def scripts(monkeypatch):
     """evaluate_emoji.py imports its neighbour."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
-    sys.modules.pop("emoji_judge", None)
+    for name in ("emoji_judge", "evaluate_emoji"):
+        sys.modules.pop(name, None)
 
 
 def test_a_drawing_is_nearest_to_itself_and_ranks_count_nearer_ones(scripts):
@@ -70,6 +72,19 @@ def test_a_judge_learns_which_drawings_are_the_same_and_their_styles(scripts, ru
     assert type(judge) is Judge and not judge.training
     embeddings, styles = judge.judge(torch.rand(5, 3, 40, 40) * 2 - 1)
     assert torch.allclose(embeddings.norm(dim=-1), torch.ones(5)) and styles.shape == (5,)
+
+
+def test_the_guidance_with_the_most_right_drawings_and_styles_is_chosen(scripts, monkeypatch):
+    import evaluate_emoji
+
+    found = {
+        1.0: {"top1": 0.2, "style": 0.9},
+        2.0: {"top1": 0.5, "style": 0.8},
+        3.0: {"top1": 0.4, "style": 0.8},
+    }
+    monkeypatch.setattr(evaluate_emoji, "generate", lambda pipe, captions, scale, seed: [(1, scale)])
+    drawings = SimpleNamespace(split=SimpleNamespace(captions=[]), compare=lambda scale: (found[scale], 0.0))
+    assert evaluate_emoji.choose_scale(None, drawings, list(found), seed=0) == 2.0
 
 
 def test_an_evaluation_says_what_is_drawn_and_chooses_the_guidance(

@@ -6,13 +6,14 @@ from .groups import GroupSwaps, draw_swaps, swap_groups
 from .images import read_reference, to_uint8, write_npz
 from .reconstruction import evaluate_reconstruction
 from .report import dataset_names, eval_results, metric, read_report, versions, write_report
-from .small_sets import generation_report, reconstruct_steps
+from .small_sets import draw_losses, generation_report, reconstruct_steps
 
 __all__ = [
     "GenerationArguments",
     "GroupSwaps",
     "ReconstructionArguments",
     "dataset_names",
+    "draw_losses",
     "draw_swaps",
     "eval_results",
     "evaluate_generation",

@@ -1,6 +1,7 @@
 """What the commands share that judge small pipelines: sets of images that fit into memory, in one process."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from ..data import normal_noise
 from ..scheduling_dar import FlowMatchAdamsBashforthScheduler
 from ..tokenizer_dar import DARTokenizer
+from ..utils.pictures import plot_history, read_history
 from .report import public_name, versions
 
 
@@ -58,3 +60,13 @@ def generation_report(
         "versions": versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def draw_losses(folder: Path) -> None:
+    """loss.png of the runs in the folder's tokenizer/ and pipeline/, if there are any."""
+    histories = {
+        "tokenizer": read_history(folder / "tokenizer" / "history.jsonl"),
+        "language model": read_history(folder / "pipeline" / "history.jsonl"),
+    }
+    if histories := {title: history for title, history in histories.items() if history}:
+        plot_history(histories, folder / "loss.png")
