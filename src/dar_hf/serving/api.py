@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -114,8 +115,9 @@ class Api:
         first = await anext(results)
         if wanted.stream:
             return StreamingResponse(self._events(first, results, facts), media_type="text/event-stream")
-        while not first.final:
-            first = await anext(results)
+        async with aclosing(results):
+            while not first.final:
+                first = await anext(results)
         return JSONResponse(self._images(first, wanted, facts))
 
     async def facts(self) -> Facts:
@@ -135,9 +137,10 @@ class Api:
         end = time.monotonic() + self.request_timeout_s
         try:
             while (drawn := await asyncio.wait_for(anext(results, None), end - time.monotonic())) is not None:
-                yield drawn
                 if drawn.final:
                     self.metrics.images.inc(len(drawn.images))
+                yield drawn
+                if drawn.final:
                     return
         except TimeoutError as error:
             message = f"The request took more than {self.request_timeout_s:g} s."
