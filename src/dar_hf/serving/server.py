@@ -68,9 +68,8 @@ class Options:
         return self.model_name or Path(self.source).name
 
 
-@serve.deployment(max_queued_requests=QUEUED, health_check_timeout_s=60)
-class Model:
-    """A replica: one pipeline, and the requests that share it."""
+class ModelReplica:
+    """One pipeline, and the requests that share it."""
 
     def __init__(self, options: Options):
         device = options.device
@@ -93,14 +92,7 @@ class Model:
         return os.getpid()
 
 
-@serve.deployment(
-    max_ongoing_requests=CONNECTIONS,
-    max_queued_requests=CONNECTIONS,
-    backpressure_config={"status_code": 429, "retry_after_s": 1},
-    ray_actor_options={"num_cpus": 0},
-)
-@serve.ingress()
-class Api:
+class ApiReplica:
     """HTTP. One replica is enough: it computes nothing."""
 
     def __init__(self, model: DeploymentHandle, options: Options):
@@ -146,12 +138,22 @@ class Api:
         return count
 
 
+Model = serve.deployment(name="Model", max_queued_requests=QUEUED, health_check_timeout_s=60)(ModelReplica)
+Api = serve.deployment(
+    name="Api",
+    max_ongoing_requests=CONNECTIONS,
+    max_queued_requests=CONNECTIONS,
+    backpressure_config={"status_code": 429, "retry_after_s": 1},
+    ray_actor_options={"num_cpus": 0},
+)(serve.ingress()(ApiReplica))
+
+
 def _running_replicas() -> int:
     states = [
         deployment.replica_states
         for application in serve.status().applications.values()
         for name, deployment in application.deployments.items()
-        if name == Model.name
+        if name == "Model"
     ]
     return sum(count for state in states for key, count in state.items() if key == "RUNNING")
 
@@ -161,7 +163,7 @@ def application(options: Options, **model_options: Any) -> serve.Application:
 
     Args:
         options: of the pipeline and the API.
-        model_options: of the deployment `Model`: its replicas, and what each of them needs.
+        model_options: of the deployment Model: its replicas, and what each of them needs.
     """
     # next to the batch that runs, the next one
     model_options.setdefault("max_ongoing_requests", 2 * options.max_batch_size)
