@@ -6,7 +6,6 @@ that reach it together in one batch. Requests that no replica has room for wait,
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -86,10 +85,6 @@ class ModelReplica:
     async def draw(self, request: ImageRequest) -> AsyncGenerator[Drawn, None]:
         async for drawn in self.shared.draw(request):
             yield drawn
-
-    async def process(self) -> int:
-        """The id of this replica's process."""
-        return os.getpid()
 
 
 class ApiReplica:

@@ -1,0 +1,259 @@
+"""``dar-hf serve``: Ray, two replicas, and the official client on loopback."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from pipeline_helpers import same, seeded
+from tiny_models import make_pipeline, make_tokenizer, make_transformer
+
+pytest.importorskip("ray")
+openai = pytest.importorskip("openai")
+
+from serving.helpers import free_port, image_of, make_client, post_raw  # noqa: E402
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+TOGETHER = 16
+
+
+class Server:
+    """A running ``dar-hf serve``."""
+
+    def __init__(self, model, *options):
+        self.port = free_port()
+        environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+        command = [sys.executable, "-m", "dar_hf", "serve", "--model", model, "--port", str(self.port), *options]
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            env=environment | {"HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines = []
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if line.startswith("serving "):
+                break
+        else:
+            raise AssertionError("".join(self.lines))
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout))
+        self.reader.start()
+
+    def client(self, **options):
+        return make_client(self.port, **options)
+
+    def get(self, path):
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", trust_env=False)
+
+    def replicas(self):
+        """The processes of the replicas that hold the model."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if "ServeReplica:dar:Model" in " ".join(child.cmdline())]
+
+    def memory(self):
+        """Bytes that the server's processes have for themselves."""
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        return sum(process.memory_full_info().uss for process in processes)
+
+    def stop(self):
+        """SIGTERM; returns the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(timeout=120)
+        self.reader.join()
+        return code
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return make_pipeline(make_tokenizer(), make_transformer())
+
+
+@pytest.fixture(scope="module")
+def model(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    server = Server(model, "--replicas", 2, "--max_queued_requests", 8)
+    yield server
+    server.stop()
+
+
+def drawn_alone(pipe, seed, label):
+    return pipe(label, generator=seeded(seed)).images
+
+
+def draw(client, seed, label, **fields):
+    answer = client.images.generate(prompt=str(label), extra_body={"seed": seed}, **fields)
+    return [image_of(part) for part in answer.data]
+
+
+def test_an_image_is_the_pipelines(server, pipe):
+    with server.client() as client:
+        assert same(draw(client, 5, "shark"), drawn_alone(pipe, 5, "shark"))
+        assert [found.id for found in client.models.list().data] == ["tiny"]
+    assert server.get("/health").json() == {"status": "ok", "replicas": 2}
+    assert "dar_images_total" in server.get("/metrics").text
+
+
+def test_partial_images_are_the_streams(server, pipe):
+    with server.client() as client:
+        events = list(client.images.generate(prompt="2", stream=True, partial_images=3, extra_body={"seed": 6}))
+    stream = [output.images for output in pipe.stream(2, generator=seeded(6))]
+    assert [event.type.split(".")[1] for event in events] == ["partial_image"] * 3 + ["completed"]
+    assert all(same([image_of(event)], images) for event, images in zip(events, stream, strict=True))
+
+
+def test_many_clients_at_once(server, pipe):
+    with server.client() as client, ThreadPoolExecutor(TOGETHER) as pool:
+        images = list(pool.map(lambda seed: draw(client, seed, seed % 5), range(TOGETHER)))
+    assert all(same(found, drawn_alone(pipe, seed, seed % 5)) for seed, found in enumerate(images))
+
+
+def abuse(server, index):
+    """What a client does that is not welcome; the answer is an error, or nobody waits for it."""
+    kind = index % 5
+    if kind == 0:
+        assert post_raw(server.port, b"{" * 2000, "Content-Length: 2000\r\n")[0] == 400
+    elif kind == 1:
+        with pytest.raises((OSError, AssertionError, IndexError, ValueError)):
+            status, _ = post_raw(server.port, b"x" * 30_000_000, "Content-Length: 30000000\r\n")
+            assert status != 413
+    elif kind == 2:  # never sends the rest
+        assert post_raw(server.port, b"{", "Content-Length: 100\r\n")[0] == 408
+    elif kind == 3:  # leaves at once
+        with pytest.raises(openai.APITimeoutError), server.client(timeout=0.01) as client:
+            client.images.generate(prompt="shark", n=10)
+    else:  # leaves in the middle of a stream
+        with server.client() as client:
+            events = client.images.generate(prompt="shark", stream=True, partial_images=3)
+            next(iter(events))
+            events.close()
+
+
+def test_abusive_clients_leave_it_healthy(server, pipe):
+    def all_at_once():
+        with ThreadPoolExecutor(50) as pool:
+            list(pool.map(lambda index: abuse(server, index), range(50)))
+
+    all_at_once()
+    before = server.memory()
+    all_at_once()
+    with server.client() as client:
+        assert same(draw(client, 5, "shark"), drawn_alone(pipe, 5, "shark"))
+    end = time.monotonic() + 30
+    while server.memory() > 1.1 * before and time.monotonic() < end:
+        time.sleep(1)
+    assert server.memory() <= 1.1 * before
+    assert "dar_requests_in_progress 0.0" in server.get("/metrics").text
+
+
+def test_more_than_can_wait_are_told_so(server):
+    """Both replicas take two batches of requests each, and eight requests wait."""
+    asked = 2 * 2 * 16 + 8 + 60
+
+    def ask(seed):
+        try:
+            with server.client() as client:
+                return len(draw(client, seed, 1, n=10))
+        except openai.RateLimitError as error:
+            assert error.code == "rate_limit_exceeded" and error.response.headers["retry-after"] == "1"
+            return 0
+
+    with ThreadPoolExecutor(asked) as pool:
+        counts = list(pool.map(ask, range(asked)))
+    assert set(counts) == {0, 10}
+    assert server.get("/health").status_code == 200
+
+
+def test_a_replica_that_is_killed_loses_only_what_it_drew(server, pipe):
+    """Ray starts another one in its place."""
+    victim, other = server.replicas()
+    outcomes = []
+
+    def ask(seed):
+        try:
+            with server.client() as client:
+                for turn in range(20):
+                    assert same(draw(client, seed + turn, 1), drawn_alone(pipe, seed + turn, 1))
+                    outcomes.append("drawn")
+        except openai.InternalServerError as error:
+            assert error.status_code == 503 and error.code == "replica_lost"
+            outcomes.append("lost")
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, 100 * index) for index in range(8)]
+        time.sleep(0.5)
+        victim.kill()
+        for future in asked:
+            future.result()
+    assert outcomes.count("drawn") > 20
+    with server.client() as client:
+        assert same(draw(client, 5, "shark"), drawn_alone(pipe, 5, "shark"))
+    end = time.monotonic() + 120
+    while server.get("/health").json()["replicas"] < 2:
+        assert time.monotonic() < end
+        time.sleep(1)
+    assert other.pid in [replica.pid for replica in server.replicas()]
+
+
+def test_sigterm_finishes_what_is_running(model, pipe):
+    server = Server(model)
+    with server.client() as client, ThreadPoolExecutor(8) as pool:
+        draw(client, 0, 1)
+        running = [pool.submit(draw, client, seed, 1, n=10) for seed in range(8)]
+        while "dar_requests_in_progress 8.0" not in server.get("/metrics").text:
+            assert not all(future.done() for future in running)
+        assert server.stop() == 0, server.lines
+        for seed, future in enumerate(running):
+            assert same(future.result()[:1], drawn_alone(pipe, seed, 1))
+    assert "finishing what is running\n" in server.lines
+    with pytest.raises(httpx.ConnectError):
+        server.get("/health")
+
+
+def run_serve(*options):
+    command = [sys.executable, "-m", "dar_hf", "serve", *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_what_cannot_be_served_is_one_line(model, tmp_path):
+    result = run_serve("--model", tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("dar-hf: error: cannot load the pipeline")
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run_serve("--model", model, "--port", taken.getsockname()[1])
+    assert result.returncode == 1 and "cannot listen on" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_the_serve_file_is_understood():
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from dar_hf.serving import server
+
+    content = yaml.safe_load((ROOT / "examples/serve.yaml").read_text(encoding="utf-8"))
+    config = ServeDeploySchema(**content)
+    (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    assert (module, getattr(server, name)) == (server.__name__, server.build)
+    assert server.Options(**application.args).max_batch_size == 32
+    assert {part.name for part in application.deployments} == {server.Model.name, server.Api.name}
+    built = server.build(application.args)
+    assert built._bound_deployment.name == "Api"
