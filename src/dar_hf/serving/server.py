@@ -112,8 +112,10 @@ class ApiReplica:
             RequestError: if none has room for it, or the one that drew it ended.
         """
         results = self.model.options(stream=True).draw.remote(request)
+        complete = False
         try:
             async for drawn in results:
+                complete = drawn.final
                 yield drawn
         except BackPressureError as error:
             message = "Too many requests are waiting: try again later."
@@ -122,7 +124,8 @@ class ApiReplica:
             message = "The replica that drew this has ended: send the request again."
             raise RequestError(message, code="replica_lost", status=503, retry_after=1) from error
         finally:
-            results.cancel()  # of a client that has left; nothing where all has come
+            if not complete:
+                results.cancel()  # the client has left
 
     async def replicas(self) -> int:
         """How many replicas of the model run; asked once a second at most, whoever asks."""
