@@ -81,7 +81,7 @@ def test_texts_that_are_missing_are_one_line(text_pipeline, tmp_path, capsys):
 def test_the_word_serve_is_drawn_after_two_dashes(text_pipeline, tmp_path):
     main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "a.png"), "--", "serve"])
     images = text_pipeline(prompt="serve", generator=[seeded(0)], output_type="pt").images
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(image_grid(images * 2 - 1)))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(image_grid(images * 2 - 1, 1)))
 
 
 @pytest.mark.parametrize("missing", ["ray", "prometheus_client"])

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -96,6 +98,26 @@ def drawn_alone(pipe, seed, label):
     return pipe(label, generator=seeded(seed)).images
 
 
+@contextmanager
+def suspended(processes):
+    """Inside, these processes stand still."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+def wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def draw(client, seed, label, **fields):
     answer = client.images.generate(prompt=str(label), extra_body={"seed": seed}, **fields)
     return [image_of(part) for part in answer.data]
@@ -129,9 +151,7 @@ def abuse(server, index):
     if kind == 0:
         assert post_raw(server.port, b"{" * 2000, "Content-Length: 2000\r\n")[0] == 400
     elif kind == 1:
-        with pytest.raises((OSError, AssertionError, IndexError, ValueError)):
-            status, _ = post_raw(server.port, b"x" * 30_000_000, "Content-Length: 30000000\r\n")
-            assert status != 413
+        assert post_raw(server.port, b"x" * 30_000_000, "Content-Length: 30000000\r\n")[0] in (413, 0)
     elif kind == 2:  # never sends the rest
         assert post_raw(server.port, b"{", "Content-Length: 100\r\n")[0] == 408
     elif kind == 3:  # leaves at once
@@ -154,28 +174,30 @@ def test_abusive_clients_leave_it_healthy(server, pipe):
     all_at_once()
     with server.client() as client:
         assert same(draw(client, 5, "shark"), drawn_alone(pipe, 5, "shark"))
-    end = time.monotonic() + 30
-    while server.memory() > 1.1 * before and time.monotonic() < end:
-        time.sleep(1)
-    assert server.memory() <= 1.1 * before
+    wait_until(lambda: server.memory() <= 1.1 * before)
     assert "dar_requests_in_progress 0.0" in server.get("/metrics").text
 
 
 def test_more_than_can_wait_are_told_so(server):
-    """Both replicas take two batches of requests each, and eight requests wait."""
-    asked = 2 * 2 * 16 + 8 + 60
+    """Each replica takes two batches of requests, and eight more wait."""
+    taken = 2 * 2 * 16 + 8
+    asked = taken + 20
+    rejected = []
 
     def ask(seed):
         try:
-            with server.client() as client:
-                return len(draw(client, seed, 1, n=10))
+            return len(draw(client, seed, 1))
         except openai.RateLimitError as error:
             assert error.code == "rate_limit_exceeded" and error.response.headers["retry-after"] == "1"
+            rejected.append(seed)
             return 0
 
-    with ThreadPoolExecutor(asked) as pool:
-        counts = list(pool.map(ask, range(asked)))
-    assert set(counts) == {0, 10}
+    with server.client() as client, ThreadPoolExecutor(asked) as pool:
+        with suspended(server.replicas()):
+            waiting = [pool.submit(ask, seed) for seed in range(asked)]
+            wait_until(lambda: len(rejected) >= asked - taken)
+        counts = [future.result() for future in waiting]
+    assert sum(counts) == asked - len(rejected) > 0
     assert server.get("/health").status_code == 200
 
 
@@ -186,41 +208,39 @@ def test_a_replica_that_is_killed_loses_only_what_it_drew(server, pipe):
 
     def ask(seed):
         try:
-            with server.client() as client:
-                for turn in range(20):
-                    assert same(draw(client, seed + turn, 1), drawn_alone(pipe, seed + turn, 1))
-                    outcomes.append("drawn")
+            while len(outcomes) < 200:
+                assert same(draw(client, seed, 1), drawn_alone(pipe, seed, 1))
+                outcomes.append("drawn")
         except openai.InternalServerError as error:
             assert error.status_code == 503 and error.code == "replica_lost"
             outcomes.append("lost")
 
-    with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(ask, 100 * index) for index in range(8)]
-        time.sleep(0.5)
-        victim.kill()
-        for future in asked:
+    with server.client() as client, ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask, seed) for seed in range(8)]
+        wait_until(lambda: len(outcomes) > 20)
+        with suspended([victim]):  # with what it has
+            time.sleep(0.5)
+            victim.kill()
+        for future in asking:
             future.result()
-    assert outcomes.count("drawn") > 20
-    with server.client() as client:
+        assert 1 <= outcomes.count("lost") < 8
         assert same(draw(client, 5, "shark"), drawn_alone(pipe, 5, "shark"))
-    end = time.monotonic() + 120
-    while server.get("/health").json()["replicas"] < 2:
-        assert time.monotonic() < end
-        time.sleep(1)
+    wait_until(lambda: server.get("/health").json()["replicas"] == 2)
     assert other.pid in [replica.pid for replica in server.replicas()]
 
 
 def test_sigterm_finishes_what_is_running(model, pipe):
     server = Server(model)
     with server.client() as client, ThreadPoolExecutor(8) as pool:
-        draw(client, 0, 1)
-        running = [pool.submit(draw, client, seed, 1, n=10) for seed in range(8)]
-        while "dar_requests_in_progress 8.0" not in server.get("/metrics").text:
-            assert not all(future.done() for future in running)
-        assert server.stop() == 0, server.lines
+        with suspended(server.replicas()):
+            running = [pool.submit(draw, client, seed, 1, n=2) for seed in range(8)]
+            wait_until(lambda: "dar_requests_in_progress 8.0" in server.get("/metrics").text)
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "finishing what is running\n" in server.lines)
+            wait_until(lambda: server.get("/health").status_code == 503)
         for seed, future in enumerate(running):
             assert same(future.result()[:1], drawn_alone(pipe, seed, 1))
-    assert "finishing what is running\n" in server.lines
+    assert server.process.wait(timeout=60) == 0, server.lines
     with pytest.raises(httpx.ConnectError):
         server.get("/health")
 
@@ -233,8 +253,6 @@ def run_serve(*options):
 def test_what_cannot_be_served_is_one_line(model, tmp_path):
     result = run_serve("--model", tmp_path)
     assert result.returncode == 2 and result.stderr.startswith("dar-hf: error: cannot load the pipeline")
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
