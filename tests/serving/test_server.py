@@ -64,8 +64,11 @@ class Server:
 
     def memory(self):
         """Bytes that the server's processes have for themselves."""
-        processes = psutil.Process(self.process.pid).children(recursive=True)
-        return sum(process.memory_full_info().uss for process in processes)
+        total = 0
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                total += process.memory_full_info().uss
+        return total
 
     def stop(self):
         """SIGTERM; returns the exit code."""

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = Options(
         model=args.model,
         model_name=args.model_name,
-        device=str(args.device),
+        device=args.device.type,  # which GPU, Ray says
         dtype=args.dtype,
         max_batch_size=args.max_batch_size,
         request_timeout_s=args.request_timeout,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         handle = deploy(args, options)
         stop = stop_signals()
         host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"serving {options.name} at http://{host}:{args.port}/v1, {args.replicas} replicas", flush=True)
+        print(f"serving {options.name} at http://{host}:{args.port}/v1 (replicas: {args.replicas})", flush=True)
         stop.wait()
         print("finishing what is running", flush=True)
         if not handle.drain.remote(args.request_timeout).result():
