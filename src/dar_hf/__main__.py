@@ -11,6 +11,7 @@ python -m dar_hf --pipeline outputs/text -- serve                 # the text "se
 
 import argparse
 import os
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -78,6 +79,12 @@ def serve(argv: Sequence[str]) -> None:
     Raises:
         CommandError: where Ray Serve is not installed.
     """
+    # Ray reads these when it is imported. Its ports take commands from whoever reaches them: as on systems where it has
+    # no clusters, they listen on this machine only, and they ask for a token
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     try:
         from .serving import command as serving
     except ModuleNotFoundError as error:

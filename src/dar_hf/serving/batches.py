@@ -59,7 +59,7 @@ class SharedPipeline:
         pipe: the pipeline.
         name: of the model, in the API.
         max_batch_size: how many images are drawn together.
-        batch_wait_timeout_s: how long a request waits for others where nothing runs yet.
+        batch_wait_timeout_s: where nothing runs, a batch begins when no request has come for as long as this.
     """
 
     def __init__(self, pipe: DARPipeline, name: str, max_batch_size: int = 16, batch_wait_timeout_s: float = 0.02):
@@ -130,7 +130,10 @@ class SharedPipeline:
         def send(job: Job, result: Drawn | Exception | None) -> None:
             loop.call_soon_threadsafe(job.results.put_nowait, result)
 
-        await asyncio.sleep(self.batch_wait_timeout_s)
+        arrived = 0
+        while arrived < len(self._waiting) < self.max_batch_size:  # more have come since
+            arrived = len(self._waiting)
+            await asyncio.sleep(self.batch_wait_timeout_s)
         while jobs := self._next_batch():
             self._running = jobs
             await loop.run_in_executor(self._thread, self._run, jobs, send)

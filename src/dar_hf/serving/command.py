@@ -1,6 +1,8 @@
 """``dar-hf serve``: the server on this machine, with a Ray of its own that nothing else can reach."""
 
 import argparse
+import contextlib
+import io
 import logging
 import math
 import os
@@ -24,6 +26,7 @@ from .server import QUEUED, Options, application
 
 OBJECT_STORE = 200 * 2**20  # bytes; images are sent directly
 KEEP_ALIVE = 15  # seconds that a connection stays open between requests
+ERRORS_ONLY = LoggingConfig(log_level="ERROR", enable_access_log=False)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -72,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not handle.drain.remote(args.request_timeout).result():
             print("some requests did not come to an end", flush=True)
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        # Ray reports the actors that it ends itself as failures
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            serve.shutdown()
+            ray.shutdown()
 
 
 def check_model(source: str) -> None:
@@ -105,15 +110,13 @@ def check_port(host: str, port: int) -> None:
 
 def start_ray(args: argparse.Namespace) -> None:
     """Start Ray on this machine, and Serve's HTTP proxy."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, args.replicas * args.cpus),
         object_store_memory=OBJECT_STORE,
         include_dashboard=False,
         logging_level=logging.ERROR,
-        # its ports take commands from whoever reaches them
-        _node_ip_address="127.0.0.1",
     )
     serve.start(
         proxy_location="HeadOnly",
@@ -124,7 +127,7 @@ def start_ray(args: argparse.Namespace) -> None:
             "request_timeout_s": args.request_timeout + 10,
             "keep_alive_timeout_s": KEEP_ALIVE,
         },
-        logging_config=LoggingConfig(log_level="ERROR", enable_access_log=False),
+        logging_config=ERRORS_ONLY,
     )
 
 
@@ -145,7 +148,7 @@ def deploy(args: argparse.Namespace, options: Options) -> DeploymentHandle:
         max_constructor_retry_count=1,
     )
     try:
-        return serve.run(served, name="dar")
+        return serve.run(served, name="dar", logging_config=ERRORS_ONLY)
     except RuntimeError as error:
         raise CommandError(f"the model does not start: {one_line(error)[:2000]}", FAILURE) from error
 

@@ -8,11 +8,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -41,7 +44,7 @@ class Options:
         model_name: its name in the API; default the last part of ``model``.
         device, dtype: of the pipeline; default the GPU if there is one, and float32.
         max_batch_size: how many images a replica draws together.
-        batch_wait_timeout_s: how long the first request waits for others.
+        batch_wait_timeout_s: where nothing runs, a batch begins when no request has come for as long as this.
         request_timeout_s: how long a request may take, the time it waits included.
     """
 
@@ -74,6 +77,8 @@ class ModelReplica:
         device = options.device
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
         pipe = load_pipeline(options.source, getattr(torch, options.dtype), device)
         limit_threads(pipe.tokenizer, pipe.transformer)
         self.shared = SharedPipeline(pipe, options.name, options.max_batch_size, options.batch_wait_timeout_s)
@@ -123,9 +128,11 @@ class ApiReplica:
         except (RayActorError, DeploymentUnavailableError) as error:
             message = "The replica that drew this has ended: send the request again."
             raise RequestError(message, code="replica_lost", status=503, retry_after=1) from error
-        finally:
-            if not complete:
-                results.cancel()  # the client has left
+        except (asyncio.CancelledError, GeneratorExit):
+            if not complete:  # the client has left
+                with suppress(Exception):  # what went wrong with the request meanwhile
+                    results.cancel()
+            raise
 
     async def replicas(self) -> int:
         """How many replicas of the model run; asked once a second at most, whoever asks."""
