@@ -79,8 +79,8 @@ def serve(argv: Sequence[str]) -> None:
     Raises:
         CommandError: where Ray Serve is not installed.
     """
-    # Ray reads these when it is imported. Its ports take commands from whoever reaches them: as on systems where it has
-    # no clusters, they listen on this machine only, and they ask for a token
+    # Ray reads these when it is imported. Its ports take commands from whoever reaches them: so they ask for a token,
+    # and those that can listen on this machine only, as on systems where Ray has no clusters
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
