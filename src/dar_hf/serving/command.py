@@ -44,6 +44,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max_batch_size", type=positive_option, default=16, help="images drawn together")
     parser.add_argument(
+        "--batch_wait",
+        type=positive_option,
+        default=20,
+        help="milliseconds: where nothing runs, a batch begins when no request has come for as long as this",
+    )
+    parser.add_argument(
         "--max_queued_requests", type=positive_option, default=QUEUED, help="further requests are answered with 429"
     )
     parser.add_argument("--request_timeout", type=positive_option, default=120, help="seconds")
@@ -60,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=args.device.type,  # which GPU, Ray says
         dtype=args.dtype,
         max_batch_size=args.max_batch_size,
+        batch_wait_timeout_s=args.batch_wait / 1000,
         request_timeout_s=args.request_timeout,
     )
     check_model(options.source)
