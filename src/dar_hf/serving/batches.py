@@ -62,7 +62,7 @@ class SharedPipeline:
         batch_wait_timeout_s: where nothing runs, a batch begins when no request has come for as long as this.
     """
 
-    def __init__(self, pipe: DARPipeline, name: str, max_batch_size: int = 16, batch_wait_timeout_s: float = 0.02):
+    def __init__(self, pipe: DARPipeline, name: str, max_batch_size: int = 16, batch_wait_timeout_s: float = 0.05):
         pipe.set_progress_bar_config(disable=True)
         self.pipe = pipe
         self.name = name

@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch_wait",
         type=positive_option,
-        default=20,
+        default=50,
         help="milliseconds: where nothing runs, a batch begins when no request has come for as long as this",
     )
     parser.add_argument(

@@ -53,7 +53,7 @@ class Options:
     device: str | None = None
     dtype: str = "float32"
     max_batch_size: int = 16
-    batch_wait_timeout_s: float = 0.02
+    batch_wait_timeout_s: float = 0.05
     request_timeout_s: float = 120.0
 
     @property
