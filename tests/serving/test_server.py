@@ -263,6 +263,15 @@ def test_what_cannot_be_served_is_one_line(model, tmp_path):
     assert result.returncode == 1 and "cannot listen on" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+def test_a_model_that_does_not_load_is_one_line(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "damaged")
+    (tmp_path / "damaged/transformer/model.safetensors").write_bytes(b"damaged")
+    result = run_serve("--model", tmp_path / "damaged")
+    assert result.returncode == 1 and "serving" not in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("dar-hf: error: the model does not start: ") and "model.safetensors is damaged" in line
+
+
 def test_the_serve_file_is_understood():
     import yaml
     from ray.serve.schema import ServeDeploySchema

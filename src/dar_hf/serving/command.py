@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -82,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not handle.drain.remote(args.request_timeout).result():
             print("some requests did not come to an end", flush=True)
     finally:
-        # Ray reports the actors that it ends itself as failures
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with quiet():  # Ray reports the actors that it ends itself as failures
             serve.shutdown()
             ray.shutdown()
 
@@ -155,9 +154,27 @@ def deploy(args: argparse.Namespace, options: Options) -> DeploymentHandle:
         max_constructor_retry_count=1,
     )
     try:
-        return serve.run(served, name="dar", logging_config=ERRORS_ONLY)
+        with quiet():  # the reason is said once, below
+            return serve.run(served, name="dar", logging_config=ERRORS_ONLY)
     except RuntimeError as error:
-        raise CommandError(f"the model does not start: {one_line(error)[:2000]}", FAILURE) from error
+        raise CommandError(f"the model does not start: {start_failure() or one_line(error)}", FAILURE) from error
+
+
+def start_failure() -> str:
+    """Why a replica did not start, as far as Ray says: the last line of its traceback."""
+    application = serve.status().applications.get("dar")
+    if application is None:
+        return ""
+    messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
+    lines = [line.strip() for line in "\n".join(messages).splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, what Ray's processes print is not shown."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def stop_signals() -> threading.Event:
