@@ -199,6 +199,18 @@ def test_a_request_that_takes_too_long(client, routes, slow_steps):
     assert client.images.generate(prompt="shark").data
 
 
+def test_a_model_that_does_not_answer(client, routes, monkeypatch):
+    async def wait():
+        await asyncio.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(routes, "request_timeout_s", 0.1)
+        patch.setattr(routes.backend, "facts", wait)
+        with pytest.raises(openai.InternalServerError, match="does not answer"):
+            client.models.list()
+    assert client.models.list().data
+
+
 def test_draining_finishes_what_runs_and_takes_no_more(client, port, routes, slow_steps):
     answers = []
     thread = threading.Thread(target=lambda: answers.append(client.images.generate(prompt="shark")))

@@ -122,7 +122,11 @@ class Api:
 
     async def facts(self) -> Facts:
         if self._facts is None:
-            self._facts = await self.backend.facts()
+            try:
+                self._facts = await asyncio.wait_for(self.backend.facts(), self.request_timeout_s)
+            except TimeoutError as error:
+                message = "The model does not answer."
+                raise RequestError(message, code="timeout", status=503, retry_after=5) from error
         return self._facts
 
     # Answers

@@ -7,8 +7,8 @@ that reach it together in one batch. Requests that no replica has room for wait,
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,8 @@ class ApiReplica:
     def __init__(self, model: DeploymentHandle, options: Options):
         self.model = model
         self.api = api.Api(self, options.request_timeout_s)
-        self._counted = (0.0, 0)
+        self._counted = (-1.0, 0)
+        self._counting = asyncio.Lock()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self.api.app()
@@ -108,7 +109,8 @@ class ApiReplica:
         return await self.api.drain(timeout_s)
 
     async def facts(self) -> Facts:
-        return await self.model.facts.remote()
+        with _answering():
+            return await self.model.facts.remote()
 
     async def draw(self, request: ImageRequest) -> AsyncGenerator[Drawn, None]:
         """A request's results from one of the replicas.
@@ -119,15 +121,10 @@ class ApiReplica:
         results = self.model.options(stream=True).draw.remote(request)
         complete = False
         try:
-            async for drawn in results:
-                complete = drawn.final
-                yield drawn
-        except BackPressureError as error:
-            message = "Too many requests are waiting: try again later."
-            raise RequestError(message, code="rate_limit_exceeded", status=429, retry_after=1) from error
-        except (RayActorError, DeploymentUnavailableError) as error:
-            message = "The replica that drew this has ended: send the request again."
-            raise RequestError(message, code="replica_lost", status=503, retry_after=1) from error
+            with _answering():
+                async for drawn in results:
+                    complete = drawn.final
+                    yield drawn
         except (asyncio.CancelledError, GeneratorExit):
             if not complete:  # the client has left
                 with suppress(Exception):  # what went wrong with the request meanwhile
@@ -135,12 +132,26 @@ class ApiReplica:
             raise
 
     async def replicas(self) -> int:
-        """How many replicas of the model run; asked once a second at most, whoever asks."""
-        when, count = self._counted
-        if time.monotonic() - when > 1:
-            count = await asyncio.to_thread(_running_replicas)
-            self._counted = (time.monotonic(), count)
-        return count
+        """How many replicas of the model run; Ray is asked once a second at most, whoever asks here."""
+        async with self._counting:
+            when, count = self._counted
+            if time.monotonic() - when > 1:
+                count = await asyncio.to_thread(_running_replicas)
+                self._counted = (time.monotonic(), count)
+            return count
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Inside, what Ray says about a request becomes an answer."""
+    try:
+        yield
+    except BackPressureError as error:
+        message = "Too many requests are waiting: try again later."
+        raise RequestError(message, code="rate_limit_exceeded", status=429, retry_after=1) from error
+    except (RayActorError, DeploymentUnavailableError) as error:
+        message = "The replica that drew this has ended: send the request again."
+        raise RequestError(message, code="replica_lost", status=503, retry_after=1) from error
 
 
 Model = serve.deployment(name="Model", max_queued_requests=QUEUED, health_check_timeout_s=60)(ModelReplica)
