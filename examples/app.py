@@ -12,7 +12,6 @@ import argparse
 import base64
 import contextlib
 import html
-import io
 import math
 import os
 import random
@@ -35,7 +34,7 @@ from dar_hf.hub import describe
 from dar_hf.metrics import psnr
 from dar_hf.utils.commands import command, device_option, port_option
 from dar_hf.utils.loading import load_pipeline
-from dar_hf.utils.pictures import image_grid
+from dar_hf.utils.pictures import image_grid, png
 from dar_hf.utils.threads import limit_threads
 from dar_hf.utils.untrusted import (
     MAX_GUIDANCE,
@@ -306,9 +305,7 @@ def picture(images: torch.Tensor, alt: str) -> str:
 
 def embedded(image: Image.Image, alt: str) -> str:
     """An image as an ``<img>``."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(png(image)).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
 
 

@@ -79,12 +79,12 @@ def serve(argv: Sequence[str]) -> None:
     Raises:
         CommandError: where Ray Serve is not installed.
     """
-    # Ray reads these when it is imported. Its ports take commands from whoever reaches them: so they ask for a token,
-    # and those that can listen on this machine only, as on systems where Ray has no clusters
+    # Ray reads these when it is imported. Its ports accept commands from anyone who can reach them: so they listen on
+    # this machine only, as on systems for which Ray has no clusters, and require a token
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
     try:
         from .serving import command as serving
     except ModuleNotFoundError as error:

@@ -25,8 +25,8 @@ class Local:
     def __init__(self, shared):
         self.shared = shared
 
-    async def facts(self):
-        return self.shared.facts()
+    async def info(self):
+        return self.shared.info()
 
     def draw(self, request):
         return self.shared.draw(request)
@@ -37,7 +37,7 @@ class Local:
 
 @pytest.fixture
 def routes(tiny_pipeline):
-    return api.Api(Local(SharedPipeline(tiny_pipeline, "tiny")), request_timeout_s=30)
+    return api.ImagesApi(Local(SharedPipeline(tiny_pipeline, "tiny")), request_timeout_s=30)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_a_model_that_does_not_answer(client, routes, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(routes, "request_timeout_s", 0.1)
-        patch.setattr(routes.backend, "facts", wait)
+        patch.setattr(routes.backend, "info", wait)
         with pytest.raises(openai.InternalServerError, match="does not answer"):
             client.models.list()
     assert client.models.list().data

@@ -146,11 +146,11 @@ def test_a_batch_that_fails_fails_its_requests_only(tiny_pipeline, monkeypatch, 
     assert draw_together(shared, ImageRequest(1, seed=1))[0][-1].final
 
 
-def test_the_facts_of_a_pipeline(tiny_pipeline, tiny_tokenizer):
-    facts = SharedPipeline(tiny_pipeline, "tiny", max_batch_size=3).facts()
-    assert (facts.size, facts.max_images, facts.num_classes, facts.from_text) == ("8x8", 3, 5, False)
-    assert facts.labels["shark"] == 2 and facts.labels["tench"] == 0 and facts.prompt_tokens == 1
-    texts = SharedPipeline(make_text_pipeline(tiny_tokenizer), "tiny").facts()
+def test_the_info_of_a_pipeline(tiny_pipeline, tiny_tokenizer):
+    info = SharedPipeline(tiny_pipeline, "tiny", max_batch_size=3).info()
+    assert (info.size, info.max_images, info.num_classes, info.from_text) == ("8x8", 3, 5, False)
+    assert info.labels["shark"] == 2 and info.labels["tench"] == 0 and info.prompt_tokens == 1
+    texts = SharedPipeline(make_text_pipeline(tiny_tokenizer), "tiny").info()
     assert texts.from_text and texts.prompt_tokens == 6 and texts.image_tokens == 16
 
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from dar_hf.serving.requests import MAX_PARTIAL_IMAGES, Facts, ImageRequest, RequestError, read_request
+from dar_hf.serving.requests import MAX_PARTIAL_IMAGES, ImageRequest, ModelInfo, RequestError, read_request
 from dar_hf.utils.untrusted import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED
 
-CLASSES = Facts(
+CLASSES = ModelInfo(
     name="tiny",
     created=0,
     from_text=False,
@@ -19,12 +19,13 @@ CLASSES = Facts(
     prompt_tokens=1,
     image_tokens=16,
     max_images=4,
+    max_guidance=MAX_GUIDANCE,
 )
-TEXTS = Facts(**{**vars(CLASSES), "from_text": True})
+TEXTS = ModelInfo(**{**vars(CLASSES), "from_text": True})
 
 
-def read(facts=CLASSES, **fields):
-    return read_request(json.dumps(fields).encode(), facts)
+def read(info=CLASSES, **fields):
+    return read_request(json.dumps(fields).encode(), info)
 
 
 @pytest.mark.parametrize(("prompt", "label"), [("shark", 2), (" shark ", 2), ("1", 1), (4, 4), ("7", 3)])

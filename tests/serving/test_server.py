@@ -283,7 +283,7 @@ def test_the_serve_file_is_understood():
     (application,) = config.applications
     module, _, name = application.import_path.partition(":")
     assert (module, getattr(server, name)) == (server.__name__, server.build)
-    assert server.Options(**application.args).max_batch_size == 32
+    assert server.ServerOptions(**application.args).max_batch_size == 32
     assert {part.name for part in application.deployments} == {server.Model.name, server.Api.name}
     built = server.build(application.args)
     assert built._bound_deployment.name == "Api"

@@ -1,5 +1,5 @@
 """A server with OpenAI's images API, on Ray Serve (docs/serving.md).
 
-``requests`` checks what is asked for, ``batches`` draws requests together, ``api`` is HTTP, ``server`` the application
-of Ray Serve, and ``command`` is ``dar-hf serve``. Only ``server`` and ``command`` need Ray.
+``requests`` checks requests, ``batches`` draws them together, ``api`` speaks HTTP, ``server`` is the application of
+Ray Serve, and ``command`` is ``dar-hf serve``. Only ``server`` and ``command`` need Ray.
 """

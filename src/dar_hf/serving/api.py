@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -16,8 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .batches import Drawn
-from .requests import MAX_BODY, Facts, ImageRequest, RequestError, no_such_model, read_request
+from .batches import StepImages
+from .requests import MAX_BODY, ImageRequest, ModelInfo, RequestError, no_such_model, read_request
 
 logger = logging.getLogger(__name__)
 
@@ -25,28 +24,28 @@ BODY_TIMEOUT = 10.0  # seconds that a client has to send its request
 
 
 class Backend(Protocol):
-    """What draws."""
+    """What draws the images."""
 
-    async def facts(self) -> Facts:
+    async def info(self) -> ModelInfo:
         """What has to be known to check a request."""
 
-    def draw(self, request: ImageRequest) -> AsyncGenerator[Drawn, None]:
-        """The previews of a request, then its images. What raises `RequestError` becomes an answer."""
+    def draw(self, request: ImageRequest) -> AsyncGenerator[StepImages, None]:
+        """The previews of a request, then its images; a `RequestError` becomes the answer."""
 
     async def replicas(self) -> int:
         """How many replicas can draw now."""
 
 
-class Api:
-    """The routes, and what they count.
+class ImagesApi:
+    """The routes and their metrics.
 
     Args:
-        backend: what draws.
-        request_timeout_s: how long a request may take, the time it waits included.
+        backend: what draws the images.
+        request_timeout_s: how long a request may take, including the time it waits.
 
     Attributes:
-        closing: no further requests are taken.
-        in_progress: how many answers are not finished yet.
+        closing: whether new requests are refused.
+        in_progress: number of unfinished answers.
     """
 
     def __init__(self, backend: Backend, request_timeout_s: float = 120.0):
@@ -55,11 +54,12 @@ class Api:
         self.closing = False
         self.in_progress = 0
         self.metrics = Metrics()
-        self._facts: Facts | None = None
+        self._info: ModelInfo | None = None
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
-        routes = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # the page of docs loads from elsewhere
+        # without FastAPI's own pages, which load scripts from other sites
+        routes = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         routes.get("/health")(self.health)
         routes.get("/metrics")(self.show_metrics)
         routes.get("/v1/models")(self.list_models)
@@ -67,11 +67,11 @@ class Api:
         routes.post("/v1/images/generations")(self.generate)
         routes.add_exception_handler(RequestError, _answer_error)
         routes.add_exception_handler(HTTPException, _answer_http_error)
-        routes.add_exception_handler(Exception, _answer_fault)
+        routes.add_exception_handler(Exception, _answer_bug)
         return _Counting(routes, self)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take no further requests, and wait for those in progress; returns whether all came to an end."""
+        """Refuse new requests, and wait for those in progress; returns whether all of them ended."""
         self.closing = True
         end = time.monotonic() + timeout_s
         while self.in_progress and time.monotonic() < end:
@@ -81,71 +81,74 @@ class Api:
     # Routes
 
     async def health(self) -> Response:
-        """200 where a request can be drawn now, else 503."""
+        """200 if a request can be drawn now, else 503."""
         replicas = await self.backend.replicas()
         status = "ok"
         if not replicas:
             status = "starting"
         if self.closing:
             status = "stopping"
-        return JSONResponse({"status": status, "replicas": replicas}, 200 if status == "ok" else 503)
+        code = 200 if status == "ok" else 503
+        return JSONResponse({"status": status, "replicas": replicas}, code)
 
     async def show_metrics(self) -> Response:
-        """Counts since this server started, as Prometheus reads them."""
+        """Metrics since this server started, in Prometheus' format."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def list_models(self) -> Response:
-        return JSONResponse({"object": "list", "data": [_model(await self.facts())]})
+        """The one model there is."""
+        return JSONResponse({"object": "list", "data": [_model(await self.info())]})
 
     async def show_model(self, model: str) -> Response:
-        facts = await self.facts()
-        if model != facts.name:
+        """The model by its name."""
+        info = await self.info()
+        if model != info.name:
             raise no_such_model(model)
-        return JSONResponse(_model(facts))
+        return JSONResponse(_model(info))
 
     async def generate(self, request: Request) -> Response:
         """Images of a class or a text; with ``stream``, previews while they are drawn."""
         if self.closing:
             raise RequestError("The server is stopping.", code=None, status=503, retry_after=5)
         body = await _read_body(request)
-        facts = await self.facts()
-        wanted = read_request(body, facts)
+        info = await self.info()
+        wanted = read_request(body, info)
         results = self._draw_in_time(wanted)
-        # what goes wrong before the first result is answered with a status, in both forms
+        # the first result is awaited before the answer begins: until then an error has a status of its own
         first = await anext(results)
         if wanted.stream:
-            return StreamingResponse(self._events(first, results, facts), media_type="text/event-stream")
-        async with aclosing(results):
-            while not first.final:
-                first = await anext(results)
-        return JSONResponse(self._images(first, wanted, facts))
+            return StreamingResponse(self._events(first, results, info), media_type="text/event-stream")
+        await results.aclose()  # without previews, the first result is the last one
+        return JSONResponse(_images(first, wanted, info))
 
-    async def facts(self) -> Facts:
-        if self._facts is None:
+    async def info(self) -> ModelInfo:
+        """The backend's answer, which is asked for once."""
+        if self._info is None:
             try:
-                self._facts = await asyncio.wait_for(self.backend.facts(), self.request_timeout_s)
+                self._info = await asyncio.wait_for(self.backend.info(), self.request_timeout_s)
             except TimeoutError as error:
                 message = "The model does not answer."
                 raise RequestError(message, code="timeout", status=503, retry_after=5) from error
-        return self._facts
+        return self._info
 
     # Answers
 
-    async def _draw_in_time(self, wanted: ImageRequest) -> AsyncGenerator[Drawn, None]:
-        """The backend's results; always with the final one, or an error.
+    async def _draw_in_time(self, wanted: ImageRequest) -> AsyncGenerator[StepImages, None]:
+        """The backend's results, of which the last one is final.
 
         Raises:
-            RequestError: where the backend fails, or takes too long.
+            RequestError: if the backend fails or takes too long.
         """
         results = self.backend.draw(wanted)
         end = time.monotonic() + self.request_timeout_s
         try:
-            while (drawn := await asyncio.wait_for(anext(results, None), end - time.monotonic())) is not None:
-                if drawn.final:
-                    self.metrics.images.inc(len(drawn.images))
-                yield drawn
-                if drawn.final:
-                    return
+            final = False
+            while not final:
+                step = await asyncio.wait_for(anext(results), end - time.monotonic())
+                final = step.final
+                if final:
+                    self.metrics.images.inc(len(step.images))
+                yield step
         except TimeoutError as error:
             message = f"The request took more than {self.request_timeout_s:g} s."
             raise RequestError(message, code="timeout", status=503, retry_after=5) from error
@@ -156,36 +159,26 @@ class Api:
             raise RequestError("The images could not be drawn.", code=None, status=500) from error
         finally:
             await results.aclose()
-        raise RequestError("The images could not be drawn.", code=None, status=500)
 
-    def _images(self, drawn: Drawn, wanted: ImageRequest, facts: Facts) -> dict[str, Any]:
-        images = [
-            {"b64_json": _base64(image), "seed": wanted.seed + index} for index, image in enumerate(drawn.images)
-        ]
-        return {
-            "created": int(time.time()),
-            "data": images,
-            **_form(facts),
-            "usage": _usage(facts, len(images)),
-        }
-
-    async def _events(self, drawn: Drawn, results: AsyncGenerator[Drawn, None], facts: Facts) -> AsyncIterator[str]:
+    async def _events(
+        self, step: StepImages, results: AsyncGenerator[StepImages, None], info: ModelInfo
+    ) -> AsyncIterator[str]:
         """Server-sent events: ``image_generation.partial_image`` and, last, ``image_generation.completed``."""
         index = 0
         try:
-            while not drawn.final:
-                yield _event("image_generation.partial_image", drawn, facts, partial_image_index=index)
+            while not step.final:
+                yield _event("image_generation.partial_image", step, info, partial_image_index=index)
                 index += 1
-                drawn = await anext(results)
-            yield _event("image_generation.completed", drawn, facts, usage=_usage(facts, 1))
-        except RequestError as error:  # the status is sent already
+                step = await anext(results)
+            yield _event("image_generation.completed", step, info, usage=_usage(info, 1))
+        except RequestError as error:  # the status has been sent
             yield _sse("error", {"type": "error", **error.body()})
         finally:
             await results.aclose()
 
 
 class Metrics:
-    """What the server counts, for Prometheus."""
+    """What Prometheus reads."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -202,7 +195,7 @@ class Metrics:
 class _Counting:
     """Counts image requests until the end of their answers."""
 
-    def __init__(self, app: ASGIApp, api: Api):
+    def __init__(self, app: ASGIApp, api: ImagesApi):
         self.app = app
         self.api = api
 
@@ -210,9 +203,9 @@ class _Counting:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/images/"):
             await self.app(scope, receive, send)
             return
-        status = 499  # of a client that leaves before the answer
+        status = 499  # nginx's, for a client that leaves before the answer
 
-        async def noting(message: Message) -> None:
+        async def remember_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -222,17 +215,17 @@ class _Counting:
         self.api.in_progress += 1
         try:
             with metrics.in_progress.track_inprogress(), metrics.seconds.time():
-                await self.app(scope, receive, noting)
+                await self.app(scope, receive, remember_status)
         finally:
             self.api.in_progress -= 1
             metrics.requests.labels(str(status)).inc()
 
 
 async def _read_body(request: Request) -> bytes:
-    """The body of a request, of which no more is read than is taken.
+    """The body of a request; one that is too long is not read to its end.
 
     Raises:
-        RequestError: for one that is too long, or comes too slowly.
+        RequestError: for a body that is too long or arrives too slowly.
     """
     too_long = RequestError(f"The body must be at most {MAX_BODY} bytes.", code="body_too_large", status=413)
     length = request.headers.get("content-length", "0")
@@ -255,16 +248,23 @@ async def _read_body(request: Request) -> bytes:
 # OpenAI's forms
 
 
-def _model(facts: Facts) -> dict[str, Any]:
-    return {"id": facts.name, "object": "model", "created": facts.created, "owned_by": "dar-hf"}
+def _model(info: ModelInfo) -> dict[str, Any]:
+    return {"id": info.name, "object": "model", "created": info.created, "owned_by": "dar-hf"}
 
 
-def _form(facts: Facts) -> dict[str, str]:
-    return {"background": "opaque", "output_format": "png", "quality": "auto", "size": facts.size}
+def _images(step: StepImages, wanted: ImageRequest, info: ModelInfo) -> dict[str, Any]:
+    """The answer of a request without ``stream``; each image says its seed."""
+    images = [{"b64_json": _base64(image), "seed": wanted.seed + index} for index, image in enumerate(step.images)]
+    return {"created": int(time.time()), "data": images, **_format(info), "usage": _usage(info, len(images))}
 
 
-def _usage(facts: Facts, images: int) -> dict[str, Any]:
-    prompt, image = facts.prompt_tokens, facts.image_tokens * images
+def _format(info: ModelInfo) -> dict[str, str]:
+    return {"background": "opaque", "output_format": "png", "size": info.size}
+
+
+def _usage(info: ModelInfo, images: int) -> dict[str, Any]:
+    prompt = info.prompt_tokens
+    image = info.image_tokens * images
     return {
         "input_tokens": prompt,
         "input_tokens_details": {"text_tokens": prompt, "image_tokens": 0},
@@ -273,10 +273,10 @@ def _usage(facts: Facts, images: int) -> dict[str, Any]:
     }
 
 
-def _event(kind: str, drawn: Drawn, facts: Facts, **more: Any) -> str:
-    (image,) = drawn.images
-    data = {"type": kind, "b64_json": _base64(image), "created_at": int(time.time()), **_form(facts), **more}
-    return _sse(kind, data)
+def _event(kind: str, step: StepImages, info: ModelInfo, **more: Any) -> str:
+    (image,) = step.images
+    data = {"type": kind, "b64_json": _base64(image), "created_at": int(time.time()), "quality": "auto"}
+    return _sse(kind, data | _format(info) | more)
 
 
 def _sse(kind: str, data: dict[str, Any]) -> str:
@@ -293,12 +293,13 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
-    """For addresses and methods that there are not."""
+    """For unknown addresses and methods."""
     assert isinstance(error, HTTPException)
     answer = RequestError(f"{error.detail}: {request.method} {request.url.path[:100]}", code=None)
     return JSONResponse(answer.body(), error.status_code, error.headers)
 
 
-async def _answer_fault(request: Request, error: Exception) -> Response:
-    answer = RequestError("The server made a mistake.", code=None, status=500)
-    return JSONResponse(answer.body(), 500)
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    """For what nobody expected; the server's log has the traceback."""
+    answer = RequestError("Internal server error.", code=None, status=500)
+    return JSONResponse(answer.body(), answer.status)

@@ -1,7 +1,6 @@
 """A pipeline that many requests share: those that wait together are drawn together, as one stream."""
 
 import asyncio
-import io
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -9,20 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import PIL.Image
 import torch
 
-from ..labels_dar import index_names
 from ..pipeline_dar import DARPipeline, DARPipelineOutput
+from ..utils.pictures import png
 from ..utils.untrusted import MAX_GUIDANCE
-from .requests import MAX_IMAGES, Facts, ImageRequest
+from .requests import MAX_IMAGES, ImageRequest, ModelInfo
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Images of a request after a step, as PNG files: one preview, or all the final ones."""
+class StepImages:
+    """The images of one request after a denoising step, as PNG files: one preview, or all final images."""
 
     images: list[bytes]
     final: bool
@@ -30,11 +28,12 @@ class Drawn:
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way: what is drawn for it arrives in ``results``, and None or an exception at the end.
+    """A request that waits or is being drawn.
 
     Attributes:
         preview_steps: the steps whose previews are sent.
-        left: whether its client has left, or has everything.
+        results: what is drawn for it, and at the end None or an exception.
+        left: whether nobody waits for results any more.
     """
 
     request: ImageRequest
@@ -43,23 +42,24 @@ class Job:
     left: bool = False
 
 
-Send = Callable[[Job, Drawn | Exception | None], None]
+Send = Callable[[Job, StepImages | Exception | None], None]
 
 
 class SharedPipeline:
     """Draws requests in batches, one batch at a time, in a thread of its own.
 
-    An image does not depend on its batch: each one has its own generator. A batch is chosen when the pipeline is free:
-    the request that waits longest, and all others with the same guidance, up to ``max_batch_size`` images.
+    The next batch is chosen when the last one has ended: the request that has waited longest, and all others with the
+    same guidance, up to ``max_batch_size`` images. Every image has its own generator, so that the rest of the batch
+    does not change what is drawn.
 
-    Ray Serve's own `serve.batch` chooses when requests arrive, so behind a batch that runs they would queue up one by
-    one; and it neither separates scales of guidance nor tells a batch that a client has left.
+    Ray Serve's own `serve.batch` forms batches while requests arrive, does not separate scales of guidance, and does
+    not tell a running batch that a client has left.
 
     Args:
         pipe: the pipeline.
         name: of the model, in the API.
         max_batch_size: how many images are drawn together.
-        batch_wait_timeout_s: where nothing runs, a batch begins when no request has come for as long as this.
+        batch_wait_timeout_s: if nothing is being drawn, a batch begins when no request has arrived for this long.
     """
 
     def __init__(self, pipe: DARPipeline, name: str, max_batch_size: int = 16, batch_wait_timeout_s: float = 0.05):
@@ -76,34 +76,39 @@ class SharedPipeline:
         self._worker: asyncio.Task | None = None
         self._thread = ThreadPoolExecutor(1, "pipeline")
 
-    def facts(self) -> Facts:
-        """What has to be known to check a request."""
+    def info(self) -> ModelInfo:
+        """What the API has to know to check a request."""
         config = self.pipe.transformer.config
-        labels, shared_names = index_names(self.pipe.config.id2label or {})
         height, width = self.pipe.tokenizer.image_size
+        prompt_tokens = 1
+        if self.from_text:
+            prompt_tokens = config.max_text_tokens
         scale = self.pipe.transformer.generation_config.guidance_scale or 1.0
         if isinstance(scale, (list, tuple)):  # the start and the end of a linear one
             scale = max(scale)
-        return Facts(
+        return ModelInfo(
             name=self.name,
             created=self.created,
             from_text=self.from_text,
             num_classes=config.num_classes,
-            labels=labels,
-            shared_names=shared_names,
+            labels=self.pipe.labels,
+            shared_names=self.pipe._shared_names,
             height=height,
             width=width,
-            prompt_tokens=config.max_text_tokens if self.from_text else 1,
+            prompt_tokens=prompt_tokens,
             image_tokens=self.pipe.tokenizer.config.num_tokens,
             max_images=min(MAX_IMAGES, self.max_batch_size),
             max_guidance=max(MAX_GUIDANCE, scale),
         )
 
     def warm_up(self) -> None:
-        """Whatever happens once in a process happens before the first request waits for it."""
-        self._draw([Job(self._example(), [])], lambda job, result: None)
+        """Draw an image, so that the first request does not wait for what happens once per process."""
+        subject: int | str = 0
+        if self.from_text:
+            subject = "warm up"
+        self._draw([Job(ImageRequest(subject, seed=0), [])], lambda job, result: None)
 
-    async def draw(self, request: ImageRequest) -> AsyncGenerator[Drawn, None]:
+    async def draw(self, request: ImageRequest) -> AsyncGenerator[StepImages, None]:
         """The previews of a request that were asked for, then its images.
 
         Whoever stops iterating frees the request's place: nothing more is done for it, and a batch that nobody waits
@@ -120,6 +125,8 @@ class SharedPipeline:
                 yield result
         finally:
             job.left = True
+            if job in self._waiting:
+                self._waiting.remove(job)
             if self._running and all(job.left for job in self._running):
                 self.pipe._interrupt = True
 
@@ -127,11 +134,11 @@ class SharedPipeline:
         """Run batches for as long as requests wait."""
         loop = asyncio.get_running_loop()
 
-        def send(job: Job, result: Drawn | Exception | None) -> None:
+        def send(job: Job, result: StepImages | Exception | None) -> None:
             loop.call_soon_threadsafe(job.results.put_nowait, result)
 
         arrived = 0
-        while arrived < len(self._waiting) < self.max_batch_size:  # more have come since
+        while arrived < len(self._waiting) < self.max_batch_size:  # more have arrived since
             arrived = len(self._waiting)
             await asyncio.sleep(self.batch_wait_timeout_s)
         while jobs := self._next_batch():
@@ -141,7 +148,6 @@ class SharedPipeline:
 
     def _next_batch(self) -> list[Job]:
         """Take the requests of the next batch from those that wait."""
-        self._waiting = [job for job in self._waiting if not job.left]
         jobs: list[Job] = []
         free = self.max_batch_size
         for job in self._waiting:
@@ -153,14 +159,17 @@ class SharedPipeline:
         return jobs
 
     def _run(self, jobs: list[Job], send: Send) -> None:
-        """Draw a batch in the thread; whatever happens, each of its requests comes to an end."""
+        """Draw a batch, in the thread; whatever happens, each of its requests comes to an end."""
+        message = None
         try:
             self._draw(jobs, send)
-            end = None
         except Exception as error:
             logger.exception("a batch of %d requests failed", len(jobs))
-            end = RuntimeError(f"{type(error).__name__}: {error}")  # others may not cross processes
+            message = f"{type(error).__name__}: {error}"
         for job in jobs:
+            end = None
+            if message is not None:
+                end = RuntimeError(message)  # which every process can read, unlike the types of libraries
             send(job, end)
 
     def _draw(self, jobs: list[Job], send: Send) -> None:
@@ -169,16 +178,18 @@ class SharedPipeline:
         generators = [
             torch.Generator().manual_seed(request.seed + index) for request in requests for index in range(request.n)
         ]
+        argument = "prompt" if self.from_text else "class_labels"
         stream = self.pipe.stream(
-            **{"prompt" if self.from_text else "class_labels": subjects},
+            **{argument: subjects},
             guidance_scale=requests[0].guidance_scale,
             generator=generators,
             # without previews, a GPU computes steps and codes at the same time
             previews=any(job.preview_steps for job in jobs),
         )
-        for output in stream:
-            if all(job.left for job in jobs):
-                stream.close()  # type: ignore[attr-defined]
+        # the call above reset the pipeline's interrupt flag: whoever left before it is noticed here
+        while not all(job.left for job in jobs):
+            output = next(stream, None)
+            if output is None:
                 return
             self._send_step(jobs, output, send)
 
@@ -190,23 +201,10 @@ class SharedPipeline:
             images = output.images[start : start + job.request.n]
             start += job.request.n
             if not job.left and (final or output.step in job.preview_steps):
-                send(job, Drawn(list(map(png, images)), final))
-
-    def _example(self) -> ImageRequest:
-        subject: int | str = 0
-        if self.from_text:
-            subject = "warm up"
-        return ImageRequest(subject, seed=0)
+                send(job, StepImages(list(map(png, images)), final))
 
 
 def preview_steps(count: int, num_steps: int) -> list[int]:
     """The steps whose previews are sent: ``count`` of those before the last one, evenly spread, or all there are."""
     count = min(count, num_steps - 1)
     return [index * num_steps // (count + 1) for index in range(1, count + 1)]
-
-
-def png(image: PIL.Image.Image) -> bytes:
-    """An image as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -22,7 +22,7 @@ from ..pipeline_dar import DARPipeline
 from ..utils.commands import FAILURE, CommandError, add_precision_options, port_option, positive_option
 from ..utils.errors import one_line
 from ..utils.loading import LoadError
-from .server import QUEUED, Options, application
+from .server import QUEUED, ServerOptions, application
 
 OBJECT_STORE = 200 * 2**20  # bytes; images are sent directly
 KEEP_ALIVE = 15  # seconds that a connection stays open between requests
@@ -47,12 +47,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--batch_wait",
         type=positive_option,
         default=50,
-        help="milliseconds: where nothing runs, a batch begins when no request has come for as long as this",
+        help="milliseconds: if nothing is being drawn, a batch begins when no request has arrived for this long",
     )
     parser.add_argument(
-        "--max_queued_requests", type=positive_option, default=QUEUED, help="further requests are answered with 429"
+        "--max_queued_requests",
+        type=positive_option,
+        default=QUEUED,
+        help="requests that wait for room on a replica; further ones are answered with 429",
     )
-    parser.add_argument("--request_timeout", type=positive_option, default=120, help="seconds")
+    parser.add_argument(
+        "--request_timeout", type=positive_option, default=120, help="seconds, including the time it waits"
+    )
     add_precision_options(parser)
     return parser
 
@@ -60,10 +65,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; then finish what is running. A second signal ends at once."""
     args = make_parser().parse_args(argv)
-    options = Options(
+    options = ServerOptions(
         model=args.model,
         model_name=args.model_name,
-        device=args.device.type,  # which GPU, Ray says
+        device=args.device.type,  # Ray chooses the GPU
         dtype=args.dtype,
         max_batch_size=args.max_batch_size,
         batch_wait_timeout_s=args.batch_wait / 1000,
@@ -80,18 +85,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop.wait()
         print("finishing what is running", flush=True)
         if not handle.drain.remote(args.request_timeout).result():
-            print("some requests did not come to an end", flush=True)
+            print("some requests were not finished in time", flush=True)
     finally:
-        with quiet():  # Ray reports the actors that it ends itself as failures
+        with quiet():  # Ray reports actors that it ends itself as failures
             serve.shutdown()
             ray.shutdown()
 
 
 def check_model(source: str) -> None:
-    """Refuse what is no pipeline, before anything is started.
+    """Refuse what has no configuration of a pipeline, before anything is started.
 
     Raises:
-        LoadError: for anything that has no configuration of a pipeline.
+        LoadError: that says why.
     """
     try:
         DARPipeline.load_config(source)
@@ -129,7 +134,7 @@ def start_ray(args: argparse.Namespace) -> None:
         http_options={
             "host": args.host,
             "port": args.port,
-            # the application has a limit of its own, and answers it in the form of its errors
+            # a little more than the application's own limit, which is answered in the API's form
             "request_timeout_s": args.request_timeout + 10,
             "keep_alive_timeout_s": KEEP_ALIVE,
         },
@@ -137,7 +142,7 @@ def start_ray(args: argparse.Namespace) -> None:
     )
 
 
-def deploy(args: argparse.Namespace, options: Options) -> DeploymentHandle:
+def deploy(args: argparse.Namespace, options: ServerOptions) -> DeploymentHandle:
     """Start the replicas, and wait for them.
 
     Raises:
@@ -154,7 +159,7 @@ def deploy(args: argparse.Namespace, options: Options) -> DeploymentHandle:
         max_constructor_retry_count=1,
     )
     try:
-        with quiet():  # the reason is said once, below
+        with quiet():  # the error below says why, in one line
             return serve.run(served, name="dar", logging_config=ERRORS_ONLY)
     except RuntimeError as error:
         raise CommandError(f"the model does not start: {start_failure() or one_line(error)}", FAILURE) from error

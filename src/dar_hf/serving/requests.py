@@ -9,16 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..labels_dar import known_names
+from ..labels_dar import class_id
 from ..utils.labels import ids_and_names
-from ..utils.untrusted import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, number, text
+from ..utils.untrusted import MAX_PROMPT, MAX_SEED, number, text
 
 MAX_BODY = 64 * 2**10  # bytes
 MAX_IMAGES = 10  # per request, as in OpenAI's API
 MAX_PARTIAL_IMAGES = 64
 
 # fields of OpenAI's API that have one meaning here, and the values that mean it
-FIXED = {
+FIXED: dict[str, tuple[str, ...]] = {
     "response_format": ("b64_json",),
     "output_format": ("png",),
     "background": ("auto", "opaque"),
@@ -67,19 +67,19 @@ class RequestError(Exception):
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What has to be known of a pipeline to check a request without it.
+class ModelInfo:
+    """What the API has to know about a pipeline that runs in another process.
 
     Attributes:
         name: the model's name in the API.
         created: when it was loaded, in seconds since 1970.
         from_text: whether it draws from text; otherwise from classes.
-        num_classes: how many classes there are.
+        num_classes: number of classes.
         labels, shared_names: class ids by name, and the classes that share a name.
         height, width: of its images.
-        prompt_tokens, image_tokens: how many tokens a prompt and an image have.
-        max_images: per request.
-        max_guidance: the largest guidance scale that is taken.
+        prompt_tokens, image_tokens: number of tokens of a prompt and of an image.
+        max_images: largest number of images per request.
+        max_guidance: largest guidance scale.
     """
 
     name: str
@@ -93,23 +93,25 @@ class Facts:
     prompt_tokens: int
     image_tokens: int
     max_images: int
-    max_guidance: float = MAX_GUIDANCE
+    max_guidance: float
 
     @property
     def size(self) -> str:
+        """Width and height as the API writes them."""
         return f"{self.width}x{self.height}"
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """A request that is right.
+    """A request whose fields have been checked.
 
     Attributes:
         subject: a class id, or a text.
-        n: how many images; image i is drawn with ``seed + i``.
+        seed: image i is drawn with ``seed + i``.
+        n: number of images.
         guidance_scale: None for the pipeline's own.
         stream: whether the answer is a stream of events.
-        partial_images: how many previews it has before the final image.
+        partial_images: number of previews before the final image, as far as there are enough steps.
     """
 
     subject: int | str
@@ -120,45 +122,39 @@ class ImageRequest:
     partial_images: int = 0
 
 
-def read_request(body: bytes, facts: Facts) -> ImageRequest:
-    """The request that a body holds; a field that is null counts as left out.
+def read_request(body: bytes, model: ModelInfo) -> ImageRequest:
+    """The request in a body; a field that is null counts as left out.
 
     Raises:
         RequestError: that says which field is wrong, and what is accepted.
     """
     fields = _read_json(body)
     fields = {name: value for name, value in fields.items() if value is not None and name not in IGNORED}
-    model = fields.pop("model", facts.name)
-    if model != facts.name:
-        raise no_such_model(model)
-    for name, accepted in FIXED.items():
-        if fields.pop(name, accepted[0]) not in accepted:
-            raise RequestError(f"{name} must be {' or '.join(accepted)} here, or left out.", name)
-    if fields.pop("size", "auto") not in ("auto", facts.size):
-        raise RequestError(f"size must be auto or {facts.size}, the size of this model's images.", "size")
+    name = fields.pop("model", model.name)
+    if name != model.name:
+        raise no_such_model(name)
+    _check_fixed(fields, model.size)
     if "prompt" not in fields:
         raise RequestError("prompt is missing: say what to draw.", "prompt", "missing_required_parameter")
-    subject = _checked("prompt", _subject, fields.pop("prompt"), facts)
+    subject = _checked(_subject, "prompt", fields.pop("prompt"), model)
+    n = int(_checked(number, "n", fields.pop("n", 1), 1, model.max_images))
+    highest = MAX_SEED + 1 - n  # the last image's seed is one that can be asked for, too
+    seed = int(_checked(number, "seed", fields.pop("seed", random.randint(0, highest)), 0, highest))
+    guidance = fields.pop("guidance_scale", None)
+    if guidance is not None:
+        guidance = _checked(number, "guidance_scale", guidance, 1.0, model.max_guidance)
     stream = fields.pop("stream", False)
     if not isinstance(stream, bool):
         raise RequestError("stream must be true or false.", "stream")
-    n = int(_checked("n", _number, fields.pop("n", 1), 1, facts.max_images))
     if stream and n > 1:
         raise RequestError("n must be 1 where stream is true: events do not say to which image they belong.", "n")
     partial_images = fields.pop("partial_images", 0)
-    partial_images = int(_checked("partial_images", _number, partial_images, 0, MAX_PARTIAL_IMAGES))
+    partial_images = int(_checked(number, "partial_images", partial_images, 0, MAX_PARTIAL_IMAGES))
     if partial_images and not stream:
         raise RequestError("partial_images needs stream: true.", "partial_images")
-    seed = fields.pop("seed", None)
-    if seed is None:
-        seed = random.randrange(MAX_SEED + 1)
-    seed = int(_checked("seed", _number, seed, 0, MAX_SEED))
-    guidance = fields.pop("guidance_scale", None)
-    if guidance is not None:
-        guidance = _checked("guidance_scale", _number, guidance, 1.0, facts.max_guidance)
     if fields:
-        name = next(iter(fields))[:40]
-        raise RequestError(f"Unknown parameter: {name!r}.", name, "unknown_parameter")
+        unknown = next(iter(fields))[:40]
+        raise RequestError(f"Unknown parameter: {unknown!r}.", unknown, "unknown_parameter")
     return ImageRequest(subject, seed, n, guidance, stream, partial_images)
 
 
@@ -179,38 +175,39 @@ def _read_json(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _checked(name: str, check: Callable[..., Any], *values: Any) -> Any:
-    """What a check returns for a field; what it says is wrong becomes an answer."""
+def _check_fixed(fields: dict[str, Any], size: str) -> None:
+    """Take the fields that have one meaning here out of ``fields``.
+
+    Raises:
+        RequestError: for another value.
+    """
+    for name, accepted in (FIXED | {"size": ("auto", size)}).items():
+        if fields.pop(name, accepted[0]) not in accepted:
+            raise RequestError(f"{name} must be {' or '.join(accepted)} here, or left out.", name)
+
+
+def _checked(check: Callable[..., Any], name: str, *values: Any) -> Any:
+    """The field as ``check`` returns it; the ValueError of a wrong one becomes an answer."""
     try:
         return check(name, *values)
     except (ValueError, OverflowError) as error:
         raise RequestError(str(error), name) from error
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    return number(name, value, low, high)
-
-
-def _subject(name: str, value: Any, facts: Facts) -> int | str:
-    """A text, or the id of a class by name or id.
+def _subject(name: str, value: Any, model: ModelInfo) -> int | str:
+    """A text, or the id of a class given by name or id.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if it is empty, or there is no such class.
     """
-    if not facts.from_text and isinstance(value, int) and not isinstance(value, bool):
+    if not model.from_text and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    words = text(name, value, MAX_PROMPT)
-    if not words:
-        raise ValueError("prompt is empty: say what to draw.")
-    if facts.from_text:
-        return words
-    (label,) = ids_and_names([words], facts.labels)
-    if isinstance(label, int):
-        return int(number("the class id in prompt", label, 0, facts.num_classes - 1))
-    if label in facts.shared_names:
-        ids = ", ".join(map(str, facts.shared_names[label]))
-        raise ValueError(f"the class name {label!r} is shared by the classes {ids}: give the id.")
-    if label not in facts.labels:
-        shown = repr(label)[:60]
-        raise ValueError(f"prompt must be a class, by name or id, not {shown}; {known_names(facts.labels, label)}.")
-    return facts.labels[label]
+    prompt = text(name, value, MAX_PROMPT)
+    if not prompt:
+        raise ValueError(f"{name} is empty: say what to draw.")
+    if model.from_text:
+        return prompt
+    (label,) = ids_and_names([prompt], model.labels)
+    if isinstance(label, str):
+        return class_id(label, model.labels, model.shared_names)
+    return int(number("the class id", label, 0, model.num_classes - 1))

@@ -1,7 +1,7 @@
 """The server as an application of Ray Serve: `build` for ``serve run`` and ``serve deploy``, and for ``dar-hf serve``.
 
-Two deployments: `Api` speaks HTTP, `Model` holds a pipeline. Replicas of `Model` share the requests; each draws those
-that reach it together in one batch. Requests that no replica has room for wait, up to ``max_queued_requests``.
+There are two deployments: `Api` speaks HTTP, `Model` holds a pipeline. Replicas of `Model` share the requests, and
+each draws in batches. Requests that no replica has room for wait, up to ``max_queued_requests``.
 """
 
 import asyncio
@@ -25,18 +25,19 @@ from starlette.types import ASGIApp
 from ..utils.loading import load_pipeline
 from ..utils.sample import sample_pipeline
 from ..utils.threads import limit_threads
-from . import api
-from .batches import Drawn, SharedPipeline
-from .requests import Facts, ImageRequest, RequestError
+from .api import ImagesApi
+from .batches import SharedPipeline, StepImages
+from .requests import ImageRequest, ModelInfo, RequestError
 
 logger = logging.getLogger(__name__)
 
 QUEUED = 64  # requests that wait for room on a replica; further ones are rejected
-CONNECTIONS = 1000  # requests that the ingress holds at once, those whose bodies arrive slowly included
+CONNECTIONS = 1000  # requests that Api holds at once, including those whose bodies arrive slowly
+LAST_ANSWERS = 0.5  # seconds that Ray's HTTP proxy has to send what Api gave it last
 
 
 @dataclass(frozen=True)
-class Options:
+class ServerOptions:
     """What `build` takes, as ``args`` of a Serve file.
 
     Attributes:
@@ -44,8 +45,8 @@ class Options:
         model_name: its name in the API; default the last part of ``model``.
         device, dtype: of the pipeline; default the GPU if there is one, and float32.
         max_batch_size: how many images a replica draws together.
-        batch_wait_timeout_s: where nothing runs, a batch begins when no request has come for as long as this.
-        request_timeout_s: how long a request may take, the time it waits included.
+        batch_wait_timeout_s: if nothing is being drawn, a batch begins when no request has arrived for this long.
+        request_timeout_s: how long a request may take, including the time it waits.
     """
 
     model: str | None = None
@@ -73,7 +74,7 @@ class Options:
 class ModelReplica:
     """One pipeline, and the requests that share it."""
 
-    def __init__(self, options: Options):
+    def __init__(self, options: ServerOptions):
         device = options.device
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,35 +85,41 @@ class ModelReplica:
         self.shared = SharedPipeline(pipe, options.name, options.max_batch_size, options.batch_wait_timeout_s)
         self.shared.warm_up()
 
-    async def facts(self) -> Facts:
-        return self.shared.facts()
+    async def info(self) -> ModelInfo:
+        """What has to be known to check a request."""
+        return self.shared.info()
 
-    async def draw(self, request: ImageRequest) -> AsyncGenerator[Drawn, None]:
-        async for drawn in self.shared.draw(request):
-            yield drawn
+    async def draw(self, request: ImageRequest) -> AsyncGenerator[StepImages, None]:
+        """The previews of a request, then its images. Ray closes it when the client leaves."""
+        async for step in self.shared.draw(request):
+            yield step
 
 
 class ApiReplica:
-    """HTTP. One replica is enough: it computes nothing."""
+    """HTTP; what draws is a handle of `ModelReplica`. One replica is enough, as it computes nothing."""
 
-    def __init__(self, model: DeploymentHandle, options: Options):
+    def __init__(self, model: DeploymentHandle, options: ServerOptions):
         self.model = model
-        self.api = api.Api(self, options.request_timeout_s)
+        self.api = ImagesApi(self, options.request_timeout_s)
         self._counted = (-1.0, 0)
         self._counting = asyncio.Lock()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
+        """What `serve.ingress` without an application asks for."""
         return self.api.app()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take no further requests, and wait for those in progress."""
-        return await self.api.drain(timeout_s)
+        """Refuse new requests, and wait for those in progress; returns whether all of them ended."""
+        ended = await self.api.drain(timeout_s)
+        await asyncio.sleep(LAST_ANSWERS)
+        return ended
 
-    async def facts(self) -> Facts:
-        with _answering():
-            return await self.model.facts.remote()
+    async def info(self) -> ModelInfo:
+        """What has to be known to check a request."""
+        with _errors_as_answers():
+            return await self.model.info.remote()
 
-    async def draw(self, request: ImageRequest) -> AsyncGenerator[Drawn, None]:
+    async def draw(self, request: ImageRequest) -> AsyncGenerator[StepImages, None]:
         """A request's results from one of the replicas.
 
         Raises:
@@ -121,18 +128,18 @@ class ApiReplica:
         results = self.model.options(stream=True).draw.remote(request)
         complete = False
         try:
-            with _answering():
-                async for drawn in results:
-                    complete = drawn.final
-                    yield drawn
+            with _errors_as_answers():
+                async for step in results:
+                    complete = step.final
+                    yield step
         except (asyncio.CancelledError, GeneratorExit):
-            if not complete:  # the client has left
-                with suppress(Exception):  # what went wrong with the request meanwhile
+            if not complete:  # the client has left, or the request took too long
+                with suppress(Exception):  # an error of the request in the meantime
                     results.cancel()
             raise
 
     async def replicas(self) -> int:
-        """How many replicas of the model run; Ray is asked once a second at most, whoever asks here."""
+        """How many replicas of the model run; Ray is asked once a second at most."""
         async with self._counting:
             when, count = self._counted
             if time.monotonic() - when > 1:
@@ -142,8 +149,8 @@ class ApiReplica:
 
 
 @contextmanager
-def _answering() -> Iterator[None]:
-    """Inside, what Ray says about a request becomes an answer."""
+def _errors_as_answers() -> Iterator[None]:
+    """Inside, Ray's errors about a request become answers."""
     try:
         yield
     except BackPressureError as error:
@@ -165,27 +172,23 @@ Api = serve.deployment(
 
 
 def _running_replicas() -> int:
-    states = [
-        deployment.replica_states
-        for application in serve.status().applications.values()
-        for name, deployment in application.deployments.items()
-        if name == "Model"
-    ]
-    return sum(count for state in states for key, count in state.items() if key == "RUNNING")
+    """Replicas of the model in the application that this process belongs to."""
+    own = serve.status().applications[serve.get_replica_context().app_name]
+    return own.deployments["Model"].replica_states.get("RUNNING", 0)
 
 
-def application(options: Options, **model_options: Any) -> serve.Application:
+def application(options: ServerOptions, **model_options: Any) -> serve.Application:
     """Both deployments.
 
     Args:
         options: of the pipeline and the API.
-        model_options: of the deployment Model: its replicas, and what each of them needs.
+        model_options: Ray's, of the deployment `Model`: number of replicas, and what each of them needs.
     """
-    # next to the batch that runs, the next one
+    # requests of the batch that runs and of the next one
     model_options.setdefault("max_ongoing_requests", 2 * options.max_batch_size)
     return Api.bind(Model.options(**model_options).bind(options), options)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The application from the ``args`` of a Serve file, which are those of `Options`."""
-    return application(Options(**args))
+    """The application from the ``args`` of a Serve file, which are those of `ServerOptions`."""
+    return application(ServerOptions(**args))
