@@ -69,9 +69,8 @@ setup(
             "gradio>=6.31,<7",
             "resvg-py>=0.5",
             "selenium>=4.30",  # drives the page, where there is a Chromium
-            "ray[serve]>=2.60",
-            "prometheus-client>=0.22",
-            "openai>=2",  # the client that the server is for
+            "prometheus-client>=0.22",  # the server without Ray, and the client it is for
+            "openai>=2",
         ],
     },
 )

@@ -89,6 +89,7 @@ def test_without_ray_serve_says_what_to_install(missing, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("dar_hf.serving")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # which has options for Ray afterwards
     with pytest.raises(SystemExit) as caught:
         main(["serve", "--model", "somewhere"])
     assert caught.value.code == 2

@@ -4,10 +4,12 @@ import asyncio
 import json
 import threading
 import time
+from contextlib import contextmanager
 
 import httpx
 import pytest
 from pipeline_helpers import same, seeded
+from tiny_models import make_text_pipeline
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("prometheus_client")
@@ -35,23 +37,33 @@ class Local:
         return 1
 
 
-@pytest.fixture
-def routes(tiny_pipeline):
-    return api.ImagesApi(Local(SharedPipeline(tiny_pipeline, "tiny")), request_timeout_s=30)
+def make_routes(pipe):
+    return api.ImagesApi(Local(SharedPipeline(pipe, "tiny")), request_timeout_s=30)
 
 
-@pytest.fixture
-def port(routes):
-    """The port of a running server."""
-    number = free_port()
-    server = uvicorn.Server(uvicorn.Config(routes.app(), port=number, log_level="critical", lifespan="off"))
+@contextmanager
+def running(routes):
+    """Inside, a server runs; gives its port."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(routes.app(), port=port, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield number
+    yield port
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture
+def routes(tiny_pipeline):
+    return make_routes(tiny_pipeline)
+
+
+@pytest.fixture
+def port(routes):
+    with running(routes) as port:
+        yield port
 
 
 @pytest.fixture
@@ -114,6 +126,25 @@ def test_a_stream_may_have_no_partial_images(client, tiny_pipeline):
     (event,) = client.images.generate(prompt="shark", stream=True, extra_body={"seed": 7})
     assert event.type == "image_generation.completed"
     assert same([image_of(event)], tiny_pipeline("shark", generator=seeded(7)).images)
+
+
+def test_a_pipeline_that_draws_from_text(tiny_tokenizer):
+    pipe = make_text_pipeline(tiny_tokenizer)
+    with running(make_routes(pipe)) as port, make_client(port) as client:
+        answer = client.images.generate(
+            prompt="un café  rouge\n🍎", n=2, extra_body={"seed": 7, "guidance_scale": 3.0}
+        )
+        alone = [
+            pipe(prompt="un café rouge 🍎", guidance_scale=3.0, generator=seeded(7 + index)).images[0]
+            for index in range(2)
+        ]
+        assert same([image_of(part) for part in answer.data], alone)
+        assert answer.usage.input_tokens == 6
+        events = client.images.generate(prompt="shark", stream=True, partial_images=1, extra_body={"seed": 8})
+        *_, last = events
+        assert same([image_of(last)], pipe(prompt="shark", generator=seeded(8)).images)
+        with pytest.raises(openai.BadRequestError, match="at most 300 characters"):
+            client.images.generate(prompt="a" * 301)
 
 
 def test_models(client):
@@ -186,16 +217,27 @@ def test_what_the_backend_says_becomes_an_answer(client, routes, monkeypatch):
     assert fault.value.status_code == 500 and "secret" not in fault.value.response.text
 
 
-def test_a_request_that_takes_too_long(client, routes, slow_steps):
-    routes.request_timeout_s = 0.5 * slow_steps
+def test_a_request_that_takes_too_long(client, routes, tiny_pipeline, monkeypatch):
+    steps = threading.Semaphore(0)
+    output = tiny_pipeline._output
+
+    def wait(*args):
+        assert steps.acquire(timeout=60)
+        return output(*args)
+
+    monkeypatch.setattr(tiny_pipeline, "_output", wait)
+    routes.request_timeout_s = 0.1
     with pytest.raises(openai.InternalServerError) as caught:
         client.images.generate(prompt="shark")
     assert caught.value.status_code == 503 and caught.value.code == "timeout"
-    routes.request_timeout_s = 2.5 * slow_steps  # the step of the one before, and one or two of this one
+    routes.request_timeout_s = 3
+    steps.release(2)  # the last one of the request before, and the first one of the next
     events = client.images.generate(prompt="shark", stream=True, partial_images=3)
+    next(events)
     with pytest.raises(openai.APIError, match="took more than"):
         list(events)
     routes.request_timeout_s = 30
+    steps.release(10)
     assert client.images.generate(prompt="shark").data
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import threading
 import time
 from contextlib import aclosing
 
@@ -84,6 +85,17 @@ def test_each_scale_of_guidance_has_its_own_batch(tiny_pipeline, batch_sizes):
         assert same(opened(result)[0], tiny_pipeline(1, guidance_scale=scale, generator=seeded(1)).images)
 
 
+@pytest.mark.parametrize("scale", [1.0, (1.1, 30.0)], ids=["distilled", "linear"])
+def test_the_default_scale_is_the_pipelines(tiny_pipeline, scale):
+    tiny_pipeline.transformer.generation_config.guidance_scale = scale
+    shared = SharedPipeline(tiny_pipeline, "tiny")
+    own, one = draw_together(shared, ImageRequest(1, seed=3), ImageRequest(1, seed=3, guidance_scale=4.0))
+    assert same(opened(own)[0], tiny_pipeline(1, guidance_scale=scale, generator=seeded(3)).images)
+    assert same(opened(one)[0], tiny_pipeline(1, guidance_scale=4.0, generator=seeded(3)).images)
+    assert not same(opened(own)[0], opened(one)[0])
+    assert shared.info().max_guidance == (20.0 if scale == 1.0 else 30.0)
+
+
 def test_a_batch_has_its_limit(tiny_pipeline, batch_sizes):
     requests = [ImageRequest(1, seed=seed, n=n) for seed, n in enumerate([2, 3, 2, 1])]
     results = draw_together(SharedPipeline(tiny_pipeline, "tiny", max_batch_size=4), *requests)
@@ -130,10 +142,43 @@ def test_who_left_before_the_batch_is_not_drawn(tiny_pipeline, batch_sizes):
         leaving = asyncio.create_task(drawn(shared, ImageRequest(2, seed=1)))
         await asyncio.sleep(0.05)
         leaving.cancel()
+        await asyncio.wait([leaving])
+        assert len(shared._waiting) == 1
         return await rest
 
     assert asyncio.run(leave_while_waiting())[-1].final
     assert batch_sizes == [1]
+
+
+def test_a_batch_that_all_clients_left_as_it_began_is_not_drawn(tiny_pipeline, monkeypatch):
+    """Without previews, there is one output only: the batch would run to its end."""
+    shared = SharedPipeline(tiny_pipeline, "tiny", batch_wait_timeout_s=0.01)
+    begun, left = threading.Event(), threading.Event()
+    outputs = []
+    output, stream = tiny_pipeline._output, tiny_pipeline.stream
+
+    def begin(*args, **options):
+        begun.set()
+        assert left.wait(10)
+        return stream(*args, **options)
+
+    def counted(*args):
+        outputs.append(args)
+        return output(*args)
+
+    monkeypatch.setattr(tiny_pipeline, "stream", begin)
+    monkeypatch.setattr(tiny_pipeline, "_output", counted)
+
+    async def leave():
+        leaving = asyncio.create_task(drawn(shared, ImageRequest(1, seed=1)))
+        await asyncio.to_thread(begun.wait, 10)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        left.set()
+        await shared._worker
+
+    asyncio.run(leave())
+    assert begun.is_set() and not outputs
 
 
 def test_a_batch_that_fails_fails_its_requests_only(tiny_pipeline, monkeypatch, caplog):

@@ -64,6 +64,13 @@ def test_a_seed_is_drawn_where_none_is_given():
     assert len(seeds) > 1 and all(0 <= seed <= MAX_SEED for seed in seeds)
 
 
+def test_each_image_has_a_seed_that_can_be_asked_for():
+    last = MAX_SEED - 1
+    assert read(prompt="shark", n=2, seed=last).seed == last
+    with pytest.raises(RequestError, match="seed must be a whole number from 0 to"):
+        read(prompt="shark", n=2, seed=MAX_SEED)
+
+
 WRONG = [
     ({}, "prompt"),
     ({"prompt": ""}, "prompt"),

@@ -87,9 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not handle.drain.remote(args.request_timeout).result():
             print("some requests were not finished in time", flush=True)
     finally:
-        with quiet():  # Ray reports actors that it ends itself as failures
-            serve.shutdown()
-            ray.shutdown()
+        stop_ray()
 
 
 def check_model(source: str) -> None:
@@ -140,6 +138,13 @@ def start_ray(args: argparse.Namespace) -> None:
         },
         logging_config=ERRORS_ONLY,
     )
+
+
+def stop_ray() -> None:
+    """End all of Ray's processes."""
+    with quiet():  # Ray reports actors that it ends itself as failures
+        serve.shutdown()
+        ray.shutdown()
 
 
 def deploy(args: argparse.Namespace, options: ServerOptions) -> DeploymentHandle:

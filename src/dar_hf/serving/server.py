@@ -17,10 +17,10 @@ import diffusers
 import torch
 import transformers
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..utils.loading import load_pipeline
 from ..utils.sample import sample_pipeline
@@ -106,7 +106,7 @@ class ApiReplica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What `serve.ingress` without an application asks for."""
-        return self.api.app()
+        return _without_cancelled_receive(self.api.app())
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests, and wait for those in progress; returns whether all of them ended."""
@@ -159,6 +159,24 @@ def _errors_as_answers() -> Iterator[None]:
     except (RayActorError, DeploymentUnavailableError) as error:
         message = "The replica that drew this has ended: send the request again."
         raise RequestError(message, code="replica_lost", status=503, retry_after=1) from error
+
+
+def _without_cancelled_receive(app: ASGIApp) -> ASGIApp:
+    """The application, told of a client that leaves in the middle of a stream as ASGI says.
+
+    Ray raises an error in ``receive`` instead, and prints a long traceback for every such client.
+    """
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_or_disconnect() -> Message:
+            try:
+                return await receive()
+            except TaskCancelledError:
+                return {"type": "http.disconnect"}
+
+        await app(scope, receive_or_disconnect, send)
+
+    return wrapped
 
 
 Model = serve.deployment(name="Model", max_queued_requests=QUEUED, health_check_timeout_s=60)(ModelReplica)
