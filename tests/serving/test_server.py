@@ -264,8 +264,9 @@ def test_a_replica_that_is_killed_loses_only_what_it_drew(server, pipe):
             future.result()
     lost = [found.count("lost") for found in outcomes]
     assert sum(lost) >= 1 and max(lost) == 1
-    wait_until(lambda: server.get("/health").json()["replicas"] == 2)
-    assert other.pid in [replica.pid for replica in server.replicas()]
+    wait_until(lambda: len(set(server.replicas()) - {victim}) == 2, seconds=120)
+    wait_until(lambda: server.get("/health").json()["replicas"] == 2, seconds=120)
+    assert other in server.replicas()
 
 
 def test_sigterm_finishes_what_is_running(server, pipe):
