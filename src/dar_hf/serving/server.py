@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,9 @@ class ModelReplica:
 
     async def draw(self, request: ImageRequest) -> AsyncGenerator[StepImages, None]:
         """The previews of a request, then its images. Ray closes it when the client leaves."""
-        async for step in self.shared.draw(request):
-            yield step
+        async with aclosing(self.shared.draw(request)) as steps:
+            async for step in steps:
+                yield step
 
 
 class ApiReplica:
