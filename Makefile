@@ -8,7 +8,7 @@ DEMO_TOKENIZER_OPTIONS ?=
 DEMO_AR_OPTIONS ?=
 BENCH_OPTIONS ?=
 
-.PHONY: install demo test test-all test-versions check bench clean
+.PHONY: install demo test test-all test-serve test-versions check bench clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,11 @@ test: install
 
 test-all: install
 	$(PYTEST)
+
+# the server on Ray Serve, which `install` leaves out: Ray and what it needs take 300 MB
+test-serve: install
+	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) -c constraints.txt -e ".[serve]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving
 
 # a few tests with the newest releases that setup.py allows, and with its lower bounds
 test-versions: install

@@ -55,6 +55,7 @@ setup(
         "int8": ["torchao>=0.18"],  # weight-only quantisation of the language model
         "deepspeed": ["deepspeed>=0.19"],  # ZeRO of the language model, on Linux
         "app": ["gradio>=6.31,<7"],  # the page; it takes pillow < 13, so constraints.txt holds 12
+        "serve": ["ray[serve]>=2.60", "prometheus-client>=0.22"],  # dar-hf serve
         "emoji": ["resvg-py>=0.5"],  # renders the drawings of examples/emoji_dataset.py
         "dev": [
             "pytest>=8",
@@ -68,6 +69,8 @@ setup(
             "gradio>=6.31,<7",
             "resvg-py>=0.5",
             "selenium>=4.30",  # drives the page, where there is a Chromium
+            "prometheus-client>=0.22",  # the server without Ray, and the client it is for
+            "openai>=2",
         ],
     },
 )

@@ -12,7 +12,6 @@ import argparse
 import base64
 import contextlib
 import html
-import io
 import math
 import os
 import random
@@ -35,19 +34,25 @@ from dar_hf.hub import describe
 from dar_hf.metrics import psnr
 from dar_hf.utils.commands import command, device_option, port_option
 from dar_hf.utils.loading import load_pipeline
-from dar_hf.utils.pictures import image_grid
+from dar_hf.utils.pictures import image_grid, png
 from dar_hf.utils.threads import limit_threads
-from dar_hf.utils.untrusted import NO_UPLOAD, UploadError, number, only_uploads, text
+from dar_hf.utils.untrusted import (
+    MAX_GUIDANCE,
+    MAX_PROMPT,
+    MAX_SEED,
+    NO_UPLOAD,
+    UploadError,
+    number,
+    only_uploads,
+    text,
+)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_FILE = 20 * 2**20  # bytes of an upload
 MIN_SIDE, MAX_SIDE, MAX_PIXELS = 4, 16_384, 50_000_000  # of an upload
 MAX_CLASSES = 10  # or prompts: generated in one call
-MAX_PROMPT = 300  # characters
 SMALL = 128  # pixels per side; smaller images are shown pixel by pixel
 MIN_COLUMN = 60  # pixels of a column in the picture of exchanged groups, for its text to be readable
-MAX_SEED = 2**32 - 1
-MAX_GUIDANCE = 20.0
 PAUSE, MAX_PAUSE = "Seconds between previews", 2.0
 NEW_SEED = "Another seed each time"
 VISITORS = 4  # served at the same time; others wait
@@ -300,9 +305,7 @@ def picture(images: torch.Tensor, alt: str) -> str:
 
 def embedded(image: Image.Image, alt: str) -> str:
     """An image as an ``<img>``."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(png(image)).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">'
 
 

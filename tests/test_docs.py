@@ -102,7 +102,7 @@ def folder(make_tokenizer, make_transformer, image_sets, tmp_path, monkeypatch):
     tokenizer, model = make_tokenizer(in_channels=1), make_transformer(num_classes=10)
     pipe = DARPipeline(tokenizer, model, FlowMatchAdamsBashforthScheduler())
     pipe.set_progress_bar_config(disable=True)
-    for name in ("path/to/pipeline", "outputs/digits/pipeline", "outputs/dar-l", "DIR"):
+    for name in ("path/to/pipeline", "outputs/digits/pipeline", "outputs/digits/distilled", "outputs/dar-l", "DIR"):
         pipe.save_pretrained(tmp_path / name)
     tokenizer.save_pretrained(tmp_path / "path/to/tokenizer")
     make_text_pipeline(tokenizer).save_pretrained(tmp_path / "path/to/text-pipeline")

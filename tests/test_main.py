@@ -78,6 +78,25 @@ def test_texts_that_are_missing_are_one_line(text_pipeline, tmp_path, capsys):
     assert line.startswith("dar-hf: error: this pipeline draws from text: say what to draw")
 
 
+def test_the_word_serve_is_drawn_after_two_dashes(text_pipeline, tmp_path):
+    main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "a.png"), "--", "serve"])
+    images = text_pipeline(prompt="serve", generator=[seeded(0)], output_type="pt").images
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(image_grid(images * 2 - 1, 1)))
+
+
+@pytest.mark.parametrize("missing", ["ray", "prometheus_client"])
+def test_without_ray_serve_says_what_to_install(missing, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("dar_hf.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # which has options for Ray afterwards
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "--model", "somewhere"])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dar-hf: error: serve needs Ray Serve") and '-e ".[serve]"' in line
+
+
 def test_a_wrong_model_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--model", str(tmp_path)])

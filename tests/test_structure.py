@@ -10,7 +10,7 @@ import dar_hf
 
 PACKAGE = Path(dar_hf.__file__).parent
 # from the lowest to the highest: the flat model files, then one folder each, then what puts all of it together
-LAYERS = ("models", "utils", "data", "metrics", "evaluation", "hub", "conversion", "training", "package")
+LAYERS = ("models", "utils", "data", "metrics", "evaluation", "hub", "conversion", "training", "serving", "package")
 TOP = ("__init__", "__main__", "registration")
 
 

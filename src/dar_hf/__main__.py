@@ -1,12 +1,18 @@
 """What is installed, where it runs, and images of classes or texts: ``python -m dar_hf``, or ``dar-hf``.
 
+The first word ``serve`` starts a server instead.
+
 python -m dar_hf                                                  # one image of each class
 python -m dar_hf 3 7                                              # only of classes 3 and 7, by name or id
 python -m dar_hf --pipeline outputs/text "a red apple" "a book"   # of a pipeline that draws from text
+python -m dar_hf serve --model outputs/digits/pipeline            # a server with OpenAI's images API
+python -m dar_hf --pipeline outputs/text -- serve                 # the text "serve"
 """
 
 import argparse
 import os
+import secrets
+import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -26,6 +32,7 @@ from .utils.pictures import image_grid, save_picture
 from .utils.threads import limit_threads
 
 PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "huggingface_hub")
+SERVER_PACKAGES = ("ray", "fastapi", "prometheus_client")
 MAX_CLASSES = 10  # of a model with more, the first
 COLUMNS = 5
 
@@ -66,11 +73,41 @@ def draw(pipe: DARPipeline, subject: dict[str, Any], seed: int, path: Path) -> i
     return count
 
 
+def serve(argv: Sequence[str]) -> None:
+    """``dar-hf serve``.
+
+    Raises:
+        CommandError: where Ray Serve is not installed.
+    """
+    # Ray reads these when it is imported. Its ports accept commands from anyone who can reach them: so they listen on
+    # this machine only, as on systems for which Ray has no clusters, and require a token
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
+    try:
+        from .serving import command as serving
+    except ModuleNotFoundError as error:
+        if error.name in SERVER_PACKAGES:
+            raise CommandError(
+                f'serve needs Ray Serve ({error.name} is missing): pip install -c constraints.txt -e ".[serve]"'
+            ) from error
+        raise
+    serving.main(argv)
+
+
 @command("dar-hf: error")  # as argparse begins its own
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "serve":
+        serve(argv[1:])
+        return
     parser = argparse.ArgumentParser(prog="dar-hf", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "words", nargs="*", help="what to draw: class names or ids, default each class; or texts, for a text pipeline"
+        "words",
+        nargs="*",
+        help="what to draw: class names or ids, default each class; or texts, for a text pipeline. "
+        "The first word serve starts a server: dar-hf serve --help; to draw it, dar-hf -- serve",
     )
     parser.add_argument("--pipeline", "--model", help="folder or Hub id; default the one that comes with the package")
     parser.add_argument("--output", type=path_option, default=Path("samples.png"), help="picture to write (PNG)")

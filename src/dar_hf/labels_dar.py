@@ -42,6 +42,20 @@ def index_names(id2label: dict) -> tuple[dict[str, int], dict[str, list[int]]]:
     return labels, {name: sorted(ids) for name, ids in owners.items() if len(ids) > 1}
 
 
+def class_id(name: str, labels: dict[str, int], shared_names: dict[str, list[int]]) -> int:
+    """The id of a class by name; ``labels`` and ``shared_names`` are those of `index_names`.
+
+    Raises:
+        ValueError: for a name that no class has, or that several share.
+    """
+    if name in shared_names:
+        ids = ", ".join(map(str, shared_names[name]))
+        raise ValueError(f"the class name {name!r} is shared by the classes {ids}: give the id.")
+    if name not in labels:
+        raise ValueError(f"unknown class name {name!r}; {known_names(labels, name)}.")
+    return labels[name]
+
+
 def known_names(labels: dict[str, int], name: str) -> str:
     """The class names there are, and those similar to ``name``, for a message."""
     known = [known for known in labels if "," not in known]

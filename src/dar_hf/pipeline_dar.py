@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from .acceleration_dar import SideStream, can_overlap
 from .checks_dar import check_generators, check_integer, described
 from .images_dar import arrays_to_pixels, image_list, image_to_pixels
-from .labels_dar import index_names, known_names, names_by_id
+from .labels_dar import class_id, index_names, names_by_id
 from .modeling_dar import DARForCausalLM
 from .sampling_dar import GuidanceScale
 from .scheduling_dar import FlowMatchAdamsBashforthScheduler, check_num_steps, shift_time, to_adams_bashforth
@@ -160,12 +160,7 @@ class DARPipeline(DiffusionPipeline):
         for name in names:
             if not isinstance(name, str):
                 raise ValueError(f"names must be class names, got {described(name)}.")
-            if name in self._shared_names:
-                ids = ", ".join(map(str, self._shared_names[name]))
-                raise ValueError(f"the class name {name!r} is shared by the classes {ids}: give the id.")
-            if name not in self.labels:
-                raise ValueError(f"unknown class name {name!r}; {known_names(self.labels, name)}.")
-        return [self.labels[name] for name in names]
+        return [class_id(name, self.labels, self._shared_names) for name in names]
 
     def __call__(
         self,

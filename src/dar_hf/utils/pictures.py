@@ -1,5 +1,6 @@
 """Grids of images and plots of loss curves, for people to look at."""
 
+import io
 import json
 import math
 import os
@@ -85,6 +86,13 @@ def labelled_grid(rows: Sequence[Row], gap: int = 4) -> Image.Image:
 def heat(values: torch.Tensor) -> torch.Tensor:
     """Values ``(..., H, W)`` in [0, 1] as images ``(..., 3, H, W)`` in [-1, 1]: black, red, yellow, white."""
     return torch.stack([3 * values, 3 * values - 1, 3 * values - 2], dim=-3).clamp(0, 1) * 2 - 1
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def save_picture(image: Image.Image, path: Path) -> None:

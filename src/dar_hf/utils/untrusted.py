@@ -5,6 +5,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
+MAX_PROMPT = 300  # characters
+MAX_SEED = 2**32 - 1
+MAX_GUIDANCE = 20.0
 NO_UPLOAD = "This file was not uploaded here."
 
 
