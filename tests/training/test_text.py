@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from dar_hf import DARPipeline
 from dar_hf.data import SeedFor, bernoulli_mask
 from dar_hf.training import ARStage, make_accelerator, train
+from dar_hf.training.distillation import divergence_sum
 from dar_hf.training.extraction import ExtractArguments, extract_codes
 from dar_hf.training.loop import TrainingLoop
 from dar_hf.training.text import learn_text_tokenizer
@@ -218,6 +219,32 @@ def test_adapters(tmp_path, tokenizer, captioned):
     stage, args = text_stage(tmp_path / "second", tokenizer, captioned, **options)
     train(stage, args, make_accelerator(args))
     assert DARPipeline.from_pretrained(tmp_path / "second").text_tokenizer is not None
+
+
+def test_guidance_of_texts_is_distilled(tmp_path, tokenizer, captioned):
+    with fresh_process():
+        stage, _ = text_stage(tmp_path / "first", tokenizer, captioned)
+    torch.manual_seed(0)
+    for parameter in (stage.model.lm_head.weight, stage.model.model.embed_tokens.weight):
+        torch.nn.init.normal_(parameter, std=0.5)  # so that texts make a difference
+    stage.save(tmp_path / "saved")
+    options = {"init_from": str(tmp_path / "saved"), "model_overrides": None, "distill_guidance": [3.0]}
+    recipe = {"max_train_steps": 60, "train_batch_size": 24, "learning_rate": 3e-3, "ema_decay": None}
+    stage, args = text_stage(tmp_path / "second", tokenizer, captioned, **options | recipe)
+    prompts = torch.tensor(prompts_of(stage))
+    codes = stage.samples.codes[:, 0]
+    kept = torch.zeros(24, dtype=torch.bool)
+
+    def divergence():
+        with torch.no_grad():
+            logits = stage._logits(stage.model.eval(), codes, prompts, kept)
+            return divergence_sum(logits, stage.teacher.logits(stage._tokens(codes, prompts), kept)).item()
+
+    before = divergence()
+    train(stage, args, make_accelerator(args))
+    assert divergence() < 0.3 * before
+    saved = DARPipeline.from_pretrained(tmp_path / "second")
+    assert saved.transformer.generation_config.guidance_scale == 1.0 and saved.text_tokenizer is not None
 
 
 @pytest.mark.parametrize(
