@@ -1,9 +1,9 @@
-"""The images of the README, from the pipeline that comes with the package: what it generates, and how.
+"""The images of the README, from the pipeline that comes with the package: what it draws, and how.
 
     python examples/quickstart.py --output_dir docs
 
-Writes samples.png (one column per class), previews.png (for each image a row of noisy states and a row of previews,
-one column per step) and layout.png (per row one reference and every class with its layout). `generate.py` has all
+Writes samples.png (one column per prompt), previews.png (for each drawing a row of noisy states and a row of previews,
+one column per step) and layout.png (per row one reference, and every prompt with its layout). `generate.py` has all
 options; this is the short version to read.
 """
 
@@ -19,10 +19,14 @@ from dar_hf.utils.loading import load_pipeline
 from dar_hf.utils.pictures import image_grid, save_picture
 from dar_hf.utils.threads import limit_threads
 
-CLASSES = list(range(10))
-SAMPLES = 4  # of each class
-DRAWINGS = [3, 8]  # classes in previews.png
-REFERENCES = [4, 7, 0]  # classes of the references in layout.png
+PROMPTS = [
+    "noto red apple",
+    "twemoji octopus",
+    "fluent sunflower",
+]
+SAMPLES = 3  # of each prompt
+DRAWINGS = ["noto red apple", "twemoji octopus"]  # in previews.png
+REFERENCES = ["noto red apple", "twemoji octopus"]  # in layout.png
 
 
 def seeded(count: int, seed: int) -> list[torch.Generator]:
@@ -31,9 +35,9 @@ def seeded(count: int, seed: int) -> list[torch.Generator]:
 
 
 def samples(pipe: DARPipeline, seed: int) -> torch.Tensor:
-    """Images ``(SAMPLES * 10, C, H, W)`` in [0, 1]: in each row one of every class."""
-    labels = CLASSES * SAMPLES
-    return pipe(labels, generator=seeded(len(labels), seed), output_type="pt").images
+    """Images ``(SAMPLES * len(PROMPTS), C, H, W)`` in [0, 1]: in each row one of every prompt."""
+    prompts = PROMPTS * SAMPLES
+    return pipe(prompt=prompts, generator=seeded(len(prompts), seed), output_type="pt").images
 
 
 def previews(pipe: DARPipeline, seed: int) -> torch.Tensor:
@@ -44,7 +48,7 @@ def previews(pipe: DARPipeline, seed: int) -> torch.Tensor:
         states.append(tensors["latents"] / pipe.tokenizer.config.data_std / 2 + 0.5)
 
     stream = pipe.stream(
-        DRAWINGS,
+        prompt=DRAWINGS,
         generator=seeded(len(DRAWINGS), seed),
         output_type="pt",
         callback_on_step_end=keep,
@@ -55,12 +59,12 @@ def previews(pipe: DARPipeline, seed: int) -> torch.Tensor:
 
 
 def layouts(pipe: DARPipeline, seed: int, layout_tokens: int) -> torch.Tensor:
-    """Rows of a reference, a blank, and every class with the reference's first ``layout_tokens`` tokens."""
+    """Rows of a reference, a blank, and every prompt with the reference's first ``layout_tokens`` tokens."""
     rows = []
-    for label in REFERENCES:
-        reference = pipe(label, generator=seeded(1, seed), output_type="pt").images
+    for prompt in REFERENCES:
+        reference = pipe(prompt=prompt, generator=seeded(1, seed), output_type="pt").images
         options = {"layout_image": reference, "layout_tokens": layout_tokens, "output_type": "pt"}
-        drawn = pipe(CLASSES, generator=seeded(len(CLASSES), seed), **options).images
+        drawn = pipe(prompt=PROMPTS, generator=seeded(len(PROMPTS), seed), **options).images
         rows += [reference, torch.ones_like(reference), drawn]
     return torch.cat(rows)
 
@@ -68,7 +72,7 @@ def layouts(pipe: DARPipeline, seed: int, layout_tokens: int) -> torch.Tensor:
 @command("quickstart.py")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="pipeline folder or Hub id with ten classes; default the package's own")
+    parser.add_argument("--model", help="text pipeline, folder or Hub id; default the package's own")
     parser.add_argument("--output_dir", type=path_option, default=Path("outputs/quickstart"))
     parser.add_argument("--layout_tokens", type=positive_option, default=1, help="tokens taken from the references")
     parser.add_argument("--seed", type=seed_option, default=0)
@@ -79,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     limit_threads(pipe.tokenizer, pipe.transformer)
     grids = {
-        "samples": (samples(pipe, args.seed), len(CLASSES)),
+        "samples": (samples(pipe, args.seed), len(PROMPTS)),
         "previews": (previews(pipe, args.seed), pipe.tokenizer.config.num_inference_steps),
-        "layout": (layouts(pipe, args.seed, args.layout_tokens), len(CLASSES) + 2),
+        "layout": (layouts(pipe, args.seed, args.layout_tokens), len(PROMPTS) + 2),
     }
     for name, (images, columns) in grids.items():
         with writing(args.output_dir):

@@ -13,7 +13,7 @@ from pipeline_helpers import seeded
 from tiny_models import make_text_pipeline
 
 import dar_hf
-from dar_hf.__main__ import main
+from dar_hf.__main__ import PROMPTS, main
 from dar_hf.utils.pictures import image_grid
 
 
@@ -103,6 +103,12 @@ def test_a_wrong_model_is_one_line(tmp_path, capsys):
     assert caught.value.code == 2 and "dar-hf: error: " in capsys.readouterr().err
 
 
+def test_the_other_sample_draws_classes(tmp_path, capsys):
+    main(["--sample", "mnist", "3", "7", "--output", str(tmp_path / "a.png")])
+    printed = capsys.readouterr().out
+    assert dar_hf.sample_pipeline("mnist") in printed and "2 images in" in printed
+
+
 @pytest.mark.slow
 def test_a_fresh_process_draws_the_sample(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -110,5 +116,5 @@ def test_a_fresh_process_draws_the_sample(tmp_path):
         [sys.executable, "-m", "dar_hf"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    assert "samples.png: 10 images in" in result.stdout and dar_hf.sample_pipeline() in result.stdout
+    assert f"samples.png: {len(PROMPTS)} images in" in result.stdout and dar_hf.sample_pipeline() in result.stdout
     assert [path.name for path in Path(tmp_path).iterdir()] == ["samples.png"]

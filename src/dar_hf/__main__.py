@@ -1,12 +1,13 @@
-"""What is installed, where it runs, and images of classes or texts: ``python -m dar_hf``, or ``dar-hf``.
+"""What is installed, where it runs, and images of texts or classes: ``python -m dar_hf``, or ``dar-hf``.
 
 The first word ``serve`` starts a server instead.
 
-python -m dar_hf                                                  # one image of each class
-python -m dar_hf 3 7                                              # only of classes 3 and 7, by name or id
-python -m dar_hf --pipeline outputs/text "a red apple" "a book"   # of a pipeline that draws from text
-python -m dar_hf serve --model outputs/digits/pipeline            # a server with OpenAI's images API
-python -m dar_hf --pipeline outputs/text -- serve                 # the text "serve"
+python -m dar_hf "noto red apple" "twemoji octopus"      # with the pipeline that comes with the package
+python -m dar_hf                                         # the same, of texts that it chooses
+python -m dar_hf --sample mnist 3 7                      # the other one that comes with it, by class name or id
+python -m dar_hf --pipeline outputs/digits/pipeline      # one image of each class
+python -m dar_hf serve --model outputs/digits/pipeline   # a server with OpenAI's images API
+python -m dar_hf -- serve                                # the text "serve"
 """
 
 import argparse
@@ -29,11 +30,17 @@ from .utils.commands import CommandError, check_output, command, path_option, se
 from .utils.labels import ids_and_names
 from .utils.loading import load_pipeline
 from .utils.pictures import image_grid, save_picture
+from .utils.sample import SAMPLES
 from .utils.threads import limit_threads
 
 PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "huggingface_hub")
 SERVER_PACKAGES = ("ray", "fastapi", "prometheus_client")
 MAX_CLASSES = 10  # of a model with more, the first
+PROMPTS = [  # for the package's own pipeline, of one who has nothing to say
+    "noto red apple",
+    "twemoji octopus",
+    "fluent sunflower",
+]
 COLUMNS = 5
 
 
@@ -106,10 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "words",
         nargs="*",
-        help="what to draw: class names or ids, default each class; or texts, for a text pipeline. "
+        help="what to draw: texts; or class names or ids, for a class pipeline, default each class. "
         "The first word serve starts a server: dar-hf serve --help; to draw it, dar-hf -- serve",
     )
-    parser.add_argument("--pipeline", "--model", help="folder or Hub id; default the one that comes with the package")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--pipeline", "--model", help="folder or Hub id")
+    source.add_argument("--sample", choices=SAMPLES, help=f"one that comes with the package; default {SAMPLES[0]}")
     parser.add_argument("--output", type=path_option, default=Path("samples.png"), help="picture to write (PNG)")
     parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
@@ -117,14 +126,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(", ".join([f"dar_hf {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]))
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    source = sample_pipeline() if args.pipeline is None else args.pipeline
+    model = sample_pipeline(args.sample) if args.pipeline is None else args.pipeline
+    words = args.words
+    if not words and model == sample_pipeline("emoji"):
+        words = PROMPTS
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_pipeline(source, device=device)
-    subject = subjects(pipe, args.words)
+    pipe = load_pipeline(model, device=device)
+    subject = subjects(pipe, words)
     pipe.set_progress_bar_config(disable=True)
     limit_threads(pipe.tokenizer, pipe.transformer)
     print(f"device: {device_name()}")
-    print("model:", source)
+    print("model:", model)
     for name, fact in describe(pipe).items():
         print(f"  {name}: {fact}")
     started = time.perf_counter()

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import make_text_pipeline
 
 import dar_hf
 from dar_hf.utils.pictures import image_grid
@@ -80,8 +79,8 @@ def serving(*options):
 
 @pytest.fixture(scope="module")
 def address():
-    """The page of the pipeline that comes with the package."""
-    with serving() as address:
+    """The page of a pipeline that draws classes."""
+    with serving("--model", dar_hf.sample_pipeline("mnist")) as address:
         yield address
 
 
@@ -188,7 +187,7 @@ def test_the_page(address, tmp_path):
         assert steps == sorted(steps) and len(set(steps)) == len({source for *_, source in seen})
         assert len({source for _, step, count, source in seen if step < count}) >= 3
         print(f"first preview after {seen[0][0]:.0f} ms")  # pytest -s; no bound: it depends on what else runs
-        pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline())
+        pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline("mnist"))
         expected = pipe(3, generator=torch.Generator().manual_seed(7), output_type="pt").images
         assert np.array_equal(decoded(seen[-1][-1]), np.asarray(image_grid(expected * 2 - 1, 1, gap=0)))
         one.driver.save_screenshot(str(tmp_path / "draw.png"))
@@ -246,21 +245,21 @@ def test_the_page(address, tmp_path):
         assert loaded and all(name.startswith((address, "data:")) for name in loaded)
 
 
-def test_the_page_of_a_pipeline_that_draws_from_text(tiny_tokenizer, tmp_path):
-    pipe = make_text_pipeline(tiny_tokenizer)
-    pipe.save_pretrained(tmp_path / "pipe")
-    options = {"prompt": "a red apple", "generator": torch.Generator().manual_seed(7), "output_type": "pt"}
+def test_the_page_draws_from_text(tmp_path):
+    pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline())
+    options = {"prompt": "noto red apple", "generator": torch.Generator().manual_seed(7), "output_type": "pt"}
     expected = pipe(**options).images
-    with serving("--model", str(tmp_path / "pipe")) as address, visitor(address, tmp_path / "one") as one:
+    with serving() as address, visitor(address, tmp_path / "one") as one:
         assert "Write what to draw" in one.text()
         one.uncheck()
         one.fill("Seed", 7)
-        one.write("a red apple")
+        one.write("noto red apple")
         one.press("Draw")
         seen = one.seen()
-        assert len({source for *_, source in seen}) >= 3 and one.text().startswith("a red apple ·")
+        print(f"first preview after {seen[0][0]:.0f} ms")
+        assert len({source for *_, source in seen}) >= 4 and one.text().startswith("noto red apple ·")
         assert np.array_equal(decoded(seen[-1][-1]), np.asarray(image_grid(expected * 2 - 1, 1, gap=0)))
         one.driver.execute_script(WATCH)
         one.write(" and a book", Keys.ENTER)
-        assert len(one.seen()) >= 3 and one.text().startswith("a red apple and a book ·")
+        assert len(one.seen()) >= 4 and one.text().startswith("noto red apple and a book ·")
         one.driver.save_screenshot(str(tmp_path / "text.png"))

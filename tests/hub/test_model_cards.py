@@ -69,9 +69,12 @@ def test_metrics_say_how_they_were_sampled(cards):
 def test_sources_are_named(cards):
     root = FOLDER.parent
     assert "labelled MIT" in cards["mnist.md"] and "CC BY-SA 3.0" in cards["mnist.md"]
+    sources = ("Noto Emoji", "Fluent Emoji", "Twemoji", "Apache-2.0", "CC BY 4.0")
+    for text in (cards["emoji.md"], dar_hf.sample_pipeline.__doc__):
+        assert all(name in text for name in sources)
     assert "CC BY-SA 3.0" in dar_hf.sample_pipeline.__doc__
     readme, notice = ((root / name).read_text(encoding="utf-8") for name in ("README.md", "NOTICE"))
     for text in (readme, notice):
-        assert all(name in text for name in ("showlab/D-AR", "LlamaGen", "guided-diffusion", "CC BY-SA 3.0"))
+        assert all(name in text for name in ("showlab/D-AR", "LlamaGen", "guided-diffusion", "CC BY-SA 3.0", *sources))
     for text in (readme, *cards.values()):
         assert "@inproceedings{gao2026dar," in text and "arXiv:2505.23660" in text and "@article" not in text

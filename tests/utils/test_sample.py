@@ -13,35 +13,47 @@ from dar_hf.utils import sample
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline())
+CLASS_FILES = {
+    "model_index.json",
+    "tokenizer/config.json",
+    "tokenizer/diffusion_pytorch_model.safetensors",
+    "transformer/config.json",
+    "transformer/generation_config.json",
+    "transformer/model.safetensors",
+    "scheduler/scheduler_config.json",
+}
+FILES = {
+    "emoji": CLASS_FILES | {"text_tokenizer/tokenizer.json", "text_tokenizer/tokenizer_config.json"},
+    "mnist": CLASS_FILES,
+}
+SUBJECTS = {
+    "emoji": {"prompt": ["noto red apple", "twemoji octopus", "fluent sunflower", "something never heard of"]},
+    "mnist": {"class_labels": [str(digit) for digit in range(10)]},
+}
+
+
+@pytest.fixture(scope="module", params=sample.SAMPLES)
+def pipe(request):
+    pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline(request.param))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def test_it_is_small_and_holds_nothing_but_a_pipeline():
-    folder = Path(dar_hf.sample_pipeline())
+@pytest.mark.parametrize("name", sample.SAMPLES)
+def test_it_is_small_and_holds_nothing_but_a_pipeline(name):
+    folder = Path(dar_hf.sample_pipeline(name))
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    assert set(files) == {
-        "model_index.json",
-        "tokenizer/config.json",
-        "tokenizer/diffusion_pytorch_model.safetensors",
-        "transformer/config.json",
-        "transformer/generation_config.json",
-        "transformer/model.safetensors",
-        "scheduler/scheduler_config.json",
-    }
-    assert sum(path.stat().st_size for path in files.values()) <= 12e6
+    assert set(files) == FILES[name]
+    assert sum(path.stat().st_size for path in files.values()) <= 14e6
     assert not any("_name_or_path" in path.read_text() for name, path in files.items() if name.endswith(".json"))
 
 
-def test_it_loads_in_float32_and_draws_ten_classes(pipe):
+def test_it_loads_in_float32_and_draws_what_it_is_told(pipe, request):
     models = (pipe.tokenizer, pipe.transformer)
     assert {parameter.dtype for model in models for parameter in model.parameters()} == {torch.float32}
-    assert pipe.get_label_ids([str(digit) for digit in range(10)]) == list(range(10))
-    images = pipe(list(range(10)), generator=torch.Generator().manual_seed(0), output_type="pt").images
-    assert len(images) == 10 and torch.isfinite(images).all()
+    subjects = SUBJECTS[Path(pipe.config._name_or_path).name]
+    images = pipe(**subjects, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert len(images) == len(*subjects.values()) and torch.isfinite(images).all()
     assert images.flatten(1).std(dim=1).min() > 0.1  # something is drawn
     assert (images[0] - images[1]).abs().mean() > 0.05  # not always the same
 
@@ -55,7 +67,7 @@ def test_the_language_model_alone_loads_in_float32_too():
 
 def test_an_installation_without_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(sample, "FOLDER", tmp_path)
-    with pytest.raises(ValueError, match="no sample pipeline 'cats'; there are mnist"):
+    with pytest.raises(ValueError, match="no sample pipeline 'cats'; there are emoji, mnist"):
         dar_hf.sample_pipeline("cats")
     with pytest.raises(FileNotFoundError, match="comes without its sample pipeline: .* holds no model_index.json"):
         dar_hf.sample_pipeline()
@@ -65,7 +77,8 @@ def test_an_installation_takes_it_along(tmp_path):
     pytest.importorskip("setuptools")
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
-    folder = Path(dar_hf.sample_pipeline())
+    folder = Path(dar_hf.sample_pipeline()).parent
+    assert {path.name for path in folder.iterdir()} >= set(sample.SAMPLES)
     for path in folder.rglob("*"):
-        installed = tmp_path / "dar_hf" / "assets" / "mnist" / path.relative_to(folder)
+        installed = tmp_path / "dar_hf" / "assets" / path.relative_to(folder)
         assert path.is_dir() or installed.read_bytes() == path.read_bytes()
