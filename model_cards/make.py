@@ -12,11 +12,19 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult
 
-from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
+from dar_hf import (
+    DARConfig,
+    DARForCausalLM,
+    DARPipeline,
+    DARTokenizer,
+    FlowMatchAdamsBashforthScheduler,
+    sample_pipeline,
+)
 from dar_hf.evaluation import eval_results, read_report
-from dar_hf.hub import model_card
+from dar_hf.hub import empty_model, model_card
 from dar_hf.metrics import TASKS, metric_name
 from dar_hf.presets import get_preset
+from dar_hf.utils.sample import SAMPLES
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -91,9 +99,21 @@ SAMPLE_USE = """It comes with the package:
 ```python
 import dar_hf
 
-pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline())
+pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline("{name}"))
 ```"""
 
+DIGITS_NOTE = (
+    "Measured by `examples/evaluate_digits.py` on the {data[count]:,} test digits and {settings[count]:,} "
+    "generated ones (guidance {settings[guidance_scale]}, the saved default). The judge is a support-vector "
+    "classifier trained on the real training digits; it reads {settings[judge_accuracy_on_test_digits]:.3f} of "
+    "the real test digits correctly. The codebook's metrics are of the test digits."
+)
+DIGITS_PICTURES = {
+    "previews": "Previews of a digit of each class, one row per step",
+    "samples": "Samples, one class per row",
+    "reconstructions": "Test digits above their reconstructions",
+    "loss": "Losses",
+}
 STAGES = ("Tokenizer (stage 1)", "Language model (stage 2)")
 # what a report does not say of a model trained here
 TRAINED: dict[str, dict[str, Any]] = {
@@ -111,7 +131,10 @@ TRAINED: dict[str, dict[str, Any]] = {
             "Limits": "Groups 6 and 7 add little, and the last step loses 0.4 dB. Seeds and processors with other "
             "rounding move the PSNR by about 0.5 dB ([experiments](../docs/experiments.md))."
         },
+        "note": DIGITS_NOTE,
+        "pictures": DIGITS_PICTURES,
         "tags": ["class-conditional"],
+        "license": "mit",
     },
     "mnist": {
         "title": "D-AR MNIST",
@@ -125,8 +148,15 @@ TRAINED: dict[str, dict[str, Any]] = {
             "time": "tokenizer 60 min, language model 43 min",
             "weights": "float16 in the package; they load in float32 unless `dtype` says otherwise",
         },
-        "sections": {"Quick start": SAMPLE_USE, "How it was made": MNIST_COMMANDS, "Limits": MNIST_LIMITS},
+        "sections": {
+            "Quick start": SAMPLE_USE.format(name="mnist"),
+            "How it was made": MNIST_COMMANDS,
+            "Limits": MNIST_LIMITS,
+        },
+        "note": DIGITS_NOTE,
+        "pictures": DIGITS_PICTURES,
         "tags": ["class-conditional"],
+        "license": "mit",
     },
 }
 
@@ -191,21 +221,10 @@ def paper_card(model: DARPipeline | DARTokenizer, size: str, title: str, summary
     return str(card)
 
 
-def trained_card(name: str) -> str:
-    """The card of a model trained here: its preset, the metrics of its report, its pictures in images/."""
-    preset = get_preset(name)
-    report = read_report(FOLDER / "reports" / f"{name}.json")
-    settings = report["settings"]
-    sizes = preset.tokenizer
-    about = TRAINED[name]
-    note = (
-        f"Measured by `examples/evaluate_digits.py` on the {report['data']['count']:,} test digits and "
-        f"{settings['count']:,} generated ones (guidance {settings['guidance_scale']}, the saved default). "
-        "The judge is a support-vector classifier trained on the real training digits; it reads "
-        f"{settings['judge_accuracy_on_test_digits']:.3f} of the real test digits correctly. The codebook's metrics "
-        "are of the test digits."
-    )
-    model = empty_pipeline(
+def digits_pipeline(name: str) -> DARPipeline:
+    """A pipeline of ten classes of a preset's sizes, without weights."""
+    sizes = get_preset(name).tokenizer
+    return empty_pipeline(
         name,
         name,
         codebook_size=sizes["codebook_size"],
@@ -213,6 +232,14 @@ def trained_card(name: str) -> str:
         num_image_tokens=sizes["num_tokens"],
         tokens_per_group=sizes["num_tokens"] // sizes["num_groups"],
     )
+
+
+def trained_card(name: str) -> str:
+    """The card of a model trained here: its preset, the metrics of its report, its pictures in images/."""
+    preset = get_preset(name)
+    report = read_report(FOLDER / "reports" / f"{name}.json")
+    about = TRAINED[name]
+    model = empty_model(sample_pipeline(name)) if name in SAMPLES else digits_pipeline(name)
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     card = model_card(
         model,
@@ -221,16 +248,12 @@ def trained_card(name: str) -> str:
         summary=about["summary"],
         facts=about["facts"] | {"made with": versions},
         results=eval_results(report),
-        results_note=note,
-        pictures={
-            "Previews of a digit of each class, one row per step": f"images/{name}_previews.png",
-            "Samples, one class per row": f"images/{name}_samples.png",
-            "Test digits above their reconstructions": f"images/{name}_reconstructions.png",
-            "Losses": f"images/{name}_loss.png",
-        },
+        results_note=about["note"].format(data=report["data"], settings=report["settings"]),
+        pictures={text: f"images/{name}_{picture}.png" for picture, text in about["pictures"].items()},
         recipe={STAGES[0]: preset.tokenizer_recipe, STAGES[1]: preset.ar_recipe},
         sections=about["sections"],
         tags=about["tags"],
+        license=about["license"],
     )
     return str(card)
 
