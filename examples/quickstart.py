@@ -23,6 +23,7 @@ CLASSES = list(range(10))
 SAMPLES = 4  # of each class
 DRAWINGS = [3, 8]  # classes in previews.png
 REFERENCES = [4, 7, 0]  # classes of the references in layout.png
+LAYOUT_GUIDANCE = 3.0  # more than usual, as the first token speaks for another class
 
 
 def seeded(count: int, seed: int) -> list[torch.Generator]:
@@ -59,8 +60,8 @@ def layouts(pipe: DARPipeline, seed: int, layout_tokens: int) -> torch.Tensor:
     rows = []
     for label in REFERENCES:
         reference = pipe(label, generator=seeded(1, seed), output_type="pt").images
-        options = {"layout_image": reference, "layout_tokens": layout_tokens, "output_type": "pt"}
-        drawn = pipe(CLASSES, generator=seeded(len(CLASSES), seed), **options).images
+        layout = {"layout_image": reference, "layout_tokens": layout_tokens, "guidance_scale": LAYOUT_GUIDANCE}
+        drawn = pipe(CLASSES, generator=seeded(len(CLASSES), seed), output_type="pt", **layout).images
         rows += [reference, torch.ones_like(reference), drawn]
     return torch.cat(rows)
 
