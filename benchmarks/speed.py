@@ -24,7 +24,13 @@ from plain_reference import PlainLanguageModel, PlainTokenizer, stock_llama
 from timing import HEAD, format_row, name, probe, seconds, synchronize
 from training_speed import training_rows
 
-from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
+from dar_hf import (
+    DARConfig,
+    DARForCausalLM,
+    DARPipeline,
+    DARTokenizer,
+    FlowMatchAdamsBashforthScheduler,
+)
 from dar_hf.acceleration_dar import fastest_dtype
 from dar_hf.evaluation import versions
 from dar_hf.presets import PAPER_SIZES, get_preset
@@ -32,9 +38,10 @@ from dar_hf.utils.commands import check_output, command, device_option, path_opt
 from dar_hf.utils.files import write_json
 from dar_hf.utils.memory import keep_freed_memory
 
-PARTS = ["memory", "tokenizer", "model", "image", "training"]
+PARTS = ["memory", "tokenizer", "model", "distilled", "image", "training"]
 OPTIONAL_PARTS = ["int8"]  # needs torchao
 GUIDANCE = 4.0
+ONE_PASS_BATCHES = [1, 16, 64]
 # floating-point operations of the v1 tokenizer
 ENCODE_OPERATIONS, STEP_OPERATIONS = 65e9, 332e9
 
@@ -211,6 +218,22 @@ def int8_row(args: argparse.Namespace, size: str) -> dict:
     }
 
 
+def one_pass_rows(args: argparse.Namespace, size: str) -> list[dict]:
+    """One code without guidance, as once guidance is distilled; "plain" is with guidance, in two passes."""
+    rows = []
+    model = random_model(size, args.device, torch.float32)
+    for batch_size in ONE_PASS_BATCHES:
+        labels = [0] * batch_size
+        rows.append(
+            {
+                "what": f"{size}, float32, batch {batch_size}, one pass against two",
+                "ours": ours_per_code(model, labels, None, args),
+                "plain": ours_per_code(model, labels, GUIDANCE, args),
+            }
+        )
+    return rows
+
+
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model as it is saved: quantized weights are several tensors each."""
     buffer = io.BytesIO()
@@ -345,6 +368,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(format_row(row, "s", 1) for row in results["tokenizer"]), flush=True)
     if "model" in args.parts:
         results["model"] = [row for size in args.preset for row in language_model_rows(args, limits, size)]
+    if "distilled" in args.parts:
+        results["distilled"] = [row for size in args.preset for row in one_pass_rows(args, size)]
+        print("\n".join(format_row(row, "ms", 1e3) for row in results["distilled"]), flush=True)
     if "int8" in args.parts:
         results["int8"] = [int8_row(args, size) for size in args.preset]
         print("\n".join(format_row(row, "ms", 1e3) for row in results["int8"]), flush=True)

@@ -27,6 +27,7 @@ PROMPTS = [
 SAMPLES = 3  # of each prompt
 DRAWINGS = ["noto red apple", "twemoji octopus"]  # in previews.png
 REFERENCES = ["noto red apple", "twemoji octopus"]  # in layout.png
+LAYOUT_GUIDANCE = 3.0  # more than usual, as the first token speaks for another prompt
 
 
 def seeded(count: int, seed: int) -> list[torch.Generator]:
@@ -63,8 +64,8 @@ def layouts(pipe: DARPipeline, seed: int, layout_tokens: int) -> torch.Tensor:
     rows = []
     for prompt in REFERENCES:
         reference = pipe(prompt=prompt, generator=seeded(1, seed), output_type="pt").images
-        options = {"layout_image": reference, "layout_tokens": layout_tokens, "output_type": "pt"}
-        drawn = pipe(prompt=PROMPTS, generator=seeded(len(PROMPTS), seed), **options).images
+        layout = {"layout_image": reference, "layout_tokens": layout_tokens, "guidance_scale": LAYOUT_GUIDANCE}
+        drawn = pipe(prompt=PROMPTS, generator=seeded(len(PROMPTS), seed), output_type="pt", **layout).images
         rows += [reference, torch.ones_like(reference), drawn]
     return torch.cat(rows)
 

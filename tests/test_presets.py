@@ -18,7 +18,8 @@ def millions(module):
 
 
 def test_names():
-    assert set(PRESETS) == {"digits", "emoji", "mnist", "photos32", "v1", "B", "L", "XL", "XXL", "3B"}
+    small = {"digits", "digits-distilled", "emoji", "mnist", "mnist-distilled", "photos32"}
+    assert set(PRESETS) == small | {"v1", "B", "L", "XL", "XXL", "3B"}
 
 
 def test_v1_is_the_tokenizer_of_the_paper():
@@ -80,7 +81,7 @@ def test_digits_is_a_whole_system():
     assert millions(tokenizer) + millions(model) < 5
 
 
-@pytest.mark.parametrize("name", ["digits", "v1", "B", "L", "XL", "XXL", "3B"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_options_and_recipes_are_known_to_their_owners(name):
     preset = get_preset(name)
     assert preset.tokenizer_recipe or preset.ar_recipe

@@ -2,8 +2,8 @@
 
 A preset holds up to five dictionaries: the options of `DARTokenizer` and `DARConfig`, the recipes (options of
 `TokenizerArguments` and `ARArguments`) of the two stages, and how images are sampled. ``v1`` is the ImageNet 256x256
-tokenizer of the paper; ``B`` to ``3B`` are the language models over its codes; ``digits`` and ``mnist`` are whole
-small systems that train from scratch on two CPU cores, in minutes and in an hour or two.
+tokenizer of the paper; ``B`` to ``3B`` are the language models over its codes; ``digits``, ``mnist`` and ``emoji``
+are whole small systems that train from scratch on two CPU cores, in minutes to hours.
 """
 
 import ast
@@ -333,6 +333,29 @@ PRESETS: dict[str, Preset] = {
             max_validation_samples=256,
             validation_steps=2_000,
         ),
+    ),
+}
+
+# guidance distilled into the language models of the small systems, for --init_from
+_DISTILLATION_RECIPE = dict(
+    max_train_steps=800,
+    train_batch_size=64,
+    learning_rate=5e-4,
+    warmup_steps=40,
+    decay_fraction=0.4,
+    weight_decay=0.05,
+    ema_decay=0.998,
+    checkpointing_steps=400,
+    solver_order=1,
+)
+PRESETS |= {
+    "digits-distilled": Preset(
+        transformer=PRESETS["digits"].transformer,
+        ar_recipe=_DISTILLATION_RECIPE | dict(distill_guidance=[2.0], distill_samples=8_192),
+    ),
+    "mnist-distilled": Preset(
+        transformer=PRESETS["mnist"].transformer,
+        ar_recipe=_DISTILLATION_RECIPE | dict(distill_guidance=[1.5], distill_samples=10_240),
     ),
 }
 
