@@ -23,7 +23,7 @@ CLASSES = list(range(10))
 SAMPLES = 4  # of each class
 DRAWINGS = [3, 8]  # classes in previews.png
 REFERENCES = [4, 7, 0]  # classes of the references in layout.png
-LAYOUT_GUIDANCE = 3.0  # more than usual, as the first token speaks for another class
+LAYOUT_GUIDANCE = 2.0  # more than usual, as the first token was drawn for another class
 
 
 def seeded(count: int, seed: int) -> list[torch.Generator]:

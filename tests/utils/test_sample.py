@@ -36,6 +36,10 @@ def test_it_is_small_and_holds_nothing_but_a_pipeline():
     assert not any("_name_or_path" in path.read_text() for name, path in files.items() if name.endswith(".json"))
 
 
+def test_its_guidance_is_distilled(pipe):
+    assert pipe.transformer.generation_config.guidance_scale == 1.0
+
+
 def test_it_loads_in_float32_and_draws_ten_classes(pipe):
     models = (pipe.tokenizer, pipe.transformer)
     assert {parameter.dtype for model in models for parameter in model.parameters()} == {torch.float32}
