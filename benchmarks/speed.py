@@ -38,10 +38,9 @@ from dar_hf.utils.commands import check_output, command, device_option, path_opt
 from dar_hf.utils.files import write_json
 from dar_hf.utils.memory import keep_freed_memory
 
-PARTS = ["memory", "tokenizer", "model", "distilled", "image", "training"]
+PARTS = ["memory", "tokenizer", "model", "image", "training"]
 OPTIONAL_PARTS = ["int8"]  # needs torchao
 GUIDANCE = 4.0
-ONE_PASS_BATCHES = [1, 16, 64]
 # floating-point operations of the v1 tokenizer
 ENCODE_OPERATIONS, STEP_OPERATIONS = 65e9, 332e9
 
@@ -113,13 +112,17 @@ def measured_codes(model: DARForCausalLM) -> tuple[int, int]:
 
 
 def language_model_rows(args: argparse.Namespace, limits: dict[str, float], size: str) -> list[dict]:
-    """One code of the language model, in the middle of the sequence."""
+    """One code of the language model, in the middle of the sequence.
+
+    "two passes / one": the time with guidance over that without, which is what distilling the guidance gains.
+    """
     rows = []
     compiling = [False, True] if args.device.type == "cuda" else [False]
     for dtype in (torch.float32, torch.bfloat16):
         model = random_model(size, args.device, dtype)
         read = sum(parameter.nbytes for parameter in model.parameters()) - model.model.embed_tokens.weight.nbytes
         for batch_size in args.batch_sizes:
+            guided = {}
             for guidance in (GUIDANCE, None):
                 labels = [0] * batch_size
                 yardsticks = {
@@ -132,6 +135,10 @@ def language_model_rows(args: argparse.Namespace, limits: dict[str, float], size
                     model.compile_decoding = compiled
                     ours = ours_per_code(model, labels, guidance, args)
                     rows.append({"what": what + ", compiled" * compiled, "ours": ours, **yardsticks})
+                    if guidance:
+                        guided[compiled] = ours
+                    else:
+                        rows[-1]["two passes / one"] = guided[compiled] / ours
                     print(format_row(rows[-1], "ms", 1e3), flush=True)
     return rows
 
@@ -216,22 +223,6 @@ def int8_row(args: argparse.Namespace, size: str) -> dict:
         "agreement": float((picked == greedy).float().mean()),
         "bytes": weight_bytes(model) / bf16_bytes,
     }
-
-
-def one_pass_rows(args: argparse.Namespace, size: str) -> list[dict]:
-    """One code without guidance, as once guidance is distilled; "plain" is with guidance, in two passes."""
-    rows = []
-    model = random_model(size, args.device, torch.float32)
-    for batch_size in ONE_PASS_BATCHES:
-        labels = [0] * batch_size
-        rows.append(
-            {
-                "what": f"{size}, float32, batch {batch_size}, one pass against two",
-                "ours": ours_per_code(model, labels, None, args),
-                "plain": ours_per_code(model, labels, GUIDANCE, args),
-            }
-        )
-    return rows
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -368,9 +359,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(format_row(row, "s", 1) for row in results["tokenizer"]), flush=True)
     if "model" in args.parts:
         results["model"] = [row for size in args.preset for row in language_model_rows(args, limits, size)]
-    if "distilled" in args.parts:
-        results["distilled"] = [row for size in args.preset for row in one_pass_rows(args, size)]
-        print("\n".join(format_row(row, "ms", 1e3) for row in results["distilled"]), flush=True)
     if "int8" in args.parts:
         results["int8"] = [int8_row(args, size) for size in args.preset]
         print("\n".join(format_row(row, "ms", 1e3) for row in results["int8"]), flush=True)

@@ -10,7 +10,17 @@ from dar_hf.acceleration_dar import accelerated
 
 HEAD = "| | plain / ours | stock / ours | ours / limit | ours | |\n|---|---|---|---|---|---|"
 PROBE_ROWS = 4096  # of the matrix product
-NOTES = ["difference", "share", "images/s", "language model", "decoding", "steps beyond", "agreement", "bytes"]
+NOTES = [
+    "difference",
+    "share",
+    "images/s",
+    "language model",
+    "decoding",
+    "steps beyond",
+    "agreement",
+    "bytes",
+    "two passes / one",
+]
 
 
 def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:

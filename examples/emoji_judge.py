@@ -27,6 +27,7 @@ SMALL = 32  # and that are enough to tell drawings apart
 EMBEDDING = 128
 TEMPERATURE = 0.1
 BATCH = 128
+ADVICE = "Train it by `python examples/emoji_judge.py`."
 
 
 def halving(channels: int, width: int) -> list[nn.Module]:
@@ -108,7 +109,7 @@ def blur(images: torch.Tensor, most: float) -> torch.Tensor:
     return images.lerp(blurred, torch.rand(len(images), 1, 1, 1) * most)
 
 
-def change(images: torch.Tensor) -> torch.Tensor:
+def augment_drawing(images: torch.Tensor) -> torch.Tensor:
     """Other images of the same drawings."""
     count = len(images)
     moved = blur(move(images, (0.85, 1.2), 0.12), 1.0)
@@ -116,7 +117,7 @@ def change(images: torch.Tensor) -> torch.Tensor:
     return moved * gain + torch.randn_like(moved) * torch.rand(count, 1, 1, 1) * 0.2
 
 
-def change_within_style(images: torch.Tensor) -> torch.Tensor:
+def augment_style(images: torch.Tensor) -> torch.Tensor:
     """Other images of the same styles, which keep their colours almost."""
     count = len(images)
     moved = blur(move(images, (0.9, 1.1), 0.1, mirror=True), 0.7)
@@ -134,27 +135,25 @@ def contrastive_loss(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(similarity, other)
 
 
-def contrast(judge: Judge, images: torch.Tensor, styles: torch.Tensor) -> torch.Tensor:
-    """The loss of the first network."""
-    small = F.adaptive_avg_pool2d(images, SMALL)
-    return contrastive_loss(judge.embeddings(change(small)), judge.embeddings(change(small)))
+def drawing_loss(judge: Judge, batch: Split) -> torch.Tensor:
+    small = F.adaptive_avg_pool2d(batch.images, SMALL)
+    return contrastive_loss(judge.embeddings(augment_drawing(small)), judge.embeddings(augment_drawing(small)))
 
 
-def classify(judge: Judge, images: torch.Tensor, styles: torch.Tensor) -> torch.Tensor:
-    """The loss of the second network."""
-    return F.cross_entropy(judge.style_logits(change_within_style(images)), styles)
+def style_loss(judge: Judge, batch: Split) -> torch.Tensor:
+    return F.cross_entropy(judge.style_logits(augment_style(batch.images)), batch.styles)
 
 
-def train(images: torch.Tensor, styles: torch.Tensor, steps: int, seed: int) -> Judge:
-    """A judge of the images ``(n, 3, 48, 48)``; each network is trained for as many steps."""
+def train(drawings: Split, steps: int, seed: int) -> Judge:
+    """A judge of drawings of 48×48 pixels; each of its two networks is trained for ``steps`` steps."""
     torch.manual_seed(seed)
-    judge = Judge(int(styles.max()) + 1)
-    for name, loss_of in (("drawings", contrast), ("styles", classify)):
+    judge = Judge(int(drawings.styles.max()) + 1)
+    for name, loss_of in (("drawings", drawing_loss), ("styles", style_loss)):
         optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
         for step in range(1, steps + 1):
-            batch = torch.randperm(len(images))[:BATCH]
-            loss = loss_of(judge, images[batch], styles[batch])
+            batch = drawings.take(torch.randperm(len(drawings.captions))[:BATCH])
+            loss = loss_of(judge, batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -182,8 +181,10 @@ def load(folder: Path) -> Judge:
         OSError, ValueError: if there is none.
     """
     weights = read_weights(str(folder))
+    if "style_head.bias" not in weights:
+        raise ValueError(f"{folder} holds no judge. {ADVICE}")
     judge = Judge(len(weights["style_head.bias"]))
-    load_exactly(judge, weights, str(folder), "Train it by `python examples/emoji_judge.py`.")
+    load_exactly(judge, weights, str(folder), ADVICE)
     return judge.eval()
 
 
@@ -197,10 +198,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_output(args.output_dir)
     drawings = load_split(args.dataset_name, "train", SIZE)
-    judge = train(drawings.images, drawings.styles, args.steps, args.seed)
+    judge = train(drawings, args.steps, args.seed)
     held_out = load_split(args.dataset_name, "validation", SIZE)
     embeddings, styles = judge.judge(held_out.images)
-    copies, _ = judge.judge(change(held_out.images))
+    copies, _ = judge.judge(augment_drawing(held_out.images))
     found = (ranks(copies, embeddings) == 0).double().mean()
     right = (styles == held_out.styles).double().mean()
     with writing(args.output_dir):

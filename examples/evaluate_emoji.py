@@ -111,14 +111,14 @@ def draw(folder: Path, real: torch.Tensor, reconstructed: torch.Tensor, steps: l
 
 
 def choose_scale(pipe: DARPipeline, drawings: RealDrawings, scales: list[float], seed: int) -> float:
-    """The guidance scale with the most right drawings and styles."""
-    best = (-1.0, scales[0])
+    """The first guidance scale with the most right drawings and styles."""
+    scores = {}
     for scale in scales:
         _, images = generate(pipe, drawings.split.captions, scale, seed)[-1]
         found, _ = drawings.compare(images)
         print(f"guidance {scale:g}:", ", ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)
-        best = max(best, (found["top1"] + found["style"], scale))
-    return best[1]
+        scores[scale] = found["top1"] + found["style"]
+    return max(scores, key=scores.__getitem__)
 
 
 def measure_generation(drawings: RealDrawings, steps: Steps, which: str) -> list:

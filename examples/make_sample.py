@@ -1,6 +1,6 @@
 """Make a trained pipeline one of those that the package ships: in half precision, without the files of its training.
 
-    python examples/make_sample.py --pipeline outputs/mnist/pipeline --name mnist
+    python examples/make_sample.py --pipeline outputs/mnist/distilled --name mnist
 
 Replaces the folder of `dar_hf.sample_pipeline` in one step, once the new one is complete and loads.
 """

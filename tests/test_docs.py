@@ -33,6 +33,7 @@ SMALL = {
     "train.py": "--max_train_steps 2 --train_batch_size 4 --max_train_samples 40 --max_validation_samples 4 "
     "--checkpointing_steps 0 --validation_steps 0 --dataloader_num_workers 0 --mixed_precision no",
     "train.py tokenizer": "--unquantized_steps 0",
+    "--preset digits-distilled": "--distill_samples 8 --overwrite_output_dir",  # other pages need it already
     "extract_codes.py": "--batch_size 40",
     "measure.py": "--num_images 20",
     "small_features.py": "--steps 2",

@@ -95,6 +95,7 @@ def test_without_ray_serve_says_what_to_install(missing, monkeypatch, capsys):
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("dar-hf: error: serve needs Ray Serve") and '-e ".[serve]"' in line
+    assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 64  # nobody else can use it
 
 
 def test_a_wrong_model_is_one_line(tmp_path, capsys):

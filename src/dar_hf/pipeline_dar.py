@@ -115,7 +115,7 @@ class DARPipeline(DiffusionPipeline):
             tokenizer=tokenizer, transformer=transformer, scheduler=scheduler, text_tokenizer=text_tokenizer
         )
         self.register_to_config(id2label=id2label)
-        self.labels, self._shared_names = index_names(id2label or {})
+        self.labels, self.shared_names = index_names(id2label or {})
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)  # of outputs; images_dar reads inputs
         self._interrupt = False
         self._guidance_scale: GuidanceScale = None
@@ -160,7 +160,7 @@ class DARPipeline(DiffusionPipeline):
         for name in names:
             if not isinstance(name, str):
                 raise ValueError(f"names must be class names, got {described(name)}.")
-        return [class_id(name, self.labels, self._shared_names) for name in names]
+        return [class_id(name, self.labels, self.shared_names) for name in names]
 
     def __call__(
         self,

@@ -2,8 +2,9 @@
 
 A preset holds up to five dictionaries: the options of `DARTokenizer` and `DARConfig`, the recipes (options of
 `TokenizerArguments` and `ARArguments`) of the two stages, and how images are sampled. ``v1`` is the ImageNet 256x256
-tokenizer of the paper; ``B`` to ``3B`` are the language models over its codes; ``digits``, ``mnist`` and ``emoji``
-are whole small systems that train from scratch on two CPU cores, in minutes to hours.
+tokenizer of the paper; ``B`` to ``3B`` are the language models over its codes; ``digits`` and ``mnist`` are whole
+small systems that train from scratch on two CPU cores, in minutes and in an hour or two; ``emoji`` takes hours, and
+the recipe of its language model is provisional.
 """
 
 import ast
@@ -80,6 +81,7 @@ def _llama(layers: int, heads: int, dim: int, guidance: list[float] | None = Non
 _OPEN_START = dict(gate_start=0.5, modulation_std=0.02, output_std=0.02, post_quant_std=0.35)
 # attention tells places apart from the first step; else it takes hundreds, and luck (docs/experiments.md)
 _PLACES_APART = dict(rotary_bias_std=0.5, token_embed_std=0.2)
+_NO_DROPOUT = dict(token_dropout=0.0, resid_dropout=0.0, ffn_dropout=0.0)
 
 PAPER_SIZES = ("B", "L", "XL", "XXL", "3B")  # of the language model
 
@@ -225,7 +227,7 @@ PRESETS: dict[str, Preset] = {
             solver_order=1,
         ),
     ),
-    # drawings in colour from their captions (5,900 emoji, examples/emoji_dataset.py): hours of one CPU core
+    # drawings in colour from their captions (6,207 emoji, examples/emoji_dataset.py): hours of CPU cores
     "emoji": Preset(
         tokenizer=dict(
             sample_size=48,
@@ -250,6 +252,7 @@ PRESETS: dict[str, Preset] = {
             intermediate_size=512,
             num_hidden_layers=5,
             num_attention_heads=4,
+            **_NO_DROPOUT,
         ),
         tokenizer_recipe=dict(
             max_train_steps=3_600,
@@ -275,9 +278,9 @@ PRESETS: dict[str, Preset] = {
         ),
         ar_recipe=dict(
             caption_column="caption",
-            max_train_steps=2_000,
-            train_batch_size=128,
-            learning_rate=1e-3,
+            max_train_steps=14_000,
+            train_batch_size=64,
+            learning_rate=2e-3,
             muon_learning_rate=0.01,
             warmup_steps=100,
             decay_fraction=0.4,

@@ -79,7 +79,6 @@ def test_every_part_runs(tiny_tokenizer, tiny_transformer, monkeypatch, tmp_path
     import timing
 
     monkeypatch.setattr(timing, "PROBE_ROWS", 16)
-    monkeypatch.setattr(speed, "ONE_PASS_BATCHES", [1, 2])
     decoder = {name: value for name, value in tiny_tokenizer.config.items() if not name.startswith("_")}
     llama = {name: getattr(tiny_transformer.config, name) for name in SIZES}
     small = Preset(decoder, llama, tokenizer_recipe={"preset": "digits"}, ar_recipe={"preset": "digits"})
@@ -99,11 +98,13 @@ def test_every_part_runs(tiny_tokenizer, tiny_transformer, monkeypatch, tmp_path
     speed.main([*OPTIONS, "--json", str(tmp_path / "speed.json"), "--parts", *parts])
     results = json.loads((tmp_path / "speed.json").read_text())
     counts = {part: len(results[part]) for part in parts}
-    expected = {"memory": 1, "tokenizer": 4, "model": 4, "distilled": 2, "image": 2, "training": 12, "int8": 1}
+    expected = {"memory": 1, "tokenizer": 4, "model": 4, "image": 2, "training": 12, "int8": 1}
     assert counts == {part: expected[part] for part in parts}
     rows = [row for part in parts if part != "memory" for row in results[part]]
     assert all(row["ours"] > 0 and row["plain"] > 0 for row in rows)
     assert all("stock" in row and "limit" in row for row in results["model"])
+    for guided, alone in zip(results["model"][::2], results["model"][1::2], strict=True):
+        assert alone["two passes / one"] == guided["ours"] / alone["ours"]
     assert all("limit" in row for row in results["training"] if "float32" in row["what"])
     decoded = {row["what"]: row["difference"] for row in results["tokenizer"][1:]}
     assert decoded["decode, float32"] < 1e-5 < decoded["decode, bf16"] < 0.1

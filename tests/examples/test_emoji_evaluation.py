@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_models import make_text_pipeline
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -74,13 +75,22 @@ def test_a_judge_learns_which_drawings_are_the_same_and_their_styles(scripts, ru
     assert torch.allclose(embeddings.norm(dim=-1), torch.ones(5)) and styles.shape == (5,)
 
 
-def test_the_guidance_with_the_most_right_drawings_and_styles_is_chosen(scripts, monkeypatch):
+def test_what_is_no_judge_is_refused(scripts, tmp_path):
+    from emoji_judge import load
+
+    save_file({"style.bias": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds no judge. Train it by"):
+        load(tmp_path)
+
+
+def test_the_least_guidance_with_the_most_right_drawings_and_styles_is_chosen(scripts, monkeypatch):
     import evaluate_emoji
 
     found = {
         1.0: {"top1": 0.2, "style": 0.9},
-        2.0: {"top1": 0.5, "style": 0.8},
-        3.0: {"top1": 0.4, "style": 0.8},
+        2.0: {"top1": 0.4, "style": 0.8},
+        3.0: {"top1": 0.5, "style": 0.6},
+        4.0: {"top1": 0.4, "style": 0.8},
     }
     monkeypatch.setattr(evaluate_emoji, "generate", lambda pipe, captions, scale, seed: [(1, scale)])
     drawings = SimpleNamespace(split=SimpleNamespace(captions=[]), compare=lambda scale: (found[scale], 0.0))

@@ -96,6 +96,24 @@ def test_the_default_scale_is_the_pipelines(tiny_pipeline, scale):
     assert shared.info().max_guidance == (20.0 if scale == 1.0 else 30.0)
 
 
+def test_the_default_scale_and_the_same_number_share_a_batch(tiny_pipeline, batch_sizes):
+    tiny_pipeline.transformer.generation_config.guidance_scale = 2.0
+    requests = [ImageRequest(1, seed=1, guidance_scale=scale) for scale in (None, 2.0, 3.0)]
+    draw_together(SharedPipeline(tiny_pipeline, "tiny"), *requests)
+    assert batch_sizes == [2, 1]
+
+
+def test_a_full_batch_waits_for_no_more_requests(tiny_pipeline, batch_sizes):
+    shared = SharedPipeline(tiny_pipeline, "tiny", max_batch_size=4, batch_wait_timeout_s=3600)
+
+    async def together():
+        requests = [ImageRequest(1, seed=seed, n=2) for seed in range(2)]
+        return await asyncio.wait_for(asyncio.gather(*(drawn(shared, request) for request in requests)), 60)
+
+    asyncio.run(together())
+    assert batch_sizes == [4]
+
+
 def test_a_batch_has_its_limit(tiny_pipeline, batch_sizes):
     requests = [ImageRequest(1, seed=seed, n=n) for seed, n in enumerate([2, 3, 2, 1])]
     results = draw_together(SharedPipeline(tiny_pipeline, "tiny", max_batch_size=4), *requests)

@@ -48,6 +48,11 @@ def test_it_is_small_and_holds_nothing_but_a_pipeline(name):
     assert not any("_name_or_path" in path.read_text() for name, path in files.items() if name.endswith(".json"))
 
 
+def test_the_guidance_of_digits_is_distilled():
+    pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline("mnist"))
+    assert pipe.transformer.generation_config.guidance_scale == 1.0
+
+
 def test_it_loads_in_float32_and_draws_what_it_is_told(pipe, request):
     models = (pipe.tokenizer, pipe.transformer)
     assert {parameter.dtype for model in models for parameter in model.parameters()} == {torch.float32}

@@ -92,7 +92,7 @@ class SharedPipeline:
             from_text=self.from_text,
             num_classes=config.num_classes,
             labels=self.pipe.labels,
-            shared_names=self.pipe._shared_names,
+            shared_names=self.pipe.shared_names,
             height=height,
             width=width,
             prompt_tokens=prompt_tokens,
@@ -138,13 +138,22 @@ class SharedPipeline:
             loop.call_soon_threadsafe(job.results.put_nowait, result)
 
         arrived = 0
-        while arrived < len(self._waiting) < self.max_batch_size:  # more have arrived since
-            arrived = len(self._waiting)
+        while arrived < self._images_waiting() < self.max_batch_size:  # more have arrived since
+            arrived = self._images_waiting()
             await asyncio.sleep(self.batch_wait_timeout_s)
         while jobs := self._next_batch():
             self._running = jobs
             await loop.run_in_executor(self._thread, self._run, jobs, send)
             self._running = []
+
+    def _images_waiting(self) -> int:
+        return sum(job.request.n for job in self._waiting)
+
+    def _guidance(self, job: Job) -> Any:
+        """The request's guidance scale, or the pipeline's own."""
+        if job.request.guidance_scale is None:
+            return self.pipe.transformer.generation_config.guidance_scale
+        return job.request.guidance_scale
 
     def _next_batch(self) -> list[Job]:
         """Take the requests of the next batch from those that wait."""
@@ -152,7 +161,7 @@ class SharedPipeline:
         free = self.max_batch_size
         for job in self._waiting:
             fits = job.request.n <= free
-            if fits and (not jobs or job.request.guidance_scale == jobs[0].request.guidance_scale):
+            if fits and (not jobs or self._guidance(job) == self._guidance(jobs[0])):
                 jobs.append(job)
                 free -= job.request.n
         self._waiting = [job for job in self._waiting if job not in jobs]
@@ -181,7 +190,7 @@ class SharedPipeline:
         argument = "prompt" if self.from_text else "class_labels"
         stream = self.pipe.stream(
             **{argument: subjects},
-            guidance_scale=requests[0].guidance_scale,
+            guidance_scale=self._guidance(jobs[0]),
             generator=generators,
             # without previews, a GPU computes steps and codes at the same time
             previews=any(job.preview_steps for job in jobs),

@@ -10,11 +10,13 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 import torch
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_wait_timeout_s=args.batch_wait / 1000,
         request_timeout_s=args.request_timeout,
     )
+    options = replace(options, model=options.source)  # replicas may run in another folder
     check_model(options.source)
     check_port(args.host, args.port)
     start_ray(args)
@@ -84,10 +87,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"serving {options.name} at http://{host}:{args.port}/v1 (replicas: {args.replicas})", flush=True)
         stop.wait()
         print("finishing what is running", flush=True)
-        if not handle.drain.remote(args.request_timeout).result():
+        if not drain(handle, args.request_timeout):
             print("some requests were not finished in time", flush=True)
     finally:
         stop_ray()
+
+
+def drain(handle: DeploymentHandle, timeout_s: float) -> bool:
+    """Finish what is running; returns whether that was possible in time."""
+    try:
+        return handle.drain.remote(timeout_s).result(timeout_s=timeout_s + 10)
+    except (TimeoutError, RayError):
+        return False
 
 
 def check_model(source: str) -> None:

@@ -193,7 +193,7 @@ Api = serve.deployment(
 def _running_replicas() -> int:
     """Replicas of the model in the application that this process belongs to."""
     own = serve.status().applications[serve.get_replica_context().app_name]
-    return own.deployments["Model"].replica_states.get("RUNNING", 0)
+    return own.deployments[Model.name].replica_states.get("RUNNING", 0)
 
 
 def application(options: ServerOptions, **model_options: Any) -> serve.Application:
@@ -203,7 +203,7 @@ def application(options: ServerOptions, **model_options: Any) -> serve.Applicati
         options: of the pipeline and the API.
         model_options: Ray's, of the deployment `Model`: number of replicas, and what each of them needs.
     """
-    # requests of the batch that runs and of the next one
+    # requests of the batch that runs and of the next one, if each asks for one image
     model_options.setdefault("max_ongoing_requests", 2 * options.max_batch_size)
     return Api.bind(Model.options(**model_options).bind(options), options)
 
