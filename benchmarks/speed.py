@@ -24,13 +24,7 @@ from plain_reference import PlainLanguageModel, PlainTokenizer, stock_llama
 from timing import HEAD, format_row, name, probe, seconds, synchronize
 from training_speed import training_rows
 
-from dar_hf import (
-    DARConfig,
-    DARForCausalLM,
-    DARPipeline,
-    DARTokenizer,
-    FlowMatchAdamsBashforthScheduler,
-)
+from dar_hf import DARConfig, DARForCausalLM, DARPipeline, DARTokenizer, FlowMatchAdamsBashforthScheduler
 from dar_hf.acceleration_dar import fastest_dtype
 from dar_hf.evaluation import versions
 from dar_hf.presets import PAPER_SIZES, get_preset

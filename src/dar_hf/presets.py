@@ -81,7 +81,49 @@ def _llama(layers: int, heads: int, dim: int, guidance: list[float] | None = Non
 _OPEN_START = dict(gate_start=0.5, modulation_std=0.02, output_std=0.02, post_quant_std=0.35)
 # attention tells places apart from the first step; else it takes hundreds, and luck (docs/experiments.md)
 _PLACES_APART = dict(rotary_bias_std=0.5, token_embed_std=0.2)
-_NO_DROPOUT = dict(token_dropout=0.0, resid_dropout=0.0, ffn_dropout=0.0)
+NO_DROPOUT = dict(token_dropout=0.0, resid_dropout=0.0, ffn_dropout=0.0)  # of the language model
+
+# what the tokenizers of small images have in common
+_SMALL_TOKENIZER = dict(
+    encoder_dim=128,
+    num_encoder_layers=3,
+    decoder_dim=128,
+    num_decoder_layers=1,
+    num_tokens=32,
+    num_groups=8,
+    condition_scope="prefix",  # every group adds to the ones before (docs/experiments.md)
+    diffusion_dim=128,
+    diffusion_patch_size=4,
+    diffusion_depth=4,
+    repa_layer=None,
+    max_num_tokens=32,
+)
+_SMALL_TOKENIZER_RECIPE = dict(
+    # each image at two times: as much for the denoiser as 64 at one, and half the cost for all else
+    train_batch_size=32,
+    times_per_image=2,
+    learning_rate=1.5e-3,
+    # the decoder has to learn to use the conditions before the encoder moves far: Adam turns the encoder's tiny early
+    # gradients into full-size steps, and it collapses to one code. Half of this rate (3e-4) costs 1 dB, the decoder's
+    # rate gains nothing (docs/experiments.md)
+    encoder_learning_rate=6e-4,
+    muon_learning_rate=0.01,  # +2.6 dB in the same time on digits (docs/experiments.md)
+    adam_epsilon=1e-6,
+    decay_fraction=0.4,
+    **_OPEN_START,
+    **_PLACES_APART,
+    # after each preset's unquantized_steps a codebook is initialized from the latents, then dead codes are replaced
+    dead_code_interval=20,
+    revive_until=0.8,
+)
+_SMALL_AR_RECIPE = dict(
+    learning_rate=1e-3,
+    muon_learning_rate=0.01,  # 500 steps near 900 of AdamW in quality on digits (docs/experiments.md)
+    decay_fraction=0.4,
+    weight_decay=0.05,
+    ema_decay=0.998,
+    solver_order=1,  # closer to the input, and every preview closer than the one before (docs/experiments.md)
+)
 
 PAPER_SIZES = ("B", "L", "XL", "XXL", "3B")  # of the language model
 
@@ -117,40 +159,23 @@ PRESETS: dict[str, Preset] = {
             num_hidden_layers=4,
             num_attention_heads=2,
         ),
-        tokenizer_recipe=dict(
+        tokenizer_recipe=_SMALL_TOKENIZER_RECIPE
+        | dict(
             dataset_name="digits",
             max_train_steps=1_200,
-            # each image at two times: as much for the denoiser as 64 at one, and half the cost for all else
-            train_batch_size=32,
-            times_per_image=2,
-            learning_rate=1.5e-3,
-            # the decoder has to learn to use the conditions before the encoder moves far: Adam turns the encoder's
-            # tiny early gradients into full-size steps, and it collapses to one code. Half of this rate (3e-4) costs
-            # 1 dB, the decoder's rate gains nothing (docs/experiments.md)
-            encoder_learning_rate=6e-4,
-            muon_learning_rate=0.01,  # +2.6 dB in the same time (docs/experiments.md)
-            adam_epsilon=1e-6,
             warmup_steps=60,
-            decay_fraction=0.4,
             ema_decay=0.995,
-            **_OPEN_START,
-            **_PLACES_APART,
-            # first unquantized latents, then a codebook initialized from them, then dead codes are replaced
             unquantized_steps=150,
             dead_code_interval=10,
-            revive_until=0.8,
             max_validation_samples=360,
             validation_steps=600,
         ),
-        ar_recipe=dict(
+        ar_recipe=_SMALL_AR_RECIPE
+        | dict(
             dataset_name="digits",
             max_train_steps=500,
             train_batch_size=64,
-            learning_rate=1e-3,
-            muon_learning_rate=0.01,  # near 900 steps of AdamW in quality (docs/experiments.md)
             warmup_steps=50,
-            decay_fraction=0.4,
-            weight_decay=0.05,
             ema_decay=0.99,
             # without noise the model memorizes the 1,437 code sequences; noise of less than one gray level gives each
             # digit many sequences (docs/experiments.md)
@@ -158,29 +183,18 @@ PRESETS: dict[str, Preset] = {
             max_validation_samples=360,
             validation_steps=250,
             guidance_scale=[2.0],
-            solver_order=1,  # closer to the input, and every preview closer than the one before (docs/experiments.md)
         ),
     ),
     # handwritten digits at 32x32 (60,000 of MNIST): an hour for stage 1 on one CPU core, and forty minutes for stage 2
     "mnist": Preset(
-        tokenizer=dict(
+        tokenizer=_SMALL_TOKENIZER
+        | dict(
             sample_size=32,
             in_channels=1,
             encoder_patch_size=4,
-            encoder_dim=128,
-            num_encoder_layers=3,
-            decoder_dim=128,
             num_decoder_layers=2,
             codebook_size=512,
-            num_tokens=32,
-            num_groups=8,
-            condition_scope="prefix",
             time_shift=10.0,  # images this simple are visible through much noise: most groups must work early
-            diffusion_dim=128,
-            diffusion_patch_size=4,
-            diffusion_depth=4,
-            repa_layer=None,
-            max_num_tokens=32,
         ),
         transformer=dict(
             hidden_size=192,
@@ -188,104 +202,65 @@ PRESETS: dict[str, Preset] = {
             num_hidden_layers=5,
             num_attention_heads=3,
         ),
-        tokenizer_recipe=dict(
+        tokenizer_recipe=_SMALL_TOKENIZER_RECIPE
+        | dict(
             max_train_steps=5_000,
-            train_batch_size=32,
-            times_per_image=2,
-            learning_rate=1.5e-3,
-            encoder_learning_rate=6e-4,
-            muon_learning_rate=0.01,
-            adam_epsilon=1e-6,
             warmup_steps=250,
-            decay_fraction=0.4,
             ema_decay=0.999,
-            **_OPEN_START,
-            **_PLACES_APART,
             unquantized_steps=500,
-            dead_code_interval=20,
-            revive_until=0.8,
             crop="center",
             max_validation_samples=256,
             validation_steps=2_000,
             checkpointing_steps=1_000,
         ),
-        ar_recipe=dict(
+        ar_recipe=_SMALL_AR_RECIPE
+        | dict(
             max_train_steps=3_000,
             train_batch_size=128,
-            learning_rate=1e-3,
-            muon_learning_rate=0.01,
             warmup_steps=150,
-            decay_fraction=0.4,
-            weight_decay=0.05,
-            ema_decay=0.998,
             crop="center",
             cache_codes=True,
             max_validation_samples=1_000,
             validation_steps=1_000,
             checkpointing_steps=1_000,
             guidance_scale=[1.5],  # more makes digits clearer and less varied (docs/experiments.md)
-            solver_order=1,
         ),
     ),
     # drawings in colour from their captions (6,207 emoji, examples/emoji_dataset.py): hours of CPU cores
     "emoji": Preset(
-        tokenizer=dict(
+        tokenizer=_SMALL_TOKENIZER
+        | dict(
             sample_size=48,
             encoder_patch_size=6,
-            encoder_dim=128,
-            num_encoder_layers=3,
-            decoder_dim=128,
-            num_decoder_layers=1,
             codebook_size=1024,
-            num_tokens=32,
-            num_groups=8,
-            condition_scope="prefix",
             time_shift=16.0,
-            diffusion_dim=128,
-            diffusion_patch_size=4,
-            diffusion_depth=4,
-            repa_layer=None,
-            max_num_tokens=32,
         ),
         transformer=dict(
             hidden_size=256,
             intermediate_size=512,
             num_hidden_layers=5,
             num_attention_heads=4,
-            **_NO_DROPOUT,
+            **NO_DROPOUT,
         ),
-        tokenizer_recipe=dict(
+        tokenizer_recipe=_SMALL_TOKENIZER_RECIPE
+        | dict(
             max_train_steps=3_600,
-            train_batch_size=32,
-            times_per_image=2,
-            learning_rate=1.5e-3,
-            encoder_learning_rate=6e-4,
-            muon_learning_rate=0.01,
-            adam_epsilon=1e-6,
             warmup_steps=180,
-            decay_fraction=0.4,
             ema_decay=0.998,
-            **_OPEN_START,
-            **_PLACES_APART,
             unquantized_steps=360,
-            dead_code_interval=20,
-            revive_until=0.8,
             crop="center",
             flip=False,  # letters and clocks
             max_validation_samples=256,
             validation_steps=1_200,
             checkpointing_steps=400,
         ),
-        ar_recipe=dict(
+        ar_recipe=_SMALL_AR_RECIPE
+        | dict(
             caption_column="caption",
             max_train_steps=14_000,
             train_batch_size=64,
             learning_rate=2e-3,
-            muon_learning_rate=0.01,
             warmup_steps=100,
-            decay_fraction=0.4,
-            weight_decay=0.05,
-            ema_decay=0.998,
             crop="center",
             flip=False,
             pixel_noise=0.1,  # each drawing has many sequences of codes, from which it looks the same
@@ -293,45 +268,23 @@ PRESETS: dict[str, Preset] = {
             validation_steps=500,
             checkpointing_steps=500,
             guidance_scale=[2.0],
-            solver_order=1,
         ),
     ),
     # a tokenizer of photos in colour
     "photos32": Preset(
-        tokenizer=dict(
+        tokenizer=_SMALL_TOKENIZER
+        | dict(
             sample_size=32,
             encoder_patch_size=4,
-            encoder_dim=128,
-            num_encoder_layers=3,
-            decoder_dim=128,
-            num_decoder_layers=1,
             codebook_size=1024,
-            num_tokens=32,
-            num_groups=8,
-            condition_scope="prefix",
             time_shift=16.0,  # photos are visible through much noise (docs/experiments.md)
-            diffusion_dim=128,
-            diffusion_patch_size=4,
-            diffusion_depth=4,
-            repa_layer=None,
-            max_num_tokens=32,
         ),
-        tokenizer_recipe=dict(
+        tokenizer_recipe=_SMALL_TOKENIZER_RECIPE
+        | dict(
             max_train_steps=12_000,
-            train_batch_size=32,
-            times_per_image=2,
-            learning_rate=1.5e-3,
-            encoder_learning_rate=6e-4,
-            muon_learning_rate=0.01,
-            adam_epsilon=1e-6,
             warmup_steps=300,
-            decay_fraction=0.4,
             ema_decay=0.998,
-            **_OPEN_START,
-            **_PLACES_APART,
             unquantized_steps=1_000,
-            dead_code_interval=20,
-            revive_until=0.8,
             flip=True,
             max_validation_samples=256,
             validation_steps=2_000,
@@ -340,16 +293,13 @@ PRESETS: dict[str, Preset] = {
 }
 
 # guidance distilled into the language models of the small systems, for --init_from
-_DISTILLATION_RECIPE = dict(
+_DISTILLATION_RECIPE = _SMALL_AR_RECIPE | dict(
     max_train_steps=800,
     train_batch_size=64,
     learning_rate=5e-4,
+    muon_learning_rate=0.0,
     warmup_steps=40,
-    decay_fraction=0.4,
-    weight_decay=0.05,
-    ema_decay=0.998,
     checkpointing_steps=400,
-    solver_order=1,
 )
 PRESETS |= {
     "digits-distilled": Preset(

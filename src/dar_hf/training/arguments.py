@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 from transformers.hf_argparser import HfArg
 
 from ..data.splits import DataArguments
+from ..presets import NO_DROPOUT
 from ..utils.options import expand_path, reject_empty_texts, renamed_option
 from .text import NUM_BYTES
-
-NO_DROPOUT = ("token_dropout=0", "resid_dropout=0", "ffn_dropout=0")
 
 
 @dataclass
@@ -262,4 +261,5 @@ class ARArguments(LoopArguments):
             self.dataset_name = ""  # which the preset may name: nothing is trained on it
         self.guidance_scale = [1.0]  # it is learned, whatever the preset says
         # a distribution is learned, not codes: there is nothing to memorize, and dropout only adds noise
-        self.model_overrides = [*NO_DROPOUT, *(self.model_overrides or [])]
+        no_dropout = [f"{name}={value}" for name, value in NO_DROPOUT.items()]
+        self.model_overrides = [*no_dropout, *(self.model_overrides or [])]
