@@ -45,6 +45,7 @@ NAMES = {
     "top1": "right drawing is the nearest",
     "top5": "right drawing is among the nearest 5",
     "style": "style is right",
+    "style_of_name": "of its name's drawings, that in the right style is the nearest",
     "nearest_pixels": "pixels' distance to the nearest training drawing",
     "nearest_similarity": "cosine to the nearest training drawing",
 }
@@ -70,21 +71,43 @@ def generate(pipe: DARPipeline, captions: list[str], guidance_scale: float, seed
     ]
 
 
-class RealDrawings:
-    """The real drawings of a split, as the judge sees them, and what it says of images of their captions."""
+def other_styles(split: Split, everything: Split) -> torch.Tensor:
+    """``(n, m)`` bool: which drawings of ``everything`` have the names of those of the split, in other styles."""
+    numbers: dict[str, int] = {}
+    first, second = (
+        torch.tensor([numbers.setdefault(caption.split(" ", 1)[1], len(numbers)) for caption in drawings.captions])
+        for drawings in (split, everything)
+    )
+    return (first[:, None] == second) & (split.styles[:, None] != everything.styles)
 
-    def __init__(self, judge: Judge, split: Split):
+
+class RealDrawings:
+    """The real drawings of a split, as the judge sees them, and what it says of images of their captions.
+
+    Those of the same names in other styles are looked for in ``everything``.
+    """
+
+    def __init__(self, judge: Judge, split: Split, everything: Split):
         self.judge = judge
         self.split = split
         self.embeddings, self.styles_seen = judge.judge(split.images)
         self.statistics = GaussianStatistics().update(self.embeddings)
+        self.others = judge.judge(everything.images)[0]
+        self.rivals = other_styles(split, everything)
 
     def compare(self, images: torch.Tensor) -> tuple[dict[str, float], float]:
         """How often the right drawing is the nearest, or among the nearest five, and the style is right; and the
         Fréchet distance of the embeddings, times 100."""
         embeddings, styles = self.judge.judge(images)
         found = ranks(embeddings, self.embeddings)
-        shares = {"top1": found == 0, "top5": found < TOP, "style": styles == self.split.styles}
+        right = (embeddings * self.embeddings).sum(-1)
+        rival = (embeddings @ self.others.T).masked_fill(~self.rivals, -torch.inf).amax(-1)
+        shares = {
+            "top1": found == 0,
+            "top5": found < TOP,
+            "style": styles == self.split.styles,
+            "style_of_name": (right > rival)[self.rivals.any(-1)],
+        }
         made = GaussianStatistics().update(embeddings)
         real = self.statistics
         distance = frechet_distance(made.mean, made.covariance, real.mean, real.covariance)
@@ -175,14 +198,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--num_captions must be less than {len(training.captions)}, the captions of the training split: guidance "
             "is chosen on others."
         )
+    everything = training.join(held_out)
     order = torch.randperm(len(training.captions), generator=torch.Generator().manual_seed(args.seed))
     known = training.take(order[: args.num_captions])
     tuning = training.take(order[args.num_captions :][:TUNING_CAPTIONS])
-    scale = choose_scale(pipe, RealDrawings(judge, tuning), args.guidance_scale, args.seed + 1)
-    metrics = measure_generation(
-        RealDrawings(judge, known), generate(pipe, known.captions, scale, args.seed), "training"
-    )
-    drawings = RealDrawings(judge, held_out)
+    scale = choose_scale(pipe, RealDrawings(judge, tuning, everything), args.guidance_scale, args.seed + 1)
+    drawings = RealDrawings(judge, known, everything)
+    metrics = measure_generation(drawings, generate(pipe, known.captions, scale, args.seed), "training")
+    drawings = RealDrawings(judge, held_out, everything)
     steps = generate(pipe, held_out.captions, scale, args.seed)
     metrics += measure_generation(drawings, steps, "validation")
     num_tokens, finished = steps[-1]

@@ -37,7 +37,7 @@ def drawings(tmp_path_factory):
     for split, rows in (("train", range(30)), ("validation", range(30, 39))):
         columns = {
             "image": [drawing(index) for index in rows],
-            "caption": [f"{STYLES[index % 3]} bar {index}" for index in rows],
+            "caption": [f"{STYLES[index % 3]} bar {index // 3}" for index in rows],
             "style": [index % 3 for index in rows],
         }
         datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(
@@ -64,7 +64,9 @@ def test_a_drawing_is_nearest_to_itself_and_ranks_count_nearer_ones(scripts):
 
 
 def test_a_judge_learns_which_drawings_are_the_same_and_their_styles(scripts, run_command, drawings, tmp_path):
-    said = run_command("emoji_judge.py", "--dataset_name", drawings, "--output_dir", tmp_path, "--steps", 60)
+    said = run_command(
+        "emoji_judge.py", "--dataset_name", drawings, "--output_dir", tmp_path, "--steps", 60, "--style_steps", 60
+    )
     found, right = re.search(r"found among 9: (\S+), styles right: (\S+)", said).groups()
     assert float(found) >= 0.7 and 0 <= float(right) <= 1
     from emoji_judge import Judge, load
@@ -97,10 +99,34 @@ def test_the_least_guidance_with_the_most_right_drawings_and_styles_is_chosen(sc
     assert evaluate_emoji.choose_scale(None, drawings, list(found), seed=0) == 2.0
 
 
+def test_a_style_is_told_by_the_drawings_of_the_same_name(scripts):
+    from emoji_judge import Split
+    from evaluate_emoji import RealDrawings
+
+    captions = ["noto cat", "fluent cat", "twemoji cat", "noto dog"]
+    real = Split(torch.eye(4), captions, torch.tensor([0, 1, 2, 0]))
+    judge = SimpleNamespace(judge=lambda images: (images, torch.zeros(len(images), dtype=torch.long)))
+    drawings = RealDrawings(judge, real.take(torch.tensor([0, 1, 3])), real)
+    assert drawings.rivals.tolist() == [[False, True, True, False], [True, False, True, False], [False] * 4]
+    # the first is nearest to a drawing of another name, the second to one of its own name in another style
+    found, _ = drawings.compare(torch.tensor([[0.3, 0.2, 0.1, 0.9], [0.1, 0.2, 0.3, 0.0], [0.0, 0.0, 0.0, 1.0]]))
+    assert found["style_of_name"] == 0.5 and found["top1"] == pytest.approx(2 / 3)
+
+
 def test_an_evaluation_says_what_is_drawn_and_chooses_the_guidance(
     scripts, run_command, drawings, make_tokenizer, tmp_path
 ):
-    run_command("emoji_judge.py", "--dataset_name", drawings, "--output_dir", tmp_path / "judge", "--steps", 1)
+    run_command(
+        "emoji_judge.py",
+        "--dataset_name",
+        drawings,
+        "--output_dir",
+        tmp_path / "judge",
+        "--steps",
+        1,
+        "--style_steps",
+        1,
+    )
     pipe = make_text_pipeline(make_tokenizer())
     pipe.save_pretrained(tmp_path / "pipeline")
     options = ["--pipeline", tmp_path / "pipeline", "--dataset_name", drawings, "--judge", tmp_path / "judge"]
