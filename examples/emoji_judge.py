@@ -71,25 +71,25 @@ class Judge(nn.Module):
 
 
 class Split(NamedTuple):
-    """Drawings ``(n, 3, H, W)`` in [-1, 1], their captions and the numbers ``(n,)`` of their styles."""
+    """Drawings ``(n, 3, H, W)`` in [-1, 1], the numbers ``(n,)`` of their styles, captions and names."""
 
     images: torch.Tensor
-    captions: list[str]
     styles: torch.Tensor
+    captions: list[str]
+    names: list[str]
 
     def take(self, indices: torch.Tensor) -> "Split":
-        return Split(self.images[indices], [self.captions[index] for index in indices], self.styles[indices])
-
-    def join(self, other: "Split") -> "Split":
-        images = torch.cat([self.images, other.images])
-        return Split(images, self.captions + other.captions, torch.cat([self.styles, other.styles]))
+        captions, names = ([texts[index] for index in indices] for texts in (self.captions, self.names))
+        return Split(self.images[indices], self.styles[indices], captions, names)
 
 
 def load_split(name: str, split: str, size: int) -> Split:
     """A split of the data set that emoji_dataset.py makes, of ``size`` pixels per side."""
     samples = ImageSamples(load_images(name, split, label_column="style"), ImageTransform((size, size)))
-    captions = load_images(name, split, caption_column="caption")["caption"]
-    return Split(samples.stack(range(len(samples))), list(captions), torch.tensor(samples.labels))
+    captions, names = (
+        list(load_images(name, split, caption_column=column)["caption"]) for column in ("caption", "name")
+    )
+    return Split(samples.stack(range(len(samples))), torch.tensor(samples.labels), captions, names)
 
 
 def move(images: torch.Tensor, scale: tuple[float, float], shift: float, mirror: bool = False) -> torch.Tensor:
@@ -149,7 +149,8 @@ def style_loss(judge: Judge, batch: Split) -> torch.Tensor:
 
 
 def train(drawings: Split, steps: int, style_steps: int, seed: int) -> Judge:
-    """A judge of drawings of 48×48 pixels; its second network learns for ``style_steps``."""
+    """A judge of drawings of 48×48 pixels; the network for drawings learns for ``steps``, the one for styles for
+    ``style_steps``."""
     torch.manual_seed(seed)
     judge = Judge(int(drawings.styles.max()) + 1)
     for name, loss_of, count in (("drawings", drawing_loss, steps), ("styles", style_loss, style_steps)):

@@ -1,4 +1,5 @@
-"""Judge a pipeline that draws emoji from text: is the right drawing drawn, in the right style, and is it copied?
+"""Judge a pipeline that draws emoji from text: is the right drawing drawn, in the right style, and how
+near is it to drawings of the training split?
 
     python examples/evaluate_emoji.py --pipeline outputs/emoji/pipeline --dataset_name outputs/emoji/data \\
         --judge outputs/emoji/judge --output_dir outputs/emoji
@@ -16,6 +17,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from emoji_judge import Judge, Split, load, load_split, ranks
@@ -45,7 +47,7 @@ NAMES = {
     "top1": "right drawing is the nearest",
     "top5": "right drawing is among the nearest 5",
     "style": "style is right",
-    "style_of_name": "of its name's drawings, that in the right style is the nearest",
+    "style_of_name": "right style is the nearest of three",
     "nearest_pixels": "pixels' distance to the nearest training drawing",
     "nearest_similarity": "cosine to the nearest training drawing",
 }
@@ -71,43 +73,58 @@ def generate(pipe: DARPipeline, captions: list[str], guidance_scale: float, seed
     ]
 
 
-def other_styles(split: Split, everything: Split) -> torch.Tensor:
-    """``(n, m)`` bool: which drawings of ``everything`` have the names of those of the split, in other styles."""
+class SeenDrawings(NamedTuple):
+    """Names, styles ``(m,)`` and the judge's embeddings ``(m, 128)`` of real drawings."""
+
+    names: list[str]
+    styles: torch.Tensor
+    embeddings: torch.Tensor
+
+
+def see(judge: Judge, *splits: Split) -> SeenDrawings:
+    names = [name for split in splits for name in split.names]
+    embeddings = [judge.judge(split.images)[0] for split in splits]
+    return SeenDrawings(names, torch.cat([split.styles for split in splits]), torch.cat(embeddings))
+
+
+def other_styles(split: Split, seen: SeenDrawings) -> torch.Tensor:
+    """``(n, m)`` bool: which of the drawings seen have the names of those of the split, in other styles."""
     numbers: dict[str, int] = {}
     first, second = (
-        torch.tensor([numbers.setdefault(caption.split(" ", 1)[1], len(numbers)) for caption in drawings.captions])
-        for drawings in (split, everything)
+        torch.tensor([numbers.setdefault(name, len(numbers)) for name in names]) for names in (split.names, seen.names)
     )
-    return (first[:, None] == second) & (split.styles[:, None] != everything.styles)
+    return (first[:, None] == second) & (split.styles[:, None] != seen.styles)
 
 
 class RealDrawings:
     """The real drawings of a split, as the judge sees them, and what it says of images of their captions.
 
-    Those of the same names in other styles are looked for in ``everything``.
+    Drawings of the same names in other styles are looked for among those seen.
     """
 
-    def __init__(self, judge: Judge, split: Split, everything: Split):
+    def __init__(self, judge: Judge, split: Split, seen: SeenDrawings):
         self.judge = judge
         self.split = split
         self.embeddings, self.styles_seen = judge.judge(split.images)
         self.statistics = GaussianStatistics().update(self.embeddings)
-        self.others = judge.judge(everything.images)[0]
-        self.rivals = other_styles(split, everything)
+        self.seen = seen
+        self.rivals = other_styles(split, seen)
 
     def compare(self, images: torch.Tensor) -> tuple[dict[str, float], float]:
         """How often the right drawing is the nearest, or among the nearest five, and the style is right; and the
-        Fréchet distance of the embeddings, times 100."""
+        Fréchet distance of the embeddings, times 100.
+
+        The style is told twice: by the judge's network for it, and, for names that all three styles draw, by which of
+        the three drawings is the nearest.
+        """
         embeddings, styles = self.judge.judge(images)
         found = ranks(embeddings, self.embeddings)
-        right = (embeddings * self.embeddings).sum(-1)
-        rival = (embeddings @ self.others.T).masked_fill(~self.rivals, -torch.inf).amax(-1)
-        shares = {
-            "top1": found == 0,
-            "top5": found < TOP,
-            "style": styles == self.split.styles,
-            "style_of_name": (right > rival)[self.rivals.any(-1)],
-        }
+        shares = {"top1": found == 0, "top5": found < TOP, "style": styles == self.split.styles}
+        in_three = self.rivals.sum(-1) == 2
+        if in_three.any():
+            right = (embeddings * self.embeddings).sum(-1)
+            rival = (embeddings @ self.seen.embeddings.T).masked_fill(~self.rivals, -torch.inf).amax(-1)
+            shares["style_of_name"] = (right > rival)[in_three]
         made = GaussianStatistics().update(embeddings)
         real = self.statistics
         distance = frechet_distance(made.mean, made.covariance, real.mean, real.covariance)
@@ -118,12 +135,13 @@ class RealDrawings:
         return float((self.styles_seen == self.split.styles).double().mean())
 
 
-def copying(judge: Judge, images: torch.Tensor, training: torch.Tensor) -> dict[str, float]:
+def measure_copying(judge: Judge, images: torch.Tensor, training: torch.Tensor, what: str) -> list:
     """Medians over images of how near the nearest training drawing is: the root mean square of the pixels' differences
     (pixels in [-1, 1]), and the cosine of the judge's embeddings."""
     pixels = torch.cdist(images.flatten(1), training.flatten(1)).amin(-1) / images[0].numel() ** 0.5
     similarity = (judge.judge(images)[0] @ judge.judge(training)[0].T).amax(-1)
-    return {"nearest_pixels": float(pixels.median()), "nearest_similarity": float(similarity.median())}
+    distances = {"nearest_pixels": pixels, "nearest_similarity": similarity}
+    return [metric(kind, float(values.median()), f"{NAMES[kind]}, {what}") for kind, values in distances.items()]
 
 
 def draw(folder: Path, real: torch.Tensor, reconstructed: torch.Tensor, steps: list[torch.Tensor]) -> None:
@@ -140,7 +158,7 @@ def choose_scale(pipe: DARPipeline, drawings: RealDrawings, scales: list[float],
         _, images = generate(pipe, drawings.split.captions, scale, seed)[-1]
         found, _ = drawings.compare(images)
         print(f"guidance {scale:g}:", ", ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)
-        scores[scale] = found["top1"] + found["style"]
+        scores[scale] = found["top1"] + found.get("style_of_name", found["style"])
     return max(scores, key=scores.__getitem__)
 
 
@@ -198,20 +216,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--num_captions must be less than {len(training.captions)}, the captions of the training split: guidance "
             "is chosen on others."
         )
-    everything = training.join(held_out)
+    seen = see(judge, training, held_out)
     order = torch.randperm(len(training.captions), generator=torch.Generator().manual_seed(args.seed))
     known = training.take(order[: args.num_captions])
     tuning = training.take(order[args.num_captions :][:TUNING_CAPTIONS])
-    scale = choose_scale(pipe, RealDrawings(judge, tuning, everything), args.guidance_scale, args.seed + 1)
-    drawings = RealDrawings(judge, known, everything)
-    metrics = measure_generation(drawings, generate(pipe, known.captions, scale, args.seed), "training")
-    drawings = RealDrawings(judge, held_out, everything)
-    steps = generate(pipe, held_out.captions, scale, args.seed)
-    metrics += measure_generation(drawings, steps, "validation")
-    num_tokens, finished = steps[-1]
-    for what, images in (("generated", finished), ("real", held_out.images)):
-        for kind, value in copying(judge, images, training.images).items():
-            metrics.append(metric(kind, value, f"{NAMES[kind]}, {what} (validation captions)"))
+    scale = choose_scale(pipe, RealDrawings(judge, tuning, seen), args.guidance_scale, args.seed + 1)
+    metrics = []
+    for which, split in (("training", known), ("validation", held_out)):
+        drawings = RealDrawings(judge, split, seen)
+        steps = generate(pipe, split.captions, scale, args.seed)
+        metrics += measure_generation(drawings, steps, which)
+        num_tokens, finished = steps[-1]
+        metrics += measure_copying(judge, finished, training.images, f"generated ({which} captions)")
+    metrics += measure_copying(judge, held_out.images, training.images, "real (validation captions)")
     reconstruction, reconstructed = measure_reconstruction(pipe, drawings)
     metrics += reconstruction
     with writing(folder):
@@ -220,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = {
         "dataset": args.dataset_name,
         "split": "validation",
-        "description": f"{len(training.captions)} to train, {len(held_out.captions)} to test",
+        "description": f"{len(training.captions)} to train, {len(held_out.captions)} to validate",
         "count": len(held_out.captions),
     }
     settings = {

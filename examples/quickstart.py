@@ -14,20 +14,17 @@ from pathlib import Path
 import torch
 
 from dar_hf import DARPipeline, sample_pipeline
+from dar_hf.utils import sample
 from dar_hf.utils.commands import check_output, command, path_option, positive_option, seed_option, writing
 from dar_hf.utils.loading import load_pipeline
 from dar_hf.utils.pictures import image_grid, save_picture
 from dar_hf.utils.threads import limit_threads
 
-PROMPTS = [
-    "noto red apple",
-    "twemoji octopus",
-    "fluent sunflower",
-]
+PROMPTS = sample.PROMPTS["emoji"]
 SAMPLES = 3  # of each prompt
 DRAWINGS = ["noto red apple", "twemoji octopus"]  # in previews.png
 REFERENCES = ["noto red apple", "twemoji octopus"]  # in layout.png
-LAYOUT_GUIDANCE = 3.0  # more than usual, as the first token speaks for another prompt
+LAYOUT_GUIDANCE = 3.0  # more than usual, as the first token was drawn for another prompt
 
 
 def seeded(count: int, seed: int) -> list[torch.Generator]:
@@ -73,7 +70,7 @@ def layouts(pipe: DARPipeline, seed: int, layout_tokens: int) -> torch.Tensor:
 @command("quickstart.py")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="text pipeline, folder or Hub id; default the package's own")
+    parser.add_argument("--model", help="pipeline that draws from text: folder or Hub id; default the package's own")
     parser.add_argument("--output_dir", type=path_option, default=Path("outputs/quickstart"))
     parser.add_argument("--layout_tokens", type=positive_option, default=1, help="tokens taken from the references")
     parser.add_argument("--seed", type=seed_option, default=0)

@@ -13,7 +13,8 @@ from pipeline_helpers import seeded
 from tiny_models import make_text_pipeline
 
 import dar_hf
-from dar_hf.__main__ import PROMPTS, main
+from dar_hf.__main__ import main
+from dar_hf.utils import sample
 from dar_hf.utils.pictures import image_grid
 
 
@@ -101,13 +102,40 @@ def test_without_ray_serve_says_what_to_install(missing, monkeypatch, capsys):
 def test_a_wrong_model_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--model", str(tmp_path)])
-    assert caught.value.code == 2 and "dar-hf: error: " in capsys.readouterr().err
+    assert caught.value.code == 2
+    assert f"dar-hf: error: {tmp_path} holds no pipeline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--pipeline", "somewhere", "--sample", "mnist"], ["--sample", "cats"]])
+def test_another_sample_or_two_models_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(options)
+    assert caught.value.code == 2 and "argument --sample" in capsys.readouterr().err
+
+
+def test_a_pipeline_is_drawn_without_the_samples(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "FOLDER", tmp_path / "nothing")
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_with_no_words_the_sample_draws_its_own_prompts(text_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "FOLDER", tmp_path)
+    (tmp_path / "model").rename(tmp_path / sample.SAMPLES[0])
+    main(["--output", str(tmp_path / "a.png")])
+    prompts = sample.PROMPTS[sample.SAMPLES[0]]
+    images = text_pipeline(prompt=prompts, generator=[seeded(i) for i in range(len(prompts))], output_type="pt").images
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(image_grid(images * 2 - 1, 5)))
 
 
 def test_the_other_sample_draws_classes(tmp_path, capsys):
     main(["--sample", "mnist", "3", "7", "--output", str(tmp_path / "a.png")])
-    printed = capsys.readouterr().out
-    assert dar_hf.sample_pipeline("mnist") in printed and "2 images in" in printed
+    folder = dar_hf.sample_pipeline("mnist")
+    images = dar_hf.DARPipeline.from_pretrained(folder)([3, 7], generator=[seeded(0), seeded(1)], output_type="pt")
+    expected = np.asarray(image_grid(images.images * 2 - 1, columns=2))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), expected)
+    assert folder in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -117,5 +145,8 @@ def test_a_fresh_process_draws_the_sample(tmp_path):
         [sys.executable, "-m", "dar_hf"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    assert f"samples.png: {len(PROMPTS)} images in" in result.stdout and dar_hf.sample_pipeline() in result.stdout
+    assert (
+        f"samples.png: {len(sample.PROMPTS[sample.SAMPLES[0]])} images in" in result.stdout
+        and dar_hf.sample_pipeline() in result.stdout
+    )
     assert [path.name for path in Path(tmp_path).iterdir()] == ["samples.png"]

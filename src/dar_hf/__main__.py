@@ -3,8 +3,8 @@
 The first word ``serve`` starts a server instead.
 
 python -m dar_hf "noto red apple" "twemoji octopus"      # with the pipeline that comes with the package
-python -m dar_hf                                         # the same, of texts that it chooses
-python -m dar_hf --sample mnist 3 7                      # the other one that comes with it, by class name or id
+python -m dar_hf                                         # the same, with example prompts
+python -m dar_hf --sample mnist 3 7                      # the package's digits, by class name or id
 python -m dar_hf --pipeline outputs/digits/pipeline      # one image of each class
 python -m dar_hf serve --model outputs/digits/pipeline   # a server with OpenAI's images API
 python -m dar_hf -- serve                                # the text "serve"
@@ -30,17 +30,12 @@ from .utils.commands import CommandError, check_output, command, path_option, se
 from .utils.labels import ids_and_names
 from .utils.loading import load_pipeline
 from .utils.pictures import image_grid, save_picture
-from .utils.sample import SAMPLES
+from .utils.sample import PROMPTS, SAMPLES
 from .utils.threads import limit_threads
 
 PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "huggingface_hub")
 SERVER_PACKAGES = ("ray", "fastapi", "prometheus_client")
 MAX_CLASSES = 10  # of a model with more, the first
-PROMPTS = [  # for the package's own pipeline, of one who has nothing to say
-    "noto red apple",
-    "twemoji octopus",
-    "fluent sunflower",
-]
 COLUMNS = 5
 
 
@@ -126,10 +121,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(", ".join([f"dar_hf {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]))
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    model = sample_pipeline(args.sample) if args.pipeline is None else args.pipeline
-    words = args.words
-    if not words and model == sample_pipeline("emoji"):
-        words = PROMPTS
+    model, words = args.pipeline, args.words
+    if model is None:
+        sample = args.sample or SAMPLES[0]
+        model = sample_pipeline(sample)
+        words = words or PROMPTS.get(sample, [])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = load_pipeline(model, device=device)
     subject = subjects(pipe, words)

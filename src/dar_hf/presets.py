@@ -3,8 +3,7 @@
 A preset holds up to five dictionaries: the options of `DARTokenizer` and `DARConfig`, the recipes (options of
 `TokenizerArguments` and `ARArguments`) of the two stages, and how images are sampled. ``v1`` is the ImageNet 256x256
 tokenizer of the paper; ``B`` to ``3B`` are the language models over its codes; ``digits`` and ``mnist`` are whole
-small systems that train from scratch on two CPU cores, in minutes and in an hour or two; ``emoji`` takes hours, and
-the recipe of its language model is provisional.
+small systems that train from scratch on two CPU cores, in minutes and in an hour or two; ``emoji`` takes three hours.
 """
 
 import ast
@@ -226,7 +225,7 @@ PRESETS: dict[str, Preset] = {
             guidance_scale=[1.5],  # more makes digits clearer and less varied (docs/experiments.md)
         ),
     ),
-    # drawings in colour from their captions (6,207 emoji, examples/emoji_dataset.py): hours of CPU cores
+    # drawings in colour from their captions (6,207 emoji, examples/emoji_dataset.py): three hours on two CPU cores
     "emoji": Preset(
         tokenizer=_SMALL_TOKENIZER
         | dict(

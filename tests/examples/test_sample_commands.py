@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scripts import load_script
 
 import dar_hf
 
@@ -106,15 +107,16 @@ def test_a_sample_that_cannot_take_its_place_is_kept(run_command, trained, tmp_p
 
 @pytest.mark.slow
 def test_the_pictures_of_the_readme(run_command, tmp_path):
+    script = load_script("examples/quickstart.py")
     run_command("quickstart.py", "--output_dir", tmp_path, "--layout_tokens", 2)
     pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline())
     side, steps = pipe.tokenizer.config.sample_size, pipe.tokenizer.config.num_inference_steps
     tile = side * max(1, -(-48 // side)) + 2
     sizes = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
     assert sizes == {
-        "samples.png": (10 * tile + 2, 4 * tile + 2),
-        "previews.png": (steps * tile + 2, 4 * tile + 2),
-        "layout.png": (12 * tile + 2, 3 * tile + 2),
+        "samples.png": (len(script.PROMPTS) * tile + 2, script.SAMPLES * tile + 2),
+        "previews.png": (steps * tile + 2, 2 * len(script.DRAWINGS) * tile + 2),
+        "layout.png": ((len(script.PROMPTS) + 2) * tile + 2, len(script.REFERENCES) * tile + 2),
     }
     run_command("quickstart.py", "--output_dir", tmp_path / "again", "--layout_tokens", 2)
     for name in sizes:

@@ -4,6 +4,17 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets"
 SAMPLES = ("emoji", "mnist")  # the default first
+# what is drawn when nothing is said. Of the second half, training shows the names in other styles only
+PROMPTS = {
+    "emoji": [
+        "noto red apple",
+        "twemoji octopus",
+        "fluent sunflower",
+        "noto fox",
+        "fluent giraffe",
+        "twemoji baseball",
+    ]
+}
 
 
 def sample_pipeline(name: str | None = None) -> str:
