@@ -15,7 +15,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    license_files=["LICENSE", "NOTICE"],
+    license_files=["LICENSE", "NOTICE", "licenses/Apache-2.0.txt"],
     keywords=["image generation", "autoregressive", "diffusion", "flow matching", "tokenizer", "diffusers"],
     project_urls={
         "Paper": "https://arxiv.org/abs/2505.23660",
@@ -33,7 +33,7 @@ setup(
     ],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    # the mark of a typed package, class names, the template of cards, a small trained pipeline
+    # the mark of a typed package, class names, the template of cards, small trained pipelines and their credits
     package_data={"dar_hf": ["py.typed", "assets/*", "assets/*/*", "assets/*/*/*"]},
     entry_points={"console_scripts": ["dar-hf = dar_hf.__main__:main"]},
     python_requires=">=3.11",

@@ -1,11 +1,12 @@
-"""A page that shows images while they are drawn: choose a class and watch the previews sharpen, token by token.
+"""A page that shows images while they are drawn: say what to draw and watch the previews sharpen, token by token.
 
     python examples/app.py                             # the pipeline that comes with the package
     python examples/app.py --model outputs/digits/pipeline --port 7861
 
-Where the pipeline draws from text, a prompt takes the place of the class. Also layout control, image-to-image, what
-the tokenizer keeps of an upload, and what each group of tokens holds. Needs gradio (`pip install -c constraints.txt -e
-".[app]"`) and no network. Several visitors share one model: their streams take turns, a denoising step at a time.
+A pipeline draws from a prompt or, where it was trained on classes, from a class. Also layout control, image-to-image,
+what the tokenizer keeps of an upload, and what each group of tokens holds. Needs gradio (`pip install -c
+constraints.txt -e ".[app]"`) and no network. Several visitors share one model: their streams take turns, a denoising
+step at a time.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from dar_hf.metrics import psnr
 from dar_hf.utils.commands import command, device_option, port_option
 from dar_hf.utils.loading import load_pipeline
 from dar_hf.utils.pictures import image_grid, png
+from dar_hf.utils.sample import PROMPTS, SAMPLES
 from dar_hf.utils.threads import limit_threads
 from dar_hf.utils.untrusted import (
     MAX_GUIDANCE,
@@ -132,9 +134,10 @@ class Artist:
     So a visitor who leaves in the middle leaves nothing behind: the stream is dropped between two steps.
     """
 
-    def __init__(self, pipe: DARPipeline):
+    def __init__(self, pipe: DARPipeline, hint: str = "what to draw"):
         pipe.set_progress_bar_config(disable=True)
         self.pipe = pipe
+        self.hint = hint  # in the empty field for a prompt
         self._turn = threading.Lock()
         config = pipe.tokenizer.config
         self.num_tokens: int = config.num_tokens
@@ -524,7 +527,7 @@ def write(label: str, longest: int = MAX_PROMPT, **options: Any) -> Any:
 def choose_subject(artist: Artist) -> Any:
     """A class, or a prompt."""
     if artist.from_text:
-        return write("Prompt", placeholder="what to draw")
+        return write("Prompt", placeholder=artist.hint)
     choices = [(name, label) for label, name in enumerate(artist.names)]
     if len(choices) <= MAX_CLASSES:
         return unchecked(gr.Radio(choices, value=0, label="Class"))
@@ -671,8 +674,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device_option, default=device)
     args = parser.parse_args(argv)
-    model = sample_pipeline() if args.model is None else args.model
-    artist = Artist(load_pipeline(model, device=args.device))
+    if args.model is None:
+        pipe = load_pipeline(sample_pipeline(), device=args.device)
+        artist = Artist(pipe, hint=f"such as: {PROMPTS[SAMPLES[0]][0]}")
+    else:
+        artist = Artist(load_pipeline(args.model, device=args.device))
     limit_threads(artist.pipe.tokenizer, artist.pipe.transformer)
     warm_up(artist)
     launch(build(artist), server_name=args.host, server_port=args.port)

@@ -30,7 +30,7 @@ def test_links_and_classifiers():
 
 def test_the_licences_of_what_it_follows_come_along():
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    assert 'license_files=["LICENSE", "NOTICE"]' in setup
+    assert 'license_files=["LICENSE", "NOTICE", "licenses/Apache-2.0.txt"]' in setup
 
 
 def test_type_checkers_use_the_types():
