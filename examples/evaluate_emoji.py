@@ -191,8 +191,21 @@ def measure_reconstruction(pipe: DARPipeline, drawings: RealDrawings) -> tuple[l
     return metrics, images
 
 
-@command("evaluate_emoji.py")
-def main(argv: Sequence[str] | None = None) -> None:
+def measure_samples(
+    pipe: DARPipeline, splits: dict[str, RealDrawings], training: torch.Tensor, guidance_scale: float, seed: int
+) -> tuple[list, dict[str, Steps]]:
+    """Metrics of images drawn from the captions of splits, and all their previews."""
+    metrics = []
+    previews = {}
+    for which, drawings in splits.items():
+        previews[which] = generate(pipe, drawings.split.captions, guidance_scale, seed)
+        metrics += measure_generation(drawings, previews[which], which)
+        finished = previews[which][-1][1]
+        metrics += measure_copying(drawings.judge, finished, training, f"generated ({which} captions)")
+    return metrics, previews
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", default="outputs/emoji/pipeline")
     parser.add_argument("--dataset_name", default="outputs/emoji/data", help="made by emoji_dataset.py")
@@ -201,7 +214,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_captions", type=positive_option, default=500, help="of the training split")
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--seed", type=seed_option, default=0)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@command("evaluate_emoji.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
     started = time.perf_counter()
     folder = args.output_dir
     check_output(folder)
@@ -218,21 +236,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     seen = see(judge, training, held_out)
     order = torch.randperm(len(training.captions), generator=torch.Generator().manual_seed(args.seed))
-    known = training.take(order[: args.num_captions])
-    tuning = training.take(order[args.num_captions :][:TUNING_CAPTIONS])
-    scale = choose_scale(pipe, RealDrawings(judge, tuning, seen), args.guidance_scale, args.seed + 1)
-    metrics = []
-    for which, split in (("training", known), ("validation", held_out)):
-        drawings = RealDrawings(judge, split, seen)
-        steps = generate(pipe, split.captions, scale, args.seed)
-        metrics += measure_generation(drawings, steps, which)
-        num_tokens, finished = steps[-1]
-        metrics += measure_copying(judge, finished, training.images, f"generated ({which} captions)")
+    known = RealDrawings(judge, training.take(order[: args.num_captions]), seen)
+    tuning = RealDrawings(judge, training.take(order[args.num_captions :][:TUNING_CAPTIONS]), seen)
+    new = RealDrawings(judge, held_out, seen)
+    scale = choose_scale(pipe, tuning, args.guidance_scale, args.seed + 1)
+    splits = {"training": known, "validation": new}
+    metrics, previews = measure_samples(pipe, splits, training.images, scale, args.seed)
     metrics += measure_copying(judge, held_out.images, training.images, "real (validation captions)")
-    reconstruction, reconstructed = measure_reconstruction(pipe, drawings)
+    reconstruction, reconstructed = measure_reconstruction(pipe, new)
     metrics += reconstruction
     with writing(folder):
-        draw(folder, held_out.images, reconstructed, [images for _, images in steps])
+        draw(folder, held_out.images, reconstructed, [images for _, images in previews["validation"]])
         draw_losses(folder)
     data = {
         "dataset": args.dataset_name,
@@ -245,9 +259,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "training_captions": args.num_captions,
         "seed": args.seed,
         "guidance_scale": scale,
-        "num_tokens": num_tokens,
+        "num_tokens": pipe.tokenizer.config.num_tokens,
         "judge": "contrastive network of the real training drawings (emoji_judge.py)",
-        "judge_style_accuracy_on_real_drawings": drawings.style_accuracy(),
+        "judge_style_accuracy_on_real_drawings": new.style_accuracy(),
     }
     report = generation_report(args.pipeline, data, settings, metrics, started)
     with writing(folder):

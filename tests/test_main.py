@@ -103,7 +103,7 @@ def test_a_wrong_model_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--model", str(tmp_path)])
     assert caught.value.code == 2
-    assert f"dar-hf: error: {tmp_path} holds no pipeline" in capsys.readouterr().err
+    assert f"dar-hf: error: cannot load the pipeline at {tmp_path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--pipeline", "somewhere", "--sample", "mnist"], ["--sample", "cats"]])
