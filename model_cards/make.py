@@ -213,9 +213,8 @@ TRAINED: dict[str, dict[str, Any]] = {
             "data": "MNIST: 60,000 to train, other 10,000 to test. The copy used is labelled MIT (rasbt/mnist-pngs); "
             "the digits, by Yann LeCun and Corinna Cortes, are commonly given as CC BY-SA 3.0",
             "made by": "the commands below (seed 0), 2026-11-29 and 30",
-            "machine": "one core of an AMD EPYC (Zen 4, AVX-512 bf16), the other one busy with other work; the "
-            "distillation on two, in two processes with half of the batch each",
-            "time": "tokenizer 60 min, language model 43 min, distillation 6 min",
+            "machine": "one core of an AMD EPYC (Zen 4, AVX-512 bf16), the other one busy with other work",
+            "time": "tokenizer 60 min, language model 43 min, distillation 6 min (in float32)",
             "weights": "float16 in the package; they load in float32 unless `dtype` says otherwise",
         },
         "sections": {

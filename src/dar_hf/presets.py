@@ -307,7 +307,7 @@ PRESETS |= {
     ),
     "mnist-distilled": Preset(
         transformer=PRESETS["mnist"].transformer,
-        ar_recipe=_DISTILLATION_RECIPE | dict(distill_guidance=[1.5], distill_samples=10_240),
+        ar_recipe=_DISTILLATION_RECIPE | dict(distill_guidance=[1.5], distill_samples=10_240, train_batch_size=32),
     ),
 }
 
