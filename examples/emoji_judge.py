@@ -148,15 +148,14 @@ def style_loss(judge: Judge, batch: Split) -> torch.Tensor:
     return F.cross_entropy(judge.style_logits(augment_style(batch.images)), batch.styles)
 
 
-def train(drawings: Split, steps: int, style_steps: int, seed: int) -> Judge:
-    """A judge of drawings of 48×48 pixels; the network for drawings learns for ``steps``, the one for styles for
-    ``style_steps``."""
+def train(drawings: Split, steps: int, seed: int) -> Judge:
+    """A judge of drawings of 48×48 pixels; each of its two networks is trained for ``steps`` steps."""
     torch.manual_seed(seed)
     judge = Judge(int(drawings.styles.max()) + 1)
-    for name, loss_of, count in (("drawings", drawing_loss, steps), ("styles", style_loss, style_steps)):
+    for name, loss_of in (("drawings", drawing_loss), ("styles", style_loss)):
         optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=count)
-        for step in range(1, count + 1):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        for step in range(1, steps + 1):
             batch = drawings.take(torch.randperm(len(drawings.captions))[:BATCH])
             loss = loss_of(judge, batch)
             optimizer.zero_grad()
@@ -164,7 +163,7 @@ def train(drawings: Split, steps: int, style_steps: int, seed: int) -> Judge:
             optimizer.step()
             schedule.step()
             if step % 100 == 0:
-                print(f"{name}, step {step} of {count}: loss {loss.item():.3f}", flush=True)
+                print(f"{name}, step {step} of {steps}: loss {loss.item():.3f}", flush=True)
     return judge.eval()
 
 
@@ -198,13 +197,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset_name", default="outputs/emoji/data", help="made by emoji_dataset.py")
     parser.add_argument("--output_dir", type=path_option, default="outputs/emoji/judge")
-    parser.add_argument("--steps", type=positive_option, default=1_500, help="of the network for drawings")
-    parser.add_argument("--style_steps", type=positive_option, default=5_000, help="of the network for styles")
+    parser.add_argument("--steps", type=positive_option, default=1_500, help="of each network")
     parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
     check_output(args.output_dir)
     drawings = load_split(args.dataset_name, "train", SIZE)
-    judge = train(drawings, args.steps, args.style_steps, args.seed)
+    judge = train(drawings, args.steps, args.seed)
     held_out = load_split(args.dataset_name, "validation", SIZE)
     embeddings, styles = judge.judge(held_out.images)
     copies, _ = judge.judge(augment_drawing(held_out.images))

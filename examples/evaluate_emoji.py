@@ -114,8 +114,8 @@ class RealDrawings:
         """How often the right drawing is the nearest, or among the nearest five, and the style is right; and the
         Fréchet distance of the embeddings, times 100.
 
-        The style is told twice: by the judge's network for it, and, for names that all three styles draw, by which of
-        the three drawings is the nearest.
+        The style is told twice: by the judge's network for it, and, for names with one drawing in each style, by which
+        of the three is the nearest.
         """
         embeddings, styles = self.judge.judge(images)
         found = ranks(embeddings, self.embeddings)

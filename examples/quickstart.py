@@ -1,10 +1,10 @@
-"""The images of the README, from the pipeline that comes with the package: what it draws, and how.
+"""The images of the README, from the pipelines that come with the package: what they draw, and how.
 
     python examples/quickstart.py --output_dir docs
 
 Writes samples.png (one column per prompt), previews.png (for each drawing a row of noisy states and a row of previews,
-one column per step) and layout.png (per row one reference, and every prompt with its layout). `generate.py` has all
-options; this is the short version to read.
+one column per step) and layout.png (digits: per row one reference, and every class with its layout). `generate.py` has
+all options; this is the short version to read.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from dar_hf.utils.threads import limit_threads
 PROMPTS = sample.PROMPTS["emoji"]
 SAMPLES = 3  # of each prompt
 DRAWINGS = ["noto red apple", "twemoji octopus"]  # in previews.png
-REFERENCES = ["noto red apple", "twemoji octopus"]  # in layout.png
-LAYOUT_GUIDANCE = 3.0  # more than usual, as the first token was drawn for another prompt
+CLASSES = list(range(10))  # in layout.png
+REFERENCES = [4, 7, 0]
+LAYOUT_GUIDANCE = 2.0  # more than usual, as the first token was drawn for another class
 
 
 def seeded(count: int, seed: int) -> list[torch.Generator]:
@@ -57,33 +58,37 @@ def previews(pipe: DARPipeline, seed: int) -> torch.Tensor:
 
 
 def layouts(pipe: DARPipeline, seed: int, layout_tokens: int) -> torch.Tensor:
-    """Rows of a reference, a blank, and every prompt with the reference's first ``layout_tokens`` tokens."""
+    """Rows of a reference, a blank, and every class with the reference's first ``layout_tokens`` tokens."""
     rows = []
-    for prompt in REFERENCES:
-        reference = pipe(prompt=prompt, generator=seeded(1, seed), output_type="pt").images
+    for label in REFERENCES:
+        reference = pipe(label, generator=seeded(1, seed), output_type="pt").images
         layout = {"layout_image": reference, "layout_tokens": layout_tokens, "guidance_scale": LAYOUT_GUIDANCE}
-        drawn = pipe(prompt=PROMPTS, generator=seeded(len(PROMPTS), seed), output_type="pt", **layout).images
+        drawn = pipe(CLASSES, generator=seeded(len(CLASSES), seed), output_type="pt", **layout).images
         rows += [reference, torch.ones_like(reference), drawn]
     return torch.cat(rows)
+
+
+def load(name: str) -> DARPipeline:
+    """A pipeline that comes with the package."""
+    pipe = load_pipeline(sample_pipeline(name))
+    pipe.set_progress_bar_config(disable=True)
+    limit_threads(pipe.tokenizer, pipe.transformer)
+    return pipe
 
 
 @command("quickstart.py")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="pipeline that draws from text: folder or Hub id; default the package's own")
     parser.add_argument("--output_dir", type=path_option, default=Path("outputs/quickstart"))
     parser.add_argument("--layout_tokens", type=positive_option, default=1, help="tokens taken from the references")
     parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
     check_output(args.output_dir)
-    model = sample_pipeline() if args.model is None else args.model
-    pipe = load_pipeline(model)
-    pipe.set_progress_bar_config(disable=True)
-    limit_threads(pipe.tokenizer, pipe.transformer)
+    pipe, digits = load("emoji"), load("mnist")
     grids = {
         "samples": (samples(pipe, args.seed), len(PROMPTS)),
         "previews": (previews(pipe, args.seed), pipe.tokenizer.config.num_inference_steps),
-        "layout": (layouts(pipe, args.seed, args.layout_tokens), len(PROMPTS) + 2),
+        "layout": (layouts(digits, args.seed, args.layout_tokens), len(CLASSES) + 2),
     }
     for name, (images, columns) in grids.items():
         with writing(args.output_dir):

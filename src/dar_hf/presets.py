@@ -256,7 +256,7 @@ PRESETS: dict[str, Preset] = {
         ar_recipe=_SMALL_AR_RECIPE
         | dict(
             caption_column="caption",
-            max_train_steps=14_000,
+            max_train_steps=11_500,
             train_batch_size=64,
             learning_rate=2e-3,
             warmup_steps=100,
@@ -264,9 +264,9 @@ PRESETS: dict[str, Preset] = {
             flip=False,
             pixel_noise=0.1,  # each drawing has many sequences of codes, from which it looks the same
             max_validation_samples=256,
-            validation_steps=500,
+            validation_steps=1_000,
             checkpointing_steps=500,
-            guidance_scale=[2.0],
+            guidance_scale=[1.5],
         ),
     ),
     # a tokenizer of photos in colour

@@ -68,9 +68,7 @@ def test_a_drawing_is_nearest_to_itself_and_ranks_count_nearer_ones(scripts):
 
 
 def test_a_judge_learns_which_drawings_are_the_same_and_their_styles(scripts, run_command, drawings, tmp_path):
-    said = run_command(
-        "emoji_judge.py", "--dataset_name", drawings, "--output_dir", tmp_path, "--steps", 60, "--style_steps", 60
-    )
+    said = run_command("emoji_judge.py", "--dataset_name", drawings, "--output_dir", tmp_path, "--steps", 60)
     found, right = re.search(r"found among 4: (\S+), styles right: (\S+)", said).groups()
     assert float(found) >= 0.7 and float(right) >= 0.7
     from emoji_judge import Judge, load
@@ -127,8 +125,6 @@ def test_an_evaluation_says_what_is_drawn_and_chooses_the_guidance(
         "--output_dir",
         tmp_path / "judge",
         "--steps",
-        1,
-        "--style_steps",
         1,
     )
     pipe = make_text_pipeline(make_tokenizer())

@@ -109,14 +109,14 @@ def test_a_sample_that_cannot_take_its_place_is_kept(run_command, trained, tmp_p
 def test_the_pictures_of_the_readme(run_command, tmp_path):
     script = load_script("examples/quickstart.py")
     run_command("quickstart.py", "--output_dir", tmp_path, "--layout_tokens", 2)
-    pipe = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline())
-    side, steps = pipe.tokenizer.config.sample_size, pipe.tokenizer.config.num_inference_steps
-    tile = side * max(1, -(-48 // side)) + 2
+    config = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline()).tokenizer.config
+    digits = dar_hf.DARPipeline.from_pretrained(dar_hf.sample_pipeline("mnist")).tokenizer.config
+    tile, digit = (size * max(1, -(-48 // size)) + 2 for size in (config.sample_size, digits.sample_size))
     sizes = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
     assert sizes == {
         "samples.png": (len(script.PROMPTS) * tile + 2, script.SAMPLES * tile + 2),
-        "previews.png": (steps * tile + 2, 2 * len(script.DRAWINGS) * tile + 2),
-        "layout.png": ((len(script.PROMPTS) + 2) * tile + 2, len(script.REFERENCES) * tile + 2),
+        "previews.png": (config.num_inference_steps * tile + 2, 2 * len(script.DRAWINGS) * tile + 2),
+        "layout.png": (12 * digit + 2, 3 * digit + 2),
     }
     run_command("quickstart.py", "--output_dir", tmp_path / "again", "--layout_tokens", 2)
     for name in sizes:

@@ -4,15 +4,19 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets"
 SAMPLES = ("emoji", "mnist")  # the default first
-# what is drawn when nothing is said. Of the second half, training shows the names in other styles only
+# Drawn when no words are given. Of the last three, training shows the names in the two other styles only
 PROMPTS = {
     "emoji": [
         "noto red apple",
         "twemoji octopus",
         "fluent sunflower",
-        "noto fox",
-        "fluent giraffe",
-        "twemoji baseball",
+        "fluent pizza",
+        "twemoji strawberry",
+        "twemoji penguin",
+        "twemoji hamburger",
+        "fluent evergreen tree",
+        "noto police officer",
+        "twemoji man red hair",
     ]
 }
 
