@@ -77,7 +77,7 @@ def test_reports_take_the_place_of_validation_figures(folder, tmp_path):
     for part in (
         "- [evaluation/generation/report.json](evaluation/generation/report.json) holds all settings; measured with "
         "torch 1.0.\n- Warning: too few\n",
-        "Class-conditional image generation, scikit-learn digits, test (count 500)",
+        "Image generation, scikit-learn digits, test (count 500)",
         "| num tokens | 8 | 16 |\n|---|---:|---:|\n| label agreement | 0.375 | 0.75 |",
         "](evaluation/generation/preview_strip.png)",
         "](samples.png)",

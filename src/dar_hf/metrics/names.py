@@ -3,7 +3,7 @@
 # the Hub's id and the display name of what is measured; the Hub has no task for class-conditional images
 TASKS = {
     "reconstruction": ("image-to-image", "Image reconstruction"),
-    "generation": ("unconditional-image-generation", "Class-conditional image generation"),
+    "generation": ("unconditional-image-generation", "Image generation"),
 }
 
 # display names, where they are not the type with spaces for underscores
