@@ -1,6 +1,6 @@
 """Display names of metrics, and of the tasks they are for."""
 
-# the Hub's id and the display name of what is measured; the Hub has no task for class-conditional images
+# the Hub's id and the display name of what is measured; the Hub has no task for images of classes
 TASKS = {
     "reconstruction": ("image-to-image", "Image reconstruction"),
     "generation": ("unconditional-image-generation", "Image generation"),
