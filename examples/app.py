@@ -1,6 +1,6 @@
 """A page that shows images while they are drawn: say what to draw and watch the previews sharpen, token by token.
 
-    python examples/app.py                             # the pipeline that comes with the package
+    python examples/app.py                             # the package's emoji pipeline
     python examples/app.py --model outputs/digits/pipeline --port 7861
 
 A pipeline draws from a prompt or, where it was trained on classes, from a class. Also layout control, image-to-image,
@@ -36,7 +36,7 @@ from dar_hf.metrics import psnr
 from dar_hf.utils.commands import command, device_option, port_option
 from dar_hf.utils.loading import load_pipeline
 from dar_hf.utils.pictures import image_grid, png
-from dar_hf.utils.sample import PROMPTS, SAMPLES
+from dar_hf.utils.sample import EMOJI_PROMPTS
 from dar_hf.utils.threads import limit_threads
 from dar_hf.utils.untrusted import (
     MAX_GUIDANCE,
@@ -666,7 +666,7 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
 @command("app.py")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="pipeline folder or Hub id; default the one that comes with the package")
+    parser.add_argument("--model", help="pipeline folder or Hub id; default the package's emoji pipeline")
     parser.add_argument("--host", help="address to listen on; default GRADIO_SERVER_NAME, else this machine only")
     parser.add_argument(
         "--port", type=port_option, help="default GRADIO_SERVER_PORT, else the first free one from 7860 on"
@@ -676,7 +676,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.model is None:
         pipe = load_pipeline(sample_pipeline(), device=args.device)
-        artist = Artist(pipe, hint=f"such as: {PROMPTS[SAMPLES[0]][0]}")
+        artist = Artist(pipe, hint=f"such as: {EMOJI_PROMPTS[0]}")
     else:
         artist = Artist(load_pipeline(args.model, device=args.device))
     limit_threads(artist.pipe.tokenizer, artist.pipe.transformer)

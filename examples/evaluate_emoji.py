@@ -1,5 +1,4 @@
-"""Judge a pipeline that draws emoji from text: is the right drawing drawn, in the right style, and how
-near is it to drawings of the training split?
+"""Judge a pipeline that draws emoji from text: right drawing, right style, and how near to training drawings.
 
     python examples/evaluate_emoji.py --pipeline outputs/emoji/pipeline --dataset_name outputs/emoji/data \\
         --judge outputs/emoji/judge --output_dir outputs/emoji
@@ -7,9 +6,10 @@ near is it to drawings of the training split?
 For 500 captions of the training split and all of the validation split, an image is drawn, and the judge (see
 emoji_judge.py, which has seen real drawings only) looks for the nearest of the real drawings of those captions.
 Several values of --guidance_scale are tried on 200 other training captions first; the best one is judged. Writes
-report.json, samples.png (real validation drawings above those drawn from their captions), reconstructions.png (the
-same above their reconstructions), preview_strip.png (previews of validation captions, one row per group) and loss.png
-(of the runs in the output folder's tokenizer/ and pipeline/).
+report.json, samples.png (real drawings above those drawn from their captions, first of the training split and then of
+the validation split), reconstructions.png (validation drawings above their reconstructions), preview_strip.png
+(previews of captions of both, one row per group) and loss.png (of the runs in the output folder's tokenizer/ and
+pipeline/).
 """
 
 import argparse
@@ -144,11 +144,20 @@ def measure_copying(judge: Judge, images: torch.Tensor, training: torch.Tensor, 
     return [metric(kind, float(values.median()), f"{NAMES[kind]}, {what}") for kind, values in distances.items()]
 
 
-def draw(folder: Path, real: torch.Tensor, reconstructed: torch.Tensor, steps: list[torch.Tensor]) -> None:
-    for name, images in (("samples", steps[-1]), ("reconstructions", reconstructed)):
-        pairs = interleave_rows(real[:SHOWN], images[:SHOWN], columns=COLUMNS)
-        save_picture(image_grid(pairs, COLUMNS), folder / f"{name}.png")
-    save_picture(image_grid(torch.cat([step[:COLUMNS] for step in steps]), COLUMNS), folder / "preview_strip.png")
+def draw(
+    folder: Path, splits: dict[str, RealDrawings], previews: dict[str, Steps], reconstructed: torch.Tensor
+) -> None:
+    """Write samples.png, preview_strip.png and reconstructions.png; each split has half of the first two."""
+    samples = []
+    strips = []
+    for which, drawings in splits.items():
+        steps = [images for _, images in previews[which]]
+        samples.append(interleave_rows(drawings.split.images[: SHOWN // 2], steps[-1][: SHOWN // 2], columns=COLUMNS))
+        strips.append(torch.stack([images[: COLUMNS // 2] for images in steps]))
+    save_picture(image_grid(torch.cat(samples), COLUMNS), folder / "samples.png")
+    save_picture(image_grid(torch.cat(strips, dim=1).flatten(0, 1), COLUMNS), folder / "preview_strip.png")
+    pairs = interleave_rows(splits["validation"].split.images[:SHOWN], reconstructed[:SHOWN], columns=COLUMNS)
+    save_picture(image_grid(pairs, COLUMNS), folder / "reconstructions.png")
 
 
 def choose_scale(pipe: DARPipeline, drawings: RealDrawings, scales: list[float], seed: int) -> float:
@@ -246,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reconstruction, reconstructed = measure_reconstruction(pipe, new)
     metrics += reconstruction
     with writing(folder):
-        draw(folder, held_out.images, reconstructed, [images for _, images in previews["validation"]])
+        draw(folder, splits, previews, reconstructed)
         draw_losses(folder)
     data = {
         "dataset": args.dataset_name,
@@ -255,8 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "count": len(held_out.captions),
     }
     settings = {
-        "count": len(held_out.captions),
         "training_captions": args.num_captions,
+        "validation_captions": len(held_out.captions),
         "seed": args.seed,
         "guidance_scale": scale,
         "num_tokens": pipe.tokenizer.config.num_tokens,

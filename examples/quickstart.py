@@ -2,9 +2,9 @@
 
     python examples/quickstart.py --output_dir docs
 
-Writes samples.png (one column per prompt), previews.png (for each drawing a row of noisy states and a row of previews,
-one column per step) and layout.png (digits: per row one reference, and every class with its layout). `generate.py` has
-all options; this is the short version to read.
+Writes samples.png (one column per prompt), previews.png (one row per drawing, one column per step) and layout.png
+(digits: per row one reference, and every class with its layout). `generate.py` has all options; this is the short
+version to read.
 """
 
 import argparse
@@ -14,15 +14,14 @@ from pathlib import Path
 import torch
 
 from dar_hf import DARPipeline, sample_pipeline
-from dar_hf.utils import sample
 from dar_hf.utils.commands import check_output, command, path_option, positive_option, seed_option, writing
 from dar_hf.utils.loading import load_pipeline
 from dar_hf.utils.pictures import image_grid, save_picture
+from dar_hf.utils.sample import EMOJI_PROMPTS
 from dar_hf.utils.threads import limit_threads
 
-PROMPTS = sample.PROMPTS["emoji"]
-SAMPLES = 3  # of each prompt
-DRAWINGS = ["noto red apple", "twemoji octopus"]  # in previews.png
+PER_PROMPT = 3  # images in samples.png
+DRAWINGS = ["noto red apple", "twemoji octopus", "fluent pizza"]  # in previews.png
 CLASSES = list(range(10))  # in layout.png
 REFERENCES = [4, 7, 0]
 LAYOUT_GUIDANCE = 2.0  # more than usual, as the first token was drawn for another class
@@ -34,27 +33,15 @@ def seeded(count: int, seed: int) -> list[torch.Generator]:
 
 
 def samples(pipe: DARPipeline, seed: int) -> torch.Tensor:
-    """Images ``(SAMPLES * len(PROMPTS), C, H, W)`` in [0, 1]: in each row one of every prompt."""
-    prompts = PROMPTS * SAMPLES
+    """Images ``(PER_PROMPT * len(EMOJI_PROMPTS), C, H, W)`` in [0, 1]: in each row one of every prompt."""
+    prompts = EMOJI_PROMPTS * PER_PROMPT
     return pipe(prompt=prompts, generator=seeded(len(prompts), seed), output_type="pt").images
 
 
 def previews(pipe: DARPipeline, seed: int) -> torch.Tensor:
-    """For each drawing a row of the solver's noisy states in [0, 1], and a row of previews; one column per step."""
-    states: list[torch.Tensor] = []
-
-    def keep(pipe: DARPipeline, step: int, timestep: float, tensors: dict[str, torch.Tensor]) -> None:
-        states.append(tensors["latents"] / pipe.tokenizer.config.data_std / 2 + 0.5)
-
-    stream = pipe.stream(
-        prompt=DRAWINGS,
-        generator=seeded(len(DRAWINGS), seed),
-        output_type="pt",
-        callback_on_step_end=keep,
-        callback_on_step_end_tensor_inputs=["latents"],
-    )
-    images = [output.images for output in stream]
-    return torch.stack([torch.stack(states), torch.stack(images)]).permute(2, 0, 1, 3, 4, 5).flatten(0, 2)
+    """For each drawing a row of previews in [0, 1], one column per step."""
+    stream = pipe.stream(prompt=DRAWINGS, generator=seeded(len(DRAWINGS), seed), output_type="pt")
+    return torch.stack([output.images for output in stream], dim=1).flatten(0, 1)
 
 
 def layouts(pipe: DARPipeline, seed: int, layout_tokens: int) -> torch.Tensor:
@@ -86,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output(args.output_dir)
     pipe, digits = load("emoji"), load("mnist")
     grids = {
-        "samples": (samples(pipe, args.seed), len(PROMPTS)),
+        "samples": (samples(pipe, args.seed), len(EMOJI_PROMPTS)),
         "previews": (previews(pipe, args.seed), pipe.tokenizer.config.num_inference_steps),
         "layout": (layouts(digits, args.seed, args.layout_tokens), len(CLASSES) + 2),
     }

@@ -110,11 +110,13 @@ python examples/evaluate_emoji.py --pipeline src/dar_hf/assets/emoji --dataset_n
     --judge outputs/emoji/judge --output_dir outputs/emoji
 ```"""
 EMOJI_LIMITS = (
-    "The model knows its training drawings by heart and composes little: of names that it has seen in two styles it "
-    "draws the third one rarely in the right style, and names that it has never seen become other things. A prompt "
-    "is a style and a name in the words of its captions: `a red apple` still gives an apple, `apple` does not. Edges "
-    "are soft and letters illegible: the tokenizer keeps 20 dB. A reader who was told nothing named 10 of "
-    "20 drawings of training captions, and 3 of 20 of validation captions."
+    "The model mostly reproduces its training drawings. Given a name that it has seen in two styles and asked for the "
+    "third, it comes nearest to the right drawing, among 186, in 30 % of cases. A style classifier accepts 73 % of "
+    "these images (and 74 % of reconstructions), but only 39 % are nearer to the drawing in the requested style than "
+    "to the same name's other two (33 % by chance). Names that it has never seen become something else. A prompt is a "
+    "style and a name in the words of the captions: `a red apple` still gives an apple, `apple` does not. Edges are "
+    "soft and letters illegible: the tokenizer reconstructs at 20 dB PSNR. A reader who was told nothing named 10 of "
+    "20 drawings of training captions within three guesses, and 3 of 20 of validation captions."
 )
 
 
@@ -142,13 +144,14 @@ DIGITS_NOTE = (
 EMOJI_NOTE = (
     "Measured by `examples/evaluate_emoji.py` with guidance {settings[guidance_scale]} (the saved default; compared "
     "with others on 200 training captions that are not judged). One image is drawn for each of "
-    "{settings[training_captions]} training captions and for each of the {settings[count]} validation captions, whose "
-    "names training shows in the two other styles only. The judge says which real drawing of the same captions is the "
-    "nearest: one of {settings[training_captions]}, or one of {settings[count]}, so the two cannot be compared. It "
-    "learned from real training drawings only. The style is told twice: by a network that names the style of "
-    "{settings[judge_style_accuracy_on_real_drawings]:.3f} of the real validation drawings correctly, and, for names "
-    "with one drawing in each style, by which of the three is the nearest (by chance, the right one in 0.333). "
-    "Recipe and judge were compared on the validation drawings."
+    "{settings[training_captions]} training captions and for each of the {settings[validation_captions]} validation "
+    "captions, whose names training shows in the two other styles only. For each image the judge, which learned from "
+    "real training drawings only, finds the nearest real drawing: among {settings[training_captions]} for training "
+    "captions and among {settings[validation_captions]} for validation captions, so the two shares are not "
+    "comparable. Style is measured in two ways: by a classifier that is right on "
+    "{settings[judge_style_accuracy_on_real_drawings]:.3f} of the real validation drawings, and, for names with one "
+    "drawing in each style, by which of the three is nearest (chance 0.333). Recipe and judge were chosen on these "
+    "validation drawings, so their metrics are slightly optimistic."
 )
 
 DIGITS_PICTURES = {
@@ -158,8 +161,9 @@ DIGITS_PICTURES = {
     "loss": "Losses",
 }
 EMOJI_PICTURES = {
-    "samples": "Real validation drawings above those drawn from their captions",
-    "previews": "Previews of ten validation captions, one row per step",
+    "samples": "Real drawings above those drawn from their captions: two rows of training captions, then two of "
+    "validation captions",
+    "previews": "Previews of five training captions and five validation captions, one row per step",
     "reconstructions": "Validation drawings above their reconstructions",
     "loss": "Losses",
 }

@@ -124,7 +124,7 @@ def test_with_no_words_the_sample_draws_its_own_prompts(text_pipeline, tmp_path,
     monkeypatch.setattr(sample, "FOLDER", tmp_path)
     (tmp_path / "model").rename(tmp_path / sample.SAMPLES[0])
     main(["--output", str(tmp_path / "a.png")])
-    prompts = sample.PROMPTS[sample.SAMPLES[0]]
+    prompts = sample.EMOJI_PROMPTS
     images = text_pipeline(prompt=prompts, generator=[seeded(i) for i in range(len(prompts))], output_type="pt").images
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(image_grid(images * 2 - 1, 5)))
 
@@ -146,7 +146,7 @@ def test_a_fresh_process_draws_the_sample(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert (
-        f"samples.png: {len(sample.PROMPTS[sample.SAMPLES[0]])} images in" in result.stdout
+        f"samples.png: {len(sample.EMOJI_PROMPTS)} images in" in result.stdout
         and dar_hf.sample_pipeline() in result.stdout
     )
     assert [path.name for path in Path(tmp_path).iterdir()] == ["samples.png"]

@@ -2,7 +2,7 @@
 
 The first word ``serve`` starts a server instead.
 
-python -m dar_hf "noto red apple" "twemoji octopus"      # with the pipeline that comes with the package
+python -m dar_hf "noto red apple" "twemoji octopus"      # with the package's emoji pipeline
 python -m dar_hf                                         # the same, with example prompts
 python -m dar_hf --sample mnist 3 7                      # the package's digits, by class name or id
 python -m dar_hf --pipeline outputs/digits/pipeline      # one image of each class
@@ -30,7 +30,7 @@ from .utils.commands import CommandError, check_output, command, path_option, se
 from .utils.labels import ids_and_names
 from .utils.loading import load_pipeline
 from .utils.pictures import image_grid, save_picture
-from .utils.sample import PROMPTS, SAMPLES
+from .utils.sample import EMOJI_PROMPTS, SAMPLES
 from .utils.threads import limit_threads
 
 PACKAGES = ("torch", "transformers", "diffusers", "datasets", "accelerate", "huggingface_hub")
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--pipeline", "--model", help="folder or Hub id")
-    source.add_argument("--sample", choices=SAMPLES, help=f"one that comes with the package; default {SAMPLES[0]}")
+    source.add_argument("--sample", choices=SAMPLES, default=SAMPLES[0], help="or one that comes with the package")
     parser.add_argument("--output", type=path_option, default=Path("samples.png"), help="picture to write (PNG)")
     parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
@@ -123,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     model, words = args.pipeline, args.words
     if model is None:
-        sample = args.sample or SAMPLES[0]
-        model = sample_pipeline(sample)
-        words = words or PROMPTS.get(sample, [])
+        model = sample_pipeline(args.sample)
+        if args.sample == "emoji":
+            words = words or EMOJI_PROMPTS
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = load_pipeline(model, device=device)
     subject = subjects(pipe, words)

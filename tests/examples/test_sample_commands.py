@@ -114,8 +114,8 @@ def test_the_pictures_of_the_readme(run_command, tmp_path):
     tile, digit = (size * max(1, -(-48 // size)) + 2 for size in (config.sample_size, digits.sample_size))
     sizes = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
     assert sizes == {
-        "samples.png": (len(script.PROMPTS) * tile + 2, script.SAMPLES * tile + 2),
-        "previews.png": (config.num_inference_steps * tile + 2, 2 * len(script.DRAWINGS) * tile + 2),
+        "samples.png": (len(script.EMOJI_PROMPTS) * tile + 2, script.PER_PROMPT * tile + 2),
+        "previews.png": (config.num_inference_steps * tile + 2, len(script.DRAWINGS) * tile + 2),
         "layout.png": (12 * digit + 2, 3 * digit + 2),
     }
     run_command("quickstart.py", "--output_dir", tmp_path / "again", "--layout_tokens", 2)

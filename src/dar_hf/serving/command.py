@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The options of the command."""
     parser = argparse.ArgumentParser(prog="dar-hf serve", description="Serve a pipeline with OpenAI's images API.")
     parser.add_argument(
-        "--model", "--pipeline", help="pipeline folder or Hub id; default the one that comes with the package"
+        "--model", "--pipeline", help="pipeline folder or Hub id; default the package's emoji pipeline"
     )
     parser.add_argument("--model_name", help="the model's name in the API; default the last part of --model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default this machine only")

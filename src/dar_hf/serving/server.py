@@ -41,7 +41,7 @@ class ServerOptions:
     """What `build` takes, as ``args`` of a Serve file.
 
     Attributes:
-        model: pipeline folder or Hub id; default the one that comes with the package.
+        model: pipeline folder or Hub id; default the package's emoji pipeline.
         model_name: its name in the API; default the last part of ``model``.
         device, dtype: of the pipeline; default the GPU if there is one, and float32.
         max_batch_size: how many images a replica draws together.

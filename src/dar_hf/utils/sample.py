@@ -4,24 +4,23 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets"
 SAMPLES = ("emoji", "mnist")  # the default first
-# Drawn when no words are given. Of the last three, training shows the names in the two other styles only
-PROMPTS = {
-    "emoji": [
-        "noto red apple",
-        "twemoji octopus",
-        "fluent sunflower",
-        "fluent pizza",
-        "twemoji strawberry",
-        "twemoji penguin",
-        "twemoji hamburger",
-        "fluent evergreen tree",
-        "noto police officer",
-        "twemoji man red hair",
-    ]
-}
+# Drawn when no words are given: captions of the training split and, in the last three, names that it shows in the two
+# other styles only. These were picked because they work: most such prompts do not
+EMOJI_PROMPTS = [
+    "noto red apple",
+    "twemoji octopus",
+    "fluent sunflower",
+    "fluent pizza",
+    "twemoji strawberry",
+    "twemoji penguin",
+    "twemoji hamburger",
+    "fluent evergreen tree",
+    "noto police officer",
+    "twemoji man red hair",
+]
 
 
-def sample_pipeline(name: str | None = None) -> str:
+def sample_pipeline(name: str = SAMPLES[0]) -> str:
     """Folder of a small trained pipeline that comes with the package.
 
     ``DARPipeline.from_pretrained(dar_hf.sample_pipeline())`` loads it, without a network. Its weights are stored in
@@ -37,8 +36,6 @@ def sample_pipeline(name: str | None = None) -> str:
         ValueError: for another name.
         FileNotFoundError: if this installation lacks it.
     """
-    if name is None:
-        name = SAMPLES[0]
     if name not in SAMPLES:
         raise ValueError(f"no sample pipeline {name!r}; there are {', '.join(SAMPLES)}.")
     folder = FOLDER / name
