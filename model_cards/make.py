@@ -115,8 +115,9 @@ EMOJI_LIMITS = (
     "these images (and 74 % of reconstructions), but only 39 % are nearer to the drawing in the requested style than "
     "to the same name's other two (33 % by chance). Names that it has never seen become something else. A prompt is a "
     "style and a name in the words of the captions: `a red apple` still gives an apple, `apple` does not. Edges are "
-    "soft and letters illegible: the tokenizer reconstructs at 20 dB PSNR. A large vision-language model that was told "
-    "nothing named 10 of 20 drawings of training captions within three guesses, and 3 of 20 of validation captions."
+    "soft and letters illegible: the tokenizer reconstructs at 20 dB PSNR. A large vision-language model that was "
+    "told nothing named 10 of 20 drawings of training captions within three guesses, and 3 of 20 of validation "
+    "captions."
 )
 
 
