@@ -674,11 +674,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device_option, default=device)
     args = parser.parse_args(argv)
-    if args.model is None:
-        pipe = load_pipeline(sample_pipeline(), device=args.device)
-        artist = Artist(pipe, hint=f"such as: {EMOJI_PROMPTS[0]}")
-    else:
-        artist = Artist(load_pipeline(args.model, device=args.device))
+    model = args.model
+    hint = "what to draw"
+    if model is None:
+        model = sample_pipeline()
+        hint = f"such as: {EMOJI_PROMPTS[0]}"
+    artist = Artist(load_pipeline(model, device=args.device), hint)
     limit_threads(artist.pipe.tokenizer, artist.pipe.transformer)
     warm_up(artist)
     launch(build(artist), server_name=args.host, server_port=args.port)

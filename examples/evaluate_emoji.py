@@ -135,11 +135,13 @@ class RealDrawings:
         return float((self.styles_seen == self.split.styles).double().mean())
 
 
-def measure_copying(judge: Judge, images: torch.Tensor, training: torch.Tensor, what: str) -> list:
+def measure_copying(
+    judge: Judge, images: torch.Tensor, training: torch.Tensor, embeddings: torch.Tensor, what: str
+) -> list:
     """Medians over images of how near the nearest training drawing is: the root mean square of the pixels' differences
-    (pixels in [-1, 1]), and the cosine of the judge's embeddings."""
+    (pixels in [-1, 1]), and the cosine of the judge's embeddings; ``embeddings`` are those of the drawings."""
     pixels = torch.cdist(images.flatten(1), training.flatten(1)).amin(-1) / images[0].numel() ** 0.5
-    similarity = (judge.judge(images)[0] @ judge.judge(training)[0].T).amax(-1)
+    similarity = (judge.judge(images)[0] @ embeddings.T).amax(-1)
     distances = {"nearest_pixels": pixels, "nearest_similarity": similarity}
     return [metric(kind, float(values.median()), f"{NAMES[kind]}, {what}") for kind, values in distances.items()]
 
@@ -201,7 +203,7 @@ def measure_reconstruction(pipe: DARPipeline, drawings: RealDrawings) -> tuple[l
 
 
 def measure_samples(
-    pipe: DARPipeline, splits: dict[str, RealDrawings], training: torch.Tensor, guidance_scale: float, seed: int
+    pipe: DARPipeline, splits: dict[str, RealDrawings], guidance_scale: float, seed: int
 ) -> tuple[list, dict[str, Steps]]:
     """Metrics of images drawn from the captions of splits, and all their previews."""
     metrics = []
@@ -209,8 +211,6 @@ def measure_samples(
     for which, drawings in splits.items():
         previews[which] = generate(pipe, drawings.split.captions, guidance_scale, seed)
         metrics += measure_generation(drawings, previews[which], which)
-        finished = previews[which][-1][1]
-        metrics += measure_copying(drawings.judge, finished, training, f"generated ({which} captions)")
     return metrics, previews
 
 
@@ -250,8 +250,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     new = RealDrawings(judge, held_out, seen)
     scale = choose_scale(pipe, tuning, args.guidance_scale, args.seed + 1)
     splits = {"training": known, "validation": new}
-    metrics, previews = measure_samples(pipe, splits, training.images, scale, args.seed)
-    metrics += measure_copying(judge, held_out.images, training.images, "real (validation captions)")
+    metrics, previews = measure_samples(pipe, splits, scale, args.seed)
+    compared = {f"generated ({which} captions)": steps[-1][1] for which, steps in previews.items()}
+    compared["real (validation captions)"] = held_out.images
+    embeddings = seen.embeddings[: len(training.images)]
+    for what, images in compared.items():
+        metrics += measure_copying(judge, images, training.images, embeddings, what)
     reconstruction, reconstructed = measure_reconstruction(pipe, new)
     metrics += reconstruction
     with writing(folder):

@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=seed_option, default=0)
     args = parser.parse_args(argv)
     check_output(args.output_dir)
-    pipe, digits = load("emoji"), load("mnist")
+    pipe = load("emoji")
+    digits = load("mnist")
     grids = {
         "samples": (samples(pipe, args.seed), len(EMOJI_PROMPTS)),
         "previews": (previews(pipe, args.seed), pipe.tokenizer.config.num_inference_steps),

@@ -5,6 +5,15 @@ import PIL.Image
 import torch
 
 OUTPUT_TYPES = ["pil", "np", "pt", "codes", "latent"]
+PIPELINE_FILES = {  # of one that draws classes
+    "model_index.json",
+    "tokenizer/config.json",
+    "tokenizer/diffusion_pytorch_model.safetensors",
+    "transformer/config.json",
+    "transformer/generation_config.json",
+    "transformer/model.safetensors",
+    "scheduler/scheduler_config.json",
+}
 
 
 def seeded(seed=0):

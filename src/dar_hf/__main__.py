@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(", ".join([f"dar_hf {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]))
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    model, words = args.pipeline, args.words
+    model = args.pipeline
+    words = args.words
     if model is None:
         model = sample_pipeline(args.sample)
         if args.sample == "emoji":

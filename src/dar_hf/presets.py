@@ -134,22 +134,16 @@ PRESETS: dict[str, Preset] = {
     "XXL": _llama(48, 24, 1536),
     "3B": _llama(24, 32, 3200),
     "digits": Preset(
-        tokenizer=dict(
+        tokenizer=_SMALL_TOKENIZER
+        | dict(
             sample_size=8,
             in_channels=1,  # with three, one sample in fifty has coloured pixels
             encoder_patch_size=2,
-            encoder_dim=128,
             num_encoder_layers=2,
-            decoder_dim=128,
-            num_decoder_layers=1,
             codebook_size=256,
             num_tokens=16,
-            num_groups=8,
-            condition_scope="prefix",  # every group adds to the ones before (docs/experiments.md)
-            diffusion_dim=128,
             diffusion_patch_size=2,
             diffusion_depth=3,
-            repa_layer=None,
             max_num_tokens=16,
         ),
         transformer=dict(

@@ -118,15 +118,7 @@ def test_a_style_is_told_by_the_drawings_of_the_same_name(scripts):
 def test_an_evaluation_says_what_is_drawn_and_chooses_the_guidance(
     scripts, run_command, drawings, make_tokenizer, tmp_path
 ):
-    run_command(
-        "emoji_judge.py",
-        "--dataset_name",
-        drawings,
-        "--output_dir",
-        tmp_path / "judge",
-        "--steps",
-        1,
-    )
+    run_command("emoji_judge.py", "--dataset_name", drawings, "--output_dir", tmp_path / "judge", "--steps", 1)
     pipe = make_text_pipeline(make_tokenizer())
     pipe.save_pretrained(tmp_path / "pipeline")
     options = ["--pipeline", tmp_path / "pipeline", "--dataset_name", drawings, "--judge", tmp_path / "judge"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pipeline_helpers import PIPELINE_FILES
 from safetensors.torch import load_file, save_file
 from scripts import load_script
 
@@ -40,15 +41,7 @@ def test_a_sample_is_the_pipeline_in_half_precision(run_command, trained, tiny_p
     target = tmp_path / "assets" / "sample"
     printed = run_command("make_sample.py", "--pipeline", trained, "--output_dir", target)
     assert printed.startswith(f"{target}: ") and "MB" in printed
-    assert {name for name in files(target) if "." in name} == {
-        "model_index.json",
-        "tokenizer/config.json",
-        "tokenizer/diffusion_pytorch_model.safetensors",
-        "transformer/config.json",
-        "transformer/generation_config.json",
-        "transformer/model.safetensors",
-        "scheduler/scheduler_config.json",
-    }
+    assert {name for name in files(target) if "." in name} == PIPELINE_FILES
     assert "/home/me" not in (target / "tokenizer" / "config.json").read_text()
     for name in ("tokenizer/diffusion_pytorch_model.safetensors", "transformer/model.safetensors"):
         half, full = load_file(target / name), load_file(trained / name)

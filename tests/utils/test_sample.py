@@ -1,4 +1,4 @@
-"""The pipeline that comes with the package."""
+"""The pipelines that come with the package."""
 
 import subprocess
 import sys
@@ -6,26 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline_helpers import PIPELINE_FILES
 
 import dar_hf
 from dar_hf.utils import sample
 
 ROOT = Path(__file__).parents[2]
-
-
-CLASS_FILES = {
-    "model_index.json",
-    "tokenizer/config.json",
-    "tokenizer/diffusion_pytorch_model.safetensors",
-    "transformer/config.json",
-    "transformer/generation_config.json",
-    "transformer/model.safetensors",
-    "scheduler/scheduler_config.json",
-}
 FILES = {
-    "emoji": CLASS_FILES | {"text_tokenizer/tokenizer.json", "text_tokenizer/tokenizer_config.json"},
-    "mnist": CLASS_FILES,
+    "emoji": PIPELINE_FILES | {"text_tokenizer/tokenizer.json", "text_tokenizer/tokenizer_config.json"},
+    "mnist": PIPELINE_FILES,
 }
+MAX_BYTES = {"emoji": 14e6, "mnist": 12e6}
 SUBJECTS = {
     "emoji": {"prompt": ["noto red apple", "twemoji octopus", "fluent sunflower", "something never heard of"]},
     "mnist": {"class_labels": [str(digit) for digit in range(10)]},
@@ -44,7 +35,7 @@ def test_it_is_small_and_holds_nothing_but_a_pipeline(name):
     folder = Path(dar_hf.sample_pipeline(name))
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     assert set(files) == FILES[name]
-    assert sum(path.stat().st_size for path in files.values()) <= 14e6
+    assert sum(path.stat().st_size for path in files.values()) <= MAX_BYTES[name]
     assert not any("_name_or_path" in path.read_text() for name, path in files.items() if name.endswith(".json"))
 
 
@@ -53,7 +44,7 @@ def test_the_guidance_of_digits_is_distilled():
     assert pipe.transformer.generation_config.guidance_scale == 1.0
 
 
-def test_it_loads_in_float32_and_draws_what_it_is_told(pipe, request):
+def test_it_loads_in_float32_and_draws_what_it_is_told(pipe):
     models = (pipe.tokenizer, pipe.transformer)
     assert {parameter.dtype for model in models for parameter in model.parameters()} == {torch.float32}
     subjects = SUBJECTS[Path(pipe.config._name_or_path).name]
